@@ -1,0 +1,74 @@
+# Everything that a person or CI runs. `make demo` and `make test` work from an empty checkout with Python >= 3.11 and Node alone.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+# The platform's binary: node_modules/.bin/forge is a wrapper that exits 0 whatever happens.
+FORGE = $$($(RUN) -c 'from deploy.devnet import foundry_binary as f; print(f("forge"))')
+
+# $(call PROTOC,FOLDER): the generated half of the ring's wire format.
+PROTOC = mkdir -p $(1) && $(RUN) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) worker/ring.proto
+
+.PHONY: help setup demo test check format test-system vectors snapshots proto bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .stamps/python .stamps/node ## Python environment and contract toolchain, each only if its list changed
+
+.stamps/python: pyproject.toml
+	@mkdir -p .stamps
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+.stamps/node: package.json
+	@mkdir -p .stamps
+	npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
+	@touch $@
+
+demo: setup ## the whole protocol on this machine
+	$(BIN)/plumb demo
+
+test: setup ## every test that needs Python and Node alone
+	@status=0; \
+	FORGE_SNAPSHOT_CHECK=true "$(FORGE)" test || status=1; \
+	$(RUN) -m pytest || status=1; \
+	exit $$status
+
+check: setup ## style, types, and that what is generated is current
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	"$(FORGE)" fmt --check
+	$(RUN) -m contracts.build --check
+	$(call PROTOC,build/protoc)
+	for file in ring_pb2.py ring_pb2.pyi ring_pb2_grpc.py; do diff -u worker/$$file build/protoc/worker/$$file; done
+
+format: setup ## what `check` demands of style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	"$(FORGE)" fmt
+
+test-system: setup ## tests of the whole system with outside servers
+	$(RUN) -m pytest --override-ini addopts='--import-mode=importlib --strict-markers' tests/system
+
+vectors: setup ## refill the shared vectors of the two referees
+	$(RUN) tests/twin/fill.py
+
+snapshots: setup ## refill the committed ABIs, storage layouts and gas
+	$(RUN) -m contracts.build
+	"$(FORGE)" test --match-path '*Gas*'
+
+proto: setup ## regenerate worker/ring_pb2* from worker/ring.proto
+	$(call PROTOC,.)
+
+bench: setup ## list the benchmarks; `make bench NAME=x` runs one
+	$(BIN)/plumb bench $(NAME) $(if $(NAME),--report build/bench/$(NAME).json)
+
+clean: ## forget what was built; keeps .venv and node_modules
+	rm -rf build .solcx .pytest_cache .mypy_cache .ruff_cache
