@@ -1,0 +1,513 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
+import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
+import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
+
+import {Acceptance, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
+import {IWorkers, Stage} from "./interfaces/IWorkers.sol";
+
+/// @title See IEscrow
+/// @dev Over 500 lines: a job's whole life, so that "a job ends exactly once" is read in one file.
+/// SAFETY: besides the token, the only outside calls go to Workers, which calls nobody but the token; state is written first all the same.
+contract Escrow is IEscrow, EIP712 {
+    using SafeERC20 for IERC20;
+
+    bytes32 public constant ACCEPT_TYPEHASH = keccak256("Accept(bytes32 job,uint8 stage,bytes32 model)");
+    bytes32 public constant COMMIT_TYPEHASH =
+        keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
+
+    /// @notice Gas that a job's lock must cover besides its price.
+    // Rationale: the dearest game in docs/protocol.md takes about eight moves of 250,000 gas.
+    uint256 public constant GAME_GAS = 2_000_000;
+    uint256 public constant MIN_WINDOW_SECONDS = 20;
+    uint256 public constant MAX_WINDOW_SECONDS = 30 days;
+    uint256 public constant MIN_CLOCK_SECONDS = 5;
+    uint256 public constant MAX_CLOCK_SECONDS = 7 days;
+    /// @notice Furthest commitBy. Rationale: no mistyped deadline may hold money for ever.
+    uint256 public constant MAX_TERM_SECONDS = 365 days;
+    uint256 public constant NO_SHOW_BPS = 100;
+    /// @notice Winners remembered for one convicted stage: those with the oldest commitments.
+    // Rationale: bounds `release`; with 64 stages and 8 winners each it stays below 2^24 gas, the limit of one transaction (EIP-7825).
+    uint256 public constant MAX_WINNERS = 8;
+    address public constant BURN_ADDRESS = 0x000000000000000000000000000000000000dEaD;
+    uint8 private constant NOBODY = 255;
+    uint256 private constant BPS = 10_000;
+
+    IERC20 public immutable token;
+    IWorkers public immutable workers;
+    address public immutable disputes;
+
+    struct Winner {
+        address challenger;
+        uint64 committedAt;
+        uint32 gasUnits;
+    }
+
+    struct Record {
+        address requester;
+        Status status;
+        uint8 stages; // how many
+        uint16 openGames; // against all stages
+        uint64 windowEnd; // 0 until committed
+        // Sets of stages, bit i for stage i.
+        uint64 lockedSet; // INVARIANT: the bit is set exactly while the stage's lock is held in Workers for this job
+        uint64 committedSet;
+        uint64 convictedSet;
+        uint64 tokens;
+        bytes32 outputs;
+        Job job;
+        mapping(uint256 stage => bytes32) roots;
+        mapping(uint256 stage => uint256) gamesAgainst;
+        mapping(uint256 stage => Winner[]) winners;
+    }
+
+    mapping(bytes32 id => Record) private _records;
+    /// @inheritdoc IEscrow
+    mapping(address account => uint256) public credit;
+
+    modifier onlyDisputes() {
+        if (msg.sender != disputes) revert NotDisputes(msg.sender);
+        _;
+    }
+
+    constructor(IERC20 token_, IWorkers workers_, address disputes_) EIP712("Plumb", "1") {
+        token = token_;
+        workers = workers_;
+        disputes = disputes_;
+    }
+
+    // ---- a job's life ----
+
+    /// @inheritdoc IEscrow
+    function open(Job calldata job_) external returns (bytes32 id) {
+        uint256 maximum = _requireValid(job_);
+        id = keccak256(abi.encode(block.chainid, address(this), msg.sender, job_));
+        Record storage record = _records[id];
+        if (record.status != Status.None) revert JobExists(id);
+        bytes32 model = workers.pipelineModel(job_.pipeline);
+        if (model == 0) revert InvalidJob("pipeline");
+        if (model != job_.model) revert InvalidJob("model");
+
+        record.requester = msg.sender;
+        record.status = Status.Open;
+        // Workers admits at most 64 stages, so the sets above have room for them.
+        record.stages = uint8(workers.pipelineStages(job_.pipeline).length);
+        record.job = job_;
+        emit JobOpened(id, msg.sender, job_.pipeline, job_);
+
+        token.safeTransferFrom(msg.sender, address(this), maximum);
+    }
+
+    /// @inheritdoc IEscrow
+    /// @dev A repeated call on a job that got on in the meantime changes nothing, so that nobody can make an honest one revert.
+    function accept(bytes32 id, Acceptance[] calldata acceptances) external {
+        Record storage record = _records[id];
+        Status actual = record.status;
+        if (actual == Status.Accepted || actual == Status.Committed) return;
+        if (actual != Status.Open) revert WrongStatus(id, Status.Open, actual);
+        if (block.timestamp > record.job.acceptBy) revert TooLate(record.job.acceptBy);
+        uint256 count = record.stages;
+        // More entries than stages: one of them is there twice.
+        if (acceptances.length > count) revert AlreadyDone(acceptances[count].stage);
+
+        uint64 locked = record.lockedSet;
+        for (uint256 i; i < acceptances.length; ++i) {
+            uint8 stage = acceptances[i].stage;
+            if (stage >= count) revert UnknownStage(stage);
+            if (_contains(locked, stage)) continue;
+            locked |= _bit(stage);
+            record.lockedSet = locked;
+            _acceptStage(id, record.job, acceptances[i]);
+        }
+        if (locked == _all(count)) {
+            record.status = Status.Accepted;
+            emit JobAccepted(id);
+        }
+    }
+
+    /// @inheritdoc IEscrow
+    /// @dev As `accept`, a repeated call changes nothing.
+    function commit(bytes32 id, Claim[] calldata claims) external {
+        Record storage record = _records[id];
+        Status actual = record.status;
+        if (actual == Status.Committed) return;
+        if (actual != Status.Accepted) revert WrongStatus(id, Status.Accepted, actual);
+        if (block.timestamp > record.job.commitBy) revert TooLate(record.job.commitBy);
+        uint256 count = record.stages;
+        if (claims.length > count) revert AlreadyDone(claims[count].stage);
+
+        uint64 committed = record.committedSet;
+        for (uint256 i; i < claims.length; ++i) {
+            uint8 stage = claims[i].stage;
+            if (stage >= count) revert UnknownStage(stage);
+            if (_contains(committed, stage)) continue;
+            committed |= _bit(stage);
+            _commitStage(id, record, claims[i]);
+        }
+        record.committedSet = committed;
+        if (committed == _all(count)) {
+            uint64 end = uint64(block.timestamp) + record.job.window;
+            record.status = Status.Committed;
+            record.windowEnd = end;
+            emit JobCommitted(id, record.outputs, record.tokens, end);
+        }
+    }
+
+    /// @inheritdoc IEscrow
+    function settle(bytes32 id) external {
+        Record storage record = _records[id];
+        if (record.status != Status.Committed) revert WrongStatus(id, Status.Committed, record.status);
+        _requireWindowOver(record);
+
+        record.status = Status.Paid;
+        record.lockedSet = 0;
+        Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
+        uint256 price = _price(record);
+        uint256 paid;
+        for (uint256 i; i < stages.length; ++i) {
+            uint256 pay = _payDown(price, stages[i]);
+            paid += pay;
+            _credit(stages[i].worker, pay, id);
+        }
+        // What the shares round off, less than one base unit a stage, returns as well.
+        uint256 returned = _maximumPrice(record.job) - paid;
+        _credit(record.requester, returned, id);
+        emit JobPaid(id, paid, returned);
+
+        uint256 lock = record.job.lock;
+        for (uint256 i; i < stages.length; ++i) {
+            workers.unlock(stages[i].worker, lock);
+        }
+    }
+
+    /// @inheritdoc IEscrow
+    function expire(bytes32 id) external {
+        Record storage record = _records[id];
+        Status actual = record.status;
+        if (actual != Status.Open && actual != Status.Accepted) revert WrongStatus(id, Status.Open, actual);
+        uint64 deadline = actual == Status.Open ? record.job.acceptBy : record.job.commitBy;
+        if (block.timestamp <= deadline) revert TooEarly(deadline + 1);
+
+        uint64 locked = record.lockedSet;
+        record.status = Status.Refunded;
+        record.lockedSet = 0;
+        uint256 refund = _maximumPrice(record.job);
+        uint256 fee;
+        uint256 broken = NOBODY; // the first stage without a root
+        if (actual == Status.Accepted) {
+            fee = refund * NO_SHOW_BPS / BPS;
+            broken = 0;
+            while (_contains(record.committedSet, broken)) ++broken; // at most 63 times: a full set is status Committed
+        }
+        _credit(record.requester, refund + fee, id);
+        emit JobRefunded(id, refund, fee);
+
+        Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
+        uint256 lock = record.job.lock;
+        for (uint256 i; i < stages.length; ++i) {
+            if (!_contains(locked, i)) continue;
+            // The chain can't see whether the sender or the receiver broke the hand-off. Stage 0 has no sender.
+            uint256 part;
+            if (i == broken) part = i == 0 ? fee : fee - fee / 2;
+            else if (i + 1 == broken) part = fee / 2;
+            if (part != 0) workers.slash(stages[i].worker, part);
+            // A lock is at least twice the price, so the fee never eats it up.
+            workers.unlock(stages[i].worker, lock - part);
+        }
+    }
+
+    /// @inheritdoc IEscrow
+    /// @dev Reverts with AlreadyDone(255) if the job was released before.
+    function release(bytes32 id) external {
+        Record storage record = _records[id];
+        if (record.status != Status.Void) revert WrongStatus(id, Status.Void, record.status);
+        if (record.lockedSet == 0) revert AlreadyDone(NOBODY);
+        _requireWindowOver(record);
+
+        record.lockedSet = 0;
+        Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
+        uint64 guilty = record.convictedSet;
+        uint256 price = _price(record);
+        uint256 owed; // to the stages without a conviction
+        for (uint256 i; i < stages.length; ++i) {
+            if (_contains(guilty, i)) continue;
+            uint256 pay = _payDown(price, stages[i]);
+            owed += pay;
+            _credit(stages[i].worker, pay, id);
+        }
+        uint256 burned;
+        for (uint256 i; i < stages.length; ++i) {
+            if (!_contains(guilty, i)) continue;
+            // INVARIANT: a lock covers the whole price twice, so `owed` is 0 after the first convicted stage.
+            uint256 toStages = owed < record.job.lock ? owed : record.job.lock;
+            owed -= toStages;
+            burned += _slashed(id, record, uint8(i), toStages);
+        }
+        emit JobReleased(id);
+
+        uint256 lock = record.job.lock;
+        for (uint256 i; i < stages.length; ++i) {
+            if (_contains(guilty, i)) workers.slash(stages[i].worker, lock);
+            else workers.unlock(stages[i].worker, lock);
+        }
+        token.safeTransfer(BURN_ADDRESS, burned);
+    }
+
+    /// @inheritdoc IEscrow
+    function withdraw() external {
+        uint256 amount = credit[msg.sender];
+        if (amount == 0) revert NothingToWithdraw();
+
+        credit[msg.sender] = 0;
+        emit Withdrawn(msg.sender, amount);
+
+        token.safeTransfer(msg.sender, amount);
+    }
+
+    // ---- games ----
+
+    /// @inheritdoc IEscrow
+    function gameOpened(bytes32 id, uint8 stage) external onlyDisputes returns (uint256 alreadyOpen) {
+        Record storage record = _records[id];
+        Status actual = record.status;
+        if (actual != Status.Committed && actual != Status.Void) revert WrongStatus(id, Status.Committed, actual);
+        if (block.timestamp > record.windowEnd) revert TooLate(record.windowEnd);
+        if (stage >= record.stages) revert UnknownStage(stage);
+
+        alreadyOpen = record.gamesAgainst[stage];
+        record.gamesAgainst[stage] = alreadyOpen + 1;
+        // Checked: bonds double every four games, so 2^16 games can't be paid for; if they could, only further ones were refused.
+        record.openGames += 1;
+    }
+
+    /// @inheritdoc IEscrow
+    function gameClosed(bytes32 id, uint8 stage, uint8 guilty, address challenger, uint64 committedAt, uint256 gasUnits)
+        external
+        onlyDisputes
+    {
+        Record storage record = _records[id];
+        if (guilty != NOBODY && guilty >= record.stages) revert UnknownStage(guilty);
+
+        // INVARIANT: a job with an open game is Committed or Void: settle and release wait for all of them. Checked subtraction refuses
+        // a game that was never opened.
+        record.gamesAgainst[stage] -= 1;
+        record.openGames -= 1;
+        if (guilty == NOBODY) return;
+
+        record.convictedSet |= _bit(guilty);
+        uint32 units = gasUnits < type(uint32).max ? uint32(gasUnits) : type(uint32).max;
+        _remember(record.winners[guilty], Winner(challenger, committedAt, units));
+        emit StageConvicted(id, guilty, workers.pipelineStage(record.job.pipeline, guilty).worker, challenger);
+        if (record.status == Status.Committed) {
+            uint256 refund = _maximumPrice(record.job);
+            record.status = Status.Void;
+            _credit(record.requester, refund, id);
+            emit JobVoided(id, refund);
+        }
+    }
+
+    // ---- views ----
+
+    /// @inheritdoc IEscrow
+    function job(bytes32 id) external view returns (Job memory) {
+        return _records[id].job;
+    }
+
+    /// @inheritdoc IEscrow
+    function requester(bytes32 id) external view returns (address) {
+        return _records[id].requester;
+    }
+
+    /// @inheritdoc IEscrow
+    function status(bytes32 id) external view returns (Status) {
+        return _records[id].status;
+    }
+
+    /// @inheritdoc IEscrow
+    function root(bytes32 id, uint8 stage) external view returns (bytes32) {
+        return _records[id].roots[stage];
+    }
+
+    /// @inheritdoc IEscrow
+    function outputs(bytes32 id) external view returns (bytes32 outputsRoot, uint64 tokens) {
+        return (_records[id].outputs, _records[id].tokens);
+    }
+
+    /// @inheritdoc IEscrow
+    function windowEnd(bytes32 id) external view returns (uint64) {
+        return _records[id].windowEnd;
+    }
+
+    /// @inheritdoc IEscrow
+    function openGames(bytes32 id, uint8 stage) external view returns (uint256) {
+        return _records[id].gamesAgainst[stage];
+    }
+
+    /// @inheritdoc IEscrow
+    function convicted(bytes32 id, uint8 stage) external view returns (bool) {
+        return _contains(_records[id].convictedSet, stage);
+    }
+
+    /// @notice Whether `stage` has accepted and its lock is still held for this job.
+    function lockHeld(bytes32 id, uint8 stage) external view returns (bool) {
+        return _contains(_records[id].lockedSet, stage);
+    }
+
+    /// @notice The remembered winners against `stage`, in no particular order.
+    function winners(bytes32 id, uint8 stage) external view returns (Winner[] memory) {
+        return _records[id].winners[stage];
+    }
+
+    // ---- one stage ----
+
+    function _acceptStage(bytes32 id, Job storage job_, Acceptance calldata acceptance) private {
+        uint8 stage = acceptance.stage;
+        address account = workers.pipelineStage(job_.pipeline, stage).worker;
+        bytes32 structHash = keccak256(abi.encode(ACCEPT_TYPEHASH, id, stage, job_.model));
+        _requireSigned(account, stage, structHash, acceptance.signature);
+
+        emit StageAccepted(id, stage, account);
+        workers.lock(account, job_.lock);
+    }
+
+    function _commitStage(bytes32 id, Record storage record, Claim calldata claim) private {
+        uint8 stage = claim.stage;
+        if (claim.root == 0) revert InvalidJob("root");
+        bool last = stage + 1 == record.stages;
+        if (last) {
+            if (claim.outputs == 0) revert InvalidJob("outputs");
+            if (claim.tokens > record.job.maxTokens) revert TooManyTokens(claim.tokens, record.job.maxTokens);
+        } else if (claim.outputs != 0 || claim.tokens != 0) {
+            revert OutputsFromWrongStage(stage);
+        }
+        bytes32 structHash =
+            keccak256(abi.encode(COMMIT_TYPEHASH, id, stage, record.job.model, claim.root, claim.outputs, claim.tokens));
+        _requireSigned(workers.pipelineStage(record.job.pipeline, stage).worker, stage, structHash, claim.signature);
+
+        record.roots[stage] = claim.root;
+        if (last) {
+            record.outputs = claim.outputs;
+            record.tokens = claim.tokens;
+        }
+        emit StageCommitted(id, stage, claim.root);
+    }
+
+    // ---- money ----
+
+    /// @dev Credits the winners against a convicted stage from what its lock holds beyond `toStages`; returns what is burned.
+    /// SAFETY: a cheat may convict itself through friends to save its lock. The scheduled gas is therefore paid, oldest commitment first, out of
+    /// at most half of what is left, and half of the rest burns: a quarter of it is lost whoever wins.
+    function _slashed(bytes32 id, Record storage record, uint8 stage, uint256 toStages) private returns (uint256 burned) {
+        Winner[] memory list = record.winners[stage];
+        _sortOldestFirst(list);
+        uint256 rest = record.job.lock - toStages;
+        uint256 gasLeft = rest / 2;
+        uint256 toOldest;
+        for (uint256 i; i < list.length; ++i) {
+            uint256 amount = uint256(list[i].gasUnits) * record.job.gasRate;
+            if (amount > gasLeft) amount = gasLeft;
+            gasLeft -= amount;
+            if (i == 0) toOldest = amount;
+            else _credit(list[i].challenger, amount, id);
+        }
+        uint256 toGas = rest / 2 - gasLeft;
+        rest -= toGas;
+        uint256 toChallenger = rest / 2;
+        burned = rest - toChallenger;
+        _credit(list[0].challenger, toOldest + toChallenger, id);
+        emit StageSlashed(id, stage, toStages, toGas, burned, toChallenger);
+    }
+
+    /// @dev Keeps the oldest commitments: a cheat that convicts itself eight times can't crowd out whoever committed before.
+    function _remember(Winner[] storage list, Winner memory winner) private {
+        uint256 count = list.length;
+        if (count < MAX_WINNERS) {
+            list.push(winner);
+            return;
+        }
+        uint256 youngest;
+        for (uint256 i = 1; i < count; ++i) {
+            if (list[i].committedAt > list[youngest].committedAt) youngest = i;
+        }
+        if (winner.committedAt < list[youngest].committedAt) list[youngest] = winner;
+    }
+
+    /// @dev By insertion: at most 8 entries. Stable, so of two equally old ones the first that won stays first.
+    function _sortOldestFirst(Winner[] memory list) private pure {
+        for (uint256 i = 1; i < list.length; ++i) {
+            Winner memory winner = list[i];
+            uint256 k = i;
+            for (; k > 0 && list[k - 1].committedAt > winner.committedAt; --k) {
+                list[k] = list[k - 1];
+            }
+            list[k] = winner;
+        }
+    }
+
+    function _credit(address account, uint256 amount, bytes32 id) private {
+        if (amount == 0) return;
+        credit[account] += amount;
+        emit Credited(account, amount, id);
+    }
+
+    function _price(Record storage record) private view returns (uint256) {
+        return uint256(record.job.promptPrice) * record.job.promptTokens + uint256(record.job.tokenPrice) * record.tokens;
+    }
+
+    function _maximumPrice(Job memory job_) private pure returns (uint256) {
+        return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
+    }
+
+    function _payDown(uint256 price, Stage memory stage) private pure returns (uint256) {
+        return price * stage.shareBps / BPS;
+    }
+
+    // ---- rules ----
+
+    /// @return maximum the price that is escrowed
+    function _requireValid(Job calldata job_) private view returns (uint256 maximum) {
+        if (job_.requestsRoot == 0) revert InvalidJob("requestsRoot");
+        if (job_.requests == 0) revert InvalidJob("requests");
+        // Every request has at least one prompt token and a limit of at least one.
+        if (job_.promptTokens < job_.requests) revert InvalidJob("promptTokens");
+        if (job_.maxTokens < job_.requests) revert InvalidJob("maxTokens");
+        // Games of a job without a gas rate would cost no bond.
+        if (job_.gasRate == 0) revert InvalidJob("gasRate");
+        maximum = _maximumPrice(job_);
+        if (maximum > type(uint128).max) revert InvalidJob("price");
+        if (job_.lock < 2 * (maximum + GAME_GAS * job_.gasRate)) revert InvalidJob("lock");
+        if (job_.acceptBy < block.timestamp) revert InvalidJob("acceptBy");
+        if (job_.commitBy <= job_.acceptBy || job_.commitBy > block.timestamp + MAX_TERM_SECONDS) revert InvalidJob("commitBy");
+        if (job_.window < MIN_WINDOW_SECONDS || job_.window > MAX_WINDOW_SECONDS) revert InvalidJob("window");
+        if (job_.clock < MIN_CLOCK_SECONDS || job_.clock > MAX_CLOCK_SECONDS) revert InvalidJob("clock");
+        if (job_.grace == 0 || job_.grace > job_.clock) revert InvalidJob("grace");
+    }
+
+    function _requireSigned(address account, uint8 stage, bytes32 structHash, bytes calldata signature) private view {
+        (address signer,,) = ECDSA.tryRecoverCalldata(_hashTypedDataV4(structHash), signature);
+        // A registered signer is never zero, so a failed recovery never matches.
+        if (signer != workers.signerOf(account)) revert BadSignature(stage);
+    }
+
+    function _requireWindowOver(Record storage record) private view {
+        if (block.timestamp <= record.windowEnd) revert TooEarly(record.windowEnd + 1);
+        if (record.openGames != 0) revert GamesOpen(record.openGames);
+    }
+
+    // ---- sets of at most 64 stages ----
+
+    function _bit(uint256 stage) private pure returns (uint64) {
+        return uint64(1) << uint64(stage);
+    }
+
+    function _all(uint256 count) private pure returns (uint64) {
+        return type(uint64).max >> (64 - count);
+    }
+
+    function _contains(uint64 set, uint256 stage) private pure returns (bool) {
+        return stage < 64 && set >> stage & 1 == 1;
+    }
+}

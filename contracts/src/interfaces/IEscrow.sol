@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+struct Job {
+    bytes32 model;
+    bytes32 pipeline;
+    bytes32 requestsRoot;
+    uint32 requests;
+    uint64 promptTokens;
+    uint64 maxTokens; // the sum of all limits
+    uint128 promptPrice; // base units a prompt token
+    uint128 tokenPrice; // base units an output token
+    uint128 lock; // base units of stake locked by each stage
+    uint128 gasRate; // base units a unit of gas: fixes bonds and refunds for this job
+    uint64 acceptBy; // timestamps in seconds
+    uint64 commitBy;
+    uint32 window; // seconds after the commitment in which challenges may be opened
+    uint32 clock; // seconds each side has in a game
+    uint32 grace; // seconds each side has at least at a move
+    uint64 nonce;
+}
+
+enum Status {
+    None,
+    Open,
+    Accepted,
+    Committed,
+    Paid,
+    Void,
+    Refunded
+}
+
+struct Acceptance {
+    uint8 stage;
+    bytes signature;
+}
+
+/// @notice What one stage commits to. Outputs and tokens belong to the last stage; the others leave them zero.
+struct Claim {
+    uint8 stage;
+    bytes32 root;
+    bytes32 outputs;
+    uint64 tokens;
+    bytes signature;
+}
+
+/// @title Jobs and their money
+interface IEscrow {
+    event JobOpened(bytes32 indexed id, address indexed requester, bytes32 indexed pipeline, Job job);
+    event StageAccepted(bytes32 indexed id, uint8 stage, address worker);
+    event JobAccepted(bytes32 indexed id);
+    event StageCommitted(bytes32 indexed id, uint8 stage, bytes32 root);
+    event JobCommitted(bytes32 indexed id, bytes32 outputs, uint64 tokens, uint64 windowEnd);
+    event StageConvicted(bytes32 indexed id, uint8 stage, address worker, address challenger);
+    event JobVoided(bytes32 indexed id, uint256 refund);
+    event JobPaid(bytes32 indexed id, uint256 price, uint256 returned);
+    event JobRefunded(bytes32 indexed id, uint256 refund, uint256 noShowFee);
+    event JobReleased(bytes32 indexed id);
+    event StageSlashed(bytes32 indexed id, uint8 stage, uint256 toStages, uint256 toGas, uint256 burned, uint256 toChallenger);
+    event Credited(address indexed account, uint256 amount, bytes32 indexed id);
+    event Withdrawn(address indexed account, uint256 amount);
+
+    error InvalidJob(string what);
+    error JobExists(bytes32 id);
+    error WrongStatus(bytes32 id, Status expected, Status actual);
+    error TooEarly(uint64 availableAt);
+    error TooLate(uint64 deadline);
+    error AlreadyDone(uint8 stage);
+    error UnknownStage(uint8 stage);
+    error BadSignature(uint8 stage);
+    error GamesOpen(uint256 games);
+    error NotDisputes(address sender);
+    error TooManyTokens(uint64 tokens, uint64 maxTokens);
+    error OutputsFromWrongStage(uint8 stage);
+    error NothingToWithdraw();
+
+    function open(Job calldata job) external returns (bytes32 id);
+    function accept(bytes32 id, Acceptance[] calldata acceptances) external; // already accepted stages are passed over
+    function commit(bytes32 id, Claim[] calldata claims) external; // already committed stages are passed over
+    function settle(bytes32 id) external; // Committed -> Paid, after the window, no game open
+    function expire(bytes32 id) external; // Open or Accepted -> Refunded, after its deadline
+    function release(bytes32 id) external; // Void: locks freed or slashed, after the window, no game open
+    function withdraw() external; // the caller's credit
+
+    /// @notice Disputes only. Reverts outside the window of a Committed or Void job.
+    /// @return alreadyOpen games open against the stage before this one
+    function gameOpened(bytes32 id, uint8 stage) external returns (uint256 alreadyOpen);
+    /// @notice Disputes only. `stage` is the one the game was opened against, `convicted` the one found guilty (255: nobody).
+    function gameClosed(bytes32 id, uint8 stage, uint8 convicted, address challenger, uint64 committedAt, uint256 gasUnits) external;
+
+    function job(bytes32 id) external view returns (Job memory);
+    function requester(bytes32 id) external view returns (address);
+    function status(bytes32 id) external view returns (Status);
+    function root(bytes32 id, uint8 stage) external view returns (bytes32); // 0 until committed
+    function outputs(bytes32 id) external view returns (bytes32 outputsRoot, uint64 tokens);
+    function windowEnd(bytes32 id) external view returns (uint64);
+    function openGames(bytes32 id, uint8 stage) external view returns (uint256);
+    function convicted(bytes32 id, uint8 stage) external view returns (bool);
+    function credit(address account) external view returns (uint256);
+}

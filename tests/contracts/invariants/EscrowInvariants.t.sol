@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Escrow} from "../../../contracts/src/Escrow.sol";
+import {Workers} from "../../../contracts/src/Workers.sol";
+import {Token} from "../../../contracts/src/dev/Token.sol";
+import {Status} from "../../../contracts/src/interfaces/IEscrow.sol";
+import {Base} from "../Base.t.sol";
+import {Parties} from "./Parties.sol";
+
+/// forge-config: default.invariant.runs = 24
+/// @title The laws of money and stake, whoever does what in whatever order
+contract EscrowInvariants is Base {
+    uint256 private constant STAGES = 3;
+
+    Parties private all;
+    Token private token;
+    Workers private workers;
+    Escrow private escrow;
+
+    function setUp() public {
+        all = new Parties();
+        (address token_, address workers_, address escrow_) = all.contracts();
+        (token, workers, escrow) = (Token(token_), Workers(workers_), Escrow(escrow_));
+    }
+
+    /// @dev Read by forge: only the parties act.
+    function targetContracts() public view returns (address[] memory targets) {
+        targets = new address[](1);
+        targets[0] = address(all);
+    }
+
+    /// @dev Equal, not just at least: what nobody is owed would be trapped.
+    function invariant_escrowHoldsWhatItOwes() public view {
+        uint256 owed;
+        for (uint256 i; i < all.parties(); ++i) {
+            owed += escrow.credit(all.party(i));
+        }
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            Status status = escrow.status(id);
+            if (status == Status.Open || status == Status.Accepted || status == Status.Committed) owed += all.priceEscrowed(id);
+        }
+        assertEq(token.balanceOf(address(escrow)), owed, "balance of the escrow");
+    }
+
+    function invariant_workersHoldsAllStake() public view {
+        uint256 stake;
+        for (uint256 i; i < STAGES; ++i) {
+            stake += _stake(all.party(1 + i));
+        }
+        assertEq(token.balanceOf(address(workers)), stake, "balance of Workers");
+    }
+
+    function invariant_aJobEndsExactlyOnce() public view {
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            Status status = escrow.status(id);
+            bool ended = status == Status.Paid || status == Status.Void || status == Status.Refunded;
+            assertEq(all.ends(id), ended ? 1 : 0, "ends");
+            assertTrue(all.releases(id) <= 1, "released at most once");
+        }
+    }
+
+    function invariant_locksAreDisjoint() public view {
+        for (uint8 stage; stage < STAGES; ++stage) {
+            uint256 held;
+            for (uint256 i; i < all.jobCount(); ++i) {
+                bytes32 id = all.jobs(i);
+                if (escrow.lockHeld(id, stage)) held += escrow.job(id).lock;
+            }
+            assertEq(workers.lockedStake(all.party(1 + stage)), held, "locked stake");
+        }
+    }
+
+    function invariant_locksLiveAsLongAsTheJob() public view {
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            Status status = escrow.status(id);
+            if (status == Status.Open) continue;
+            bool held = status == Status.Accepted || status == Status.Committed || (status == Status.Void && all.releases(id) == 0);
+            for (uint8 stage; stage < STAGES; ++stage) {
+                assertEq(escrow.lockHeld(id, stage), held, "lock held");
+            }
+        }
+    }
+
+    function invariant_onlyTheGuiltyAndTheAbsentLoseStake() public view {
+        for (uint256 i; i < STAGES; ++i) {
+            address account = all.party(1 + i);
+            assertEq(_stake(account), all.expectedStake(account), "stake");
+        }
+    }
+
+    function invariant_gamesAreCountedAndConvictionsStay() public view {
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            bool anyGuilty;
+            for (uint8 stage; stage < STAGES; ++stage) {
+                assertEq(escrow.openGames(id, stage), all.games(id, stage), "open games");
+                assertEq(escrow.convicted(id, stage), all.guilty(id, stage), "convicted");
+                anyGuilty = anyGuilty || all.guilty(id, stage);
+            }
+            assertEq(escrow.status(id) == Status.Void, anyGuilty, "void exactly if somebody is guilty");
+        }
+    }
+
+    function invariant_nothingSucceedsThatShouldNot() public view {
+        assertEq(all.wrongAnswers(), 0, "wrong answers");
+    }
+
+    function _stake(address account) private view returns (uint256) {
+        (uint256 leaving,) = workers.withdrawalOf(account);
+        return workers.freeStake(account) + workers.lockedStake(account) + leaving;
+    }
+}
