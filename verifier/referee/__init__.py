@@ -1,0 +1,1 @@
+"""The clear Python twin of contracts/src/referee: plain integers and bytes, file for file."""
