@@ -53,7 +53,9 @@ abstract contract Base {
     }
 
     function assertEq(bytes32 actual, bytes32 expected, string memory what) internal pure {
-        if (actual != expected) revert Unequal(what, vm.toString(bytes.concat(expected)), vm.toString(bytes.concat(actual)));
+        if (actual != expected) {
+            revert Unequal(what, vm.toString(bytes.concat(expected)), vm.toString(bytes.concat(actual)));
+        }
     }
 
     function assertEq(address actual, address expected, string memory what) internal pure {

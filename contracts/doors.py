@@ -1,0 +1,259 @@
+"""One class a contract, one typed method a function, named as in Solidity. What each does is promised in
+contracts/src/interfaces.
+
+Every method that sends waits for its block, and raises ChainError if the contract refuses (contracts/transport.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from web3.types import TxReceipt
+
+from contracts.abi import functions
+from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
+from contracts.signing import challenge_id, job_id, model_id, pipeline_id
+from contracts.transport import Transport
+from verifier.game import Game, HandoffProof, Move, Proof, Segment
+from verifier.referee.codec import Cell, Instruction, Model, Opening
+
+
+class Door:
+    """One contract at one address."""
+
+    contract = ""
+
+    def __init__(self, transport: Transport, address: str) -> None:
+        self.address = address
+        self._transport = transport
+        self._functions = functions(self.contract)
+
+    def _read(self, name: str, *arguments: Any, hints: Sequence[Any] = (Any,), block: int | None = None) -> Any:
+        return self._transport.call(self.address, self._functions[name], arguments, hints, block)
+
+    def _send(self, name: str, *arguments: Any) -> TxReceipt:
+        return self._transport.send(self.address, self._functions[name], arguments)
+
+    @property
+    def _sender(self) -> str:
+        if self._transport.key is None:
+            raise PermissionError(f"{self.contract}: this Chain was opened without a key")
+        return self._transport.key.address
+
+
+class TokenDoor(Door):
+    """The ERC-20. Amounts in base units."""
+
+    contract = "Token"
+
+    def balance(self, account: str) -> int:
+        return int(self._read("balanceOf", account))
+
+    def allowance(self, owner: str, spender: str) -> int:
+        return int(self._read("allowance", owner, spender))
+
+    def decimals(self) -> int:
+        return int(self._read("decimals"))
+
+    def approve(self, spender: str, amount: int) -> TxReceipt:
+        return self._send("approve", spender, amount)
+
+    def transfer(self, to: str, amount: int) -> TxReceipt:
+        return self._send("transfer", to, amount)
+
+    def mint(self, to: str, amount: int) -> TxReceipt:
+        """The development token's alone."""
+        return self._send("mint", to, amount)
+
+
+class ModelsDoor(Door):
+    contract = "Models"
+
+    def register(self, model: Model) -> bytes:
+        """The model's id."""
+        self._send("register", model)
+        return model_id(model)
+
+    def layers(self, model: bytes) -> int:
+        return int(self._read("layers", model))
+
+
+class WorkersDoor(Door):
+    contract = "Workers"
+
+    def register(self, worker: Worker) -> TxReceipt:
+        return self._send("register", worker)
+
+    def stake(self, amount: int) -> TxReceipt:
+        return self._send("stake", amount)
+
+    def request_withdrawal(self, amount: int) -> TxReceipt:
+        return self._send("requestWithdrawal", amount)
+
+    def withdraw(self) -> TxReceipt:
+        return self._send("withdraw")
+
+    def create_pipeline(self, model: bytes, stages: Sequence[Stage], nonce: int, signatures: Sequence[bytes]) -> bytes:
+        """The pipeline's id."""
+        self._send("createPipeline", model, stages, nonce, signatures)
+        return pipeline_id(self._transport.chain_id, self.address, model, tuple(stages), nonce)
+
+    def worker(self, account: str) -> Worker:
+        found: Worker = self._read("worker", account, hints=(Worker,))
+        return found
+
+    def signer_of(self, account: str) -> str:
+        return str(self._read("signerOf", account))
+
+    def free_stake(self, account: str) -> int:
+        return int(self._read("freeStake", account))
+
+    def locked_stake(self, account: str) -> int:
+        return int(self._read("lockedStake", account))
+
+    def pipeline_model(self, pipeline: bytes) -> bytes:
+        return bytes(self._read("pipelineModel", pipeline))
+
+    def pipeline_stages(self, pipeline: bytes) -> tuple[Stage, ...]:
+        found: tuple[Stage, ...] = self._read("pipelineStages", pipeline, hints=(list[Stage],))
+        return found
+
+    def pipeline_stage(self, pipeline: bytes, index: int) -> Stage:
+        found: Stage = self._read("pipelineStage", pipeline, index, hints=(Stage,))
+        return found
+
+    def pipeline_id(self, model: bytes, stages: Sequence[Stage], nonce: int) -> bytes:
+        """What create_pipeline will call it; every stage signs this beforehand (Chain.sign_join)."""
+        return pipeline_id(self._transport.chain_id, self.address, model, tuple(stages), nonce)
+
+
+class EscrowDoor(Door):
+    contract = "Escrow"
+
+    def open(self, job: Job) -> bytes:
+        """The job's id. Escrow must be approved for promptPrice * promptTokens + tokenPrice * maxTokens."""
+        self._send("open", job)
+        return self.job_id(self._sender, job)
+
+    def accept(self, job: bytes, acceptances: Sequence[Acceptance]) -> TxReceipt:
+        return self._send("accept", job, acceptances)
+
+    def commit(self, job: bytes, claims: Sequence[Claim]) -> TxReceipt:
+        return self._send("commit", job, claims)
+
+    def settle(self, job: bytes) -> TxReceipt:
+        return self._send("settle", job)
+
+    def expire(self, job: bytes) -> TxReceipt:
+        return self._send("expire", job)
+
+    def release(self, job: bytes) -> TxReceipt:
+        return self._send("release", job)
+
+    def withdraw(self) -> TxReceipt:
+        return self._send("withdraw")
+
+    def job(self, job: bytes) -> Job:
+        found: Job = self._read("job", job, hints=(Job,))
+        return found
+
+    def requester(self, job: bytes) -> str:
+        return str(self._read("requester", job))
+
+    def status(self, job: bytes) -> Status:
+        return Status(self._read("status", job))
+
+    def root(self, job: bytes, stage: int) -> bytes:
+        """32 zero bytes until the stage has committed."""
+        return bytes(self._read("root", job, stage))
+
+    def outputs(self, job: bytes) -> tuple[bytes, int]:
+        """(outputs root, output tokens)."""
+        root, tokens = self._read("outputs", job, hints=(Any, Any))
+        return bytes(root), int(tokens)
+
+    def window_end(self, job: bytes) -> int:
+        """Unix seconds; 0 until all stages have committed."""
+        return int(self._read("windowEnd", job))
+
+    def open_games(self, job: bytes, stage: int) -> int:
+        return int(self._read("openGames", job, stage))
+
+    def convicted(self, job: bytes, stage: int) -> bool:
+        return bool(self._read("convicted", job, stage))
+
+    def credit(self, account: str) -> int:
+        return int(self._read("credit", account))
+
+    def job_id(self, requester: str, job: Job) -> bytes:
+        return job_id(self._transport.chain_id, self.address, requester, job)
+
+
+class DisputesDoor(Door):
+    contract = "Disputes"
+
+    def commit(self, game: bytes) -> TxReceipt:
+        """`game` = challenge_id(sender, segment, salt)."""
+        return self._send("commit", game)
+
+    def challenge(
+        self, segment: Segment, salt: bytes, model: Model, evidence: Sequence[Opening], steps: bytes
+    ) -> bytes:
+        """The game's id. Disputes must be approved for the bond."""
+        self._send("challenge", segment, salt, model, evidence, steps)
+        return challenge_id(self._sender, segment, salt)
+
+    def show(self, segment: Segment, salt: bytes, model: Model, evidence: Sequence[Opening]) -> bytes:
+        """The game's id. Disputes must be approved for the bond."""
+        self._send("show", segment, salt, model, evidence)
+        return challenge_id(self._sender, segment, salt)
+
+    def descend(self, game_id: bytes, game: Game, move: Move) -> TxReceipt:
+        return self._send("descend", game_id, game, move)
+
+    def prove(self, game_id: bytes, game: Game, proof: Proof) -> TxReceipt:
+        return self._send("prove", game_id, game, proof)
+
+    def deflect(self, game_id: bytes, game: Game, proof: HandoffProof) -> TxReceipt:
+        return self._send("deflect", game_id, game, proof)
+
+    def flag(self, game_id: bytes, game: Game) -> TxReceipt:
+        return self._send("flag", game_id, game)
+
+    def withdraw(self) -> TxReceipt:
+        """Collects bonds that came back."""
+        return self._send("withdraw")
+
+    def credit(self, account: str) -> int:
+        return int(self._read("credit", account))
+
+    def state_of(self, game_id: bytes) -> bytes:
+        """keccak256 of the open game's state (signing.game_hash); zeros if there is none."""
+        return bytes(self._read("stateOf", game_id))
+
+    def commitment_of(self, game_id: bytes) -> int:
+        return int(self._read("commitmentOf", game_id))
+
+    def bond_for(self, job: bytes, stage: int) -> int:
+        return int(self._read("bondFor", job, stage))
+
+
+class RefereeDoor(Door):
+    contract = "Referee"
+
+    def step(
+        self,
+        model: Model,
+        cell: Cell,
+        steps: Sequence[bytes],
+        instruction: Instruction,
+        element: int,
+        chunk: int,
+        openings: Sequence[Opening],
+    ) -> int:
+        return int(self._read("step", model, cell, steps, instruction, element, chunk, openings))
+
+    def run(self, op: int, arguments: Sequence[Sequence[int]], a: int, b: int) -> int:
+        return int(self._read("run", op, arguments, a, b))
+
+    def finish(self, op: int, total: int, a: int) -> int:
+        return int(self._read("finish", op, total, a))

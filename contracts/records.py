@@ -1,0 +1,68 @@
+"""The structs of IWorkers and IEscrow, field for field; the referee's and the game's live in verifier
+(referee/codec.py, game.py).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+@dataclass(frozen=True)
+class Worker:
+    signer: str  # checksummed address
+    tls: bytes  # SHA-256 of the DER certificate
+    url: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    worker: str
+    first_layer: int
+    end_layer: int
+    share_bps: int
+
+
+class Status(IntEnum):
+    NONE = 0
+    OPEN = 1
+    ACCEPTED = 2
+    COMMITTED = 3
+    PAID = 4
+    VOID = 5
+    REFUNDED = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prices, lock and gas rate in base units of the token; times in unix seconds; window, clock, grace in seconds."""
+
+    model: bytes
+    pipeline: bytes
+    requests_root: bytes
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+    prompt_price: int
+    token_price: int
+    lock: int
+    gas_rate: int
+    accept_by: int
+    commit_by: int
+    window: int
+    clock: int
+    grace: int
+    nonce: int
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    stage: int
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Claim:
+    stage: int
+    root: bytes
+    outputs: bytes  # zero but for the last stage
+    tokens: int  # zero but for the last stage
+    signature: bytes

@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
+import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
+import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
+
+import {Descent} from "./game/Descent.sol";
+import {Evidence, Terms} from "./game/Evidence.sol";
+import {Game, HandoffProof, IDisputes, Move, Phase, Proof, Segment} from "./interfaces/IDisputes.sol";
+import {IEscrow} from "./interfaces/IEscrow.sol";
+import {Cell, Instruction, IReferee, Model, Opening} from "./interfaces/IReferee.sol";
+import {IWorkers} from "./interfaces/IWorkers.sol";
+import {Codec} from "./referee/Codec.sol";
+import {Tree} from "./referee/Tree.sol";
+
+/// @title Disputes: the game that convicts a wrong segment
+/// @notice See IDisputes and docs/protocol.md, "The game".
+/// @dev Over 400 lines: moves, clocks and money are one state machine. What a segment is lies in game/Evidence.sol, the shape of lists in
+/// game/Descent.sol.
+contract Disputes is IDisputes {
+    using SafeERC20 for IERC20;
+
+    uint256 public constant GAME_GAS = 2_000_000;
+    uint256 public constant MOVE_GAS = 250_000;
+    /// @dev An honest move needs at most a list of 64 nodes, a leaf of 512 bytes and its openings: under 12 KB at every shape served.
+    uint256 public constant MAX_CALLDATA_BYTES = 24 * 1024;
+    /// @notice Where burned bonds go: the token need not know how to burn.
+    address public constant BURN = 0x000000000000000000000000000000000000dEaD;
+
+    /// @dev leaf(i64 1): the only verdict that a challenge may claim.
+    bytes32 private constant WRONG = 0xd81f51781eeb8f46a0e112e86ca335896ccc12cee00e6cfcf58a3501129dfc24;
+    /// @dev State of a game that is over. No state hashes to it.
+    bytes32 private constant ENDED = keccak256("plumb.game.ended");
+    /// @dev Open games against a stage that double the bond.
+    uint256 private constant GAMES_PER_DOUBLING = 4;
+    uint256 private constant MAX_DOUBLINGS = 107;
+    uint8 private constant NOBODY = 255;
+
+    // Reasons in GameEnded.
+    uint8 private constant PROVED = 1;
+    uint8 private constant FLAGGED = 2;
+    uint8 private constant SHOWN = 3;
+    uint8 private constant DEFLECTED = 4;
+
+    IERC20 public immutable token;
+    IEscrow public immutable escrow;
+    IWorkers public immutable workers;
+    IReferee public immutable referee;
+    Evidence public immutable evidence;
+
+    /// @dev One slot a game. 0: nothing; below 2^128: its commitment's block, 64 bits, and timestamp, 64 bits; else the hash of its state, at
+    /// last ENDED.
+    mapping(bytes32 id => bytes32) private _slots;
+    /// @inheritdoc IDisputes
+    mapping(address account => uint256) public credit;
+
+    modifier bounded() {
+        if (msg.data.length > MAX_CALLDATA_BYTES) revert CalldataTooLong(msg.data.length);
+        _;
+    }
+
+    constructor(IERC20 token_, IEscrow escrow_, IWorkers workers_, IReferee referee_) {
+        token = token_;
+        escrow = escrow_;
+        workers = workers_;
+        referee = referee_;
+        evidence = new Evidence(escrow_, workers_, referee_);
+    }
+
+    // ---- opening a game
+
+    /// @inheritdoc IDisputes
+    function commit(bytes32 id) external {
+        if (_slots[id] != 0) revert CommitmentExists(id);
+
+        _slots[id] = bytes32(block.number << 64 | uint64(block.timestamp));
+        emit ChallengeCommitted(id, msg.sender);
+    }
+
+    /// @inheritdoc IDisputes
+    function challenge(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata openings, bytes calldata steps)
+        external
+        bounded
+        returns (bytes32 id)
+    {
+        uint64 committedAt;
+        (id, committedAt) = _reveal(segment, salt);
+        (Game memory game, Terms memory terms) = evidence.charge(segment, model, openings);
+        // `step` is a byte.
+        if (terms.steps == 0 || terms.steps > type(uint8).max) revert WrongSegment("kind");
+        _requireLength(steps, 32 * uint256(terms.steps));
+        if (bytes32(steps[steps.length - 32:]) != WRONG) revert VerdictNotWrong();
+
+        game.committedAt = committedAt;
+        game.steps = keccak256(steps);
+        game.phase = Phase.Steps;
+        _start(id, game, terms, steps);
+    }
+
+    /// @inheritdoc IDisputes
+    /// @dev Where nobody else can be to blame the game ends at once, and takes no bond.
+    function show(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata openings)
+        external
+        bounded
+        returns (bytes32 id)
+    {
+        uint64 committedAt;
+        (id, committedAt) = _reveal(segment, salt);
+        (Game memory game, Terms memory terms) = evidence.find(segment, model, openings);
+
+        game.committedAt = committedAt;
+        if (terms.deflectable) {
+            game.phase = Phase.Handoff;
+            _start(id, game, terms, terms.block_);
+        } else {
+            game.challenger = msg.sender;
+            game.challengerMoves = 1;
+            escrow.gameOpened(segment.job, segment.stage);
+            _end(id, game, segment.stage, SHOWN);
+        }
+    }
+
+    /// @dev The worker is to move. It has `grace` more for each game already open against its stage.
+    function _start(bytes32 id, Game memory game, Terms memory terms, bytes memory list) private {
+        uint256 alreadyOpen = escrow.gameOpened(game.segment.job, game.segment.stage);
+        uint256 workerSeconds = uint256(terms.clock) + alreadyOpen * terms.grace;
+        game.workerSeconds = workerSeconds > type(uint32).max ? type(uint32).max : uint32(workerSeconds);
+        game.challengerSeconds = terms.clock;
+        game.challenger = msg.sender;
+        game.challengerMoves = 1;
+        game.workerTurn = true;
+        game.turnStarted = uint64(block.timestamp);
+        game.bond = _bond(terms.gasRate, alreadyOpen);
+        _store(id, game, list);
+
+        token.safeTransferFrom(msg.sender, address(this), game.bond);
+    }
+
+    // ---- moves
+
+    /// @inheritdoc IDisputes
+    function descend(bytes32 id, Game calldata posted, Move calldata move) external bounded {
+        Game memory game = _resume(id, posted);
+        if (game.phase == Phase.Steps) _pickStep(game, move);
+        else if (game.phase == Phase.Nodes) _pickNode(game, move);
+        else if (game.phase == Phase.Elements) _pickElement(game, move);
+        else if (game.phase == Phase.Sums) _pickSum(game, move);
+        else revert WrongPhase(game.phase);
+
+        _passTurn(game);
+        _store(id, game, move.list);
+    }
+
+    /// @inheritdoc IDisputes
+    function prove(bytes32 id, Game calldata posted, Proof calldata proof) external bounded {
+        Game memory game = _resume(id, posted);
+        if (game.phase != Phase.Elements && game.phase != Phase.Sums) revert WrongPhase(game.phase);
+        Instruction memory ins = _instruction(game, proof.record);
+        if (!Descent.readsEarlier(ins, game.step)) revert RecordMismatch();
+        bytes32 modelId = keccak256(abi.encode(proof.model));
+        if (modelId != game.modelId) revert WrongModel(game.modelId, modelId);
+        if (keccak256(abi.encodePacked(proof.steps)) != game.steps) revert ClaimMismatch();
+
+        bytes memory claimed;
+        uint256 element = game.index;
+        uint256 chunk = 0;
+        bool wide = true; // as partial sums are
+        if (game.phase == Phase.Elements) {
+            wide = ins.wide != 0;
+            claimed = _claimed(game, proof.claim, proof.pick, Codec.elementBytes(wide));
+            element = element * Codec.elementsPerLeaf(wide) + proof.pick;
+            if (Codec.chunkCount(ins, game.segment.position) > 1) revert MustDescend();
+        } else {
+            claimed = _claimed(game, proof.claim, proof.pick, Descent.SUM_BYTES);
+            uint256 end;
+            (chunk, end) = Descent.sumRange(game.firstChunk, game.endChunk, proof.pick);
+            if (end - chunk > 1) revert MustDescend();
+        }
+        int256 value = _step(game, proof, ins, element, chunk);
+        if (game.phase == Phase.Elements) value = referee.finish(ins.op, value, ins.a);
+        if (_equal(Codec.encodeValue(value, wide), claimed)) revert NotWrong();
+
+        _end(id, game, game.workerTurn ? NOBODY : game.segment.stage, PROVED);
+    }
+
+    /// @inheritdoc IDisputes
+    function deflect(bytes32 id, Game calldata posted, HandoffProof calldata proof) external bounded {
+        Game memory game = _resume(id, posted);
+        if (game.phase != Phase.Handoff) revert WrongPhase(game.phase);
+
+        _end(id, game, evidence.sender(game, proof), DEFLECTED);
+    }
+
+    /// @inheritdoc IDisputes
+    function flag(bytes32 id, Game calldata posted) external bounded {
+        Game memory game = _load(id, posted);
+        if (block.timestamp - game.turnStarted <= _seconds(game)) revert FlagNotFallen();
+
+        _end(id, game, game.workerTurn ? game.segment.stage : NOBODY, FLAGGED);
+    }
+
+    /// @inheritdoc IDisputes
+    function withdraw() external {
+        uint256 amount = credit[msg.sender];
+        if (amount == 0) revert NothingToWithdraw();
+
+        credit[msg.sender] = 0;
+        emit Withdrawn(msg.sender, amount);
+
+        token.safeTransfer(msg.sender, amount);
+    }
+
+    // ---- views
+
+    /// @inheritdoc IDisputes
+    function stateOf(bytes32 id) external view returns (bytes32) {
+        return uint256(_slots[id]) > type(uint128).max ? _slots[id] : bytes32(0);
+    }
+
+    /// @inheritdoc IDisputes
+    function commitmentOf(bytes32 id) external view returns (uint64) {
+        return uint256(_slots[id]) > type(uint128).max ? 0 : uint64(uint256(_slots[id]));
+    }
+
+    /// @inheritdoc IDisputes
+    function bondFor(bytes32 job, uint8 stage) external view returns (uint256) {
+        return _bond(escrow.job(job).gasRate, escrow.openGames(job, stage));
+    }
+
+    // ---- the descent
+
+    function _pickStep(Game memory game, Move calldata move) private pure {
+        if (keccak256(move.claim) != game.steps) revert ClaimMismatch();
+        uint256 pick = move.pick;
+        if (pick >= move.claim.length / 32) revert PickOutOfRange(pick, move.claim.length / 32);
+        bytes32 root =
+            Descent.rootOf(Tree.leaf(move.record), game.firstInstruction + pick, game.programLeaves, move.siblings);
+        if (root != game.programRoot) revert RecordMismatch();
+        game.step = uint8(pick);
+        game.instruction = keccak256(move.record);
+
+        Instruction memory ins = Codec.instruction(move.record);
+        bytes32 disputed = bytes32(move.claim[32 * pick:]);
+        uint256 leaves = Codec.leafCount(_elements(game, ins), ins.wide != 0);
+        if (leaves > 1) _postNodes(game, leaves, Tree.depth(leaves), 0, disputed, move.list);
+        else _postLeaf(game, ins, 0, disputed, move.list);
+    }
+
+    function _pickNode(Game memory game, Move calldata move) private pure {
+        Instruction memory ins = _instruction(game, move.record);
+        uint256 leaves = Codec.leafCount(_elements(game, ins), ins.wide != 0);
+        uint256 above = Descent.parentLevel(Tree.depth(leaves), game.level);
+        uint256 length = Descent.children(leaves, game.level, above, game.index >> (above - game.level));
+        if (move.pick >= length) revert PickOutOfRange(move.pick, length);
+        if (move.claim.length != 32) revert WrongListLength(32, move.claim.length);
+        bytes32 disputed = bytes32(move.claim);
+        if (Descent.rootOf(disputed, move.pick, length, move.siblings) != game.list) revert ClaimMismatch();
+
+        uint256 picked = game.index + move.pick;
+        if (game.level > 0) _postNodes(game, leaves, game.level, picked, disputed, move.list);
+        else _postLeaf(game, ins, picked, disputed, move.list);
+    }
+
+    function _pickElement(Game memory game, Move calldata move) private pure {
+        Instruction memory ins = _instruction(game, move.record);
+        bool wide = ins.wide != 0;
+        bytes memory disputed = _claimed(game, move.claim, move.pick, Codec.elementBytes(wide));
+        uint256 chunks = Codec.chunkCount(ins, game.segment.position);
+        if (chunks == 1) revert MustProve();
+        _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(chunks));
+        if (_equal(Descent.finished(ins, move.list), disputed)) revert SameRoot();
+
+        game.phase = Phase.Sums;
+        game.index = uint64(game.index * Codec.elementsPerLeaf(wide) + move.pick);
+        game.endChunk = uint32(chunks);
+        game.list = Tree.leaf(move.list);
+    }
+
+    function _pickSum(Game memory game, Move calldata move) private pure {
+        Instruction memory ins = _instruction(game, move.record);
+        bytes memory disputed = _claimed(game, move.claim, move.pick, Descent.SUM_BYTES);
+        (uint256 first, uint256 end) = Descent.sumRange(game.firstChunk, game.endChunk, move.pick);
+        if (end - first == 1) revert MustProve();
+        _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(end - first));
+        if (Descent.combine(ins.op, move.list) == Codec.decodeValue(disputed, 0, true)) revert SameRoot();
+
+        game.firstChunk = uint32(first);
+        game.endChunk = uint32(end);
+        game.list = Tree.leaf(move.list);
+    }
+
+    /// @dev Posts the nodes beneath node `parent` of level `above`.
+    function _postNodes(Game memory game, uint256 leaves, uint256 above, uint256 parent, bytes32 disputed, bytes calldata list)
+        private
+        pure
+    {
+        uint256 level = Descent.nextLevel(Tree.depth(leaves), above);
+        uint256 length = Descent.children(leaves, level, above, parent);
+        _requireLength(list, 32 * length);
+        bytes32[] memory nodes = new bytes32[](length);
+        for (uint256 i = 0; i < length; ++i) {
+            nodes[i] = bytes32(list[32 * i:]);
+        }
+        bytes32 fold = Tree.fold(nodes);
+        if (fold == disputed) revert SameRoot();
+
+        game.phase = Phase.Nodes;
+        game.level = uint8(level);
+        game.index = uint64(parent << (above - level));
+        game.list = fold;
+    }
+
+    function _postLeaf(Game memory game, Instruction memory ins, uint256 index, bytes32 disputed, bytes calldata list) private pure {
+        _requireLength(list, Descent.leafBytes(_elements(game, ins), ins.wide != 0, index));
+        bytes32 leaf = Tree.leaf(list);
+        if (leaf == disputed) revert SameRoot();
+
+        game.phase = Phase.Elements;
+        game.level = 0;
+        game.index = uint64(index);
+        game.list = leaf;
+    }
+
+    /// @dev Entry `pick` of the opponent's list of elements or sums.
+    function _claimed(Game memory game, bytes calldata claim, uint256 pick, uint256 size) private pure returns (bytes memory) {
+        if (Tree.leaf(claim) != game.list) revert ClaimMismatch();
+        if (pick >= claim.length / size) revert PickOutOfRange(pick, claim.length / size);
+        return claim[pick * size:(pick + 1) * size];
+    }
+
+    function _instruction(Game memory game, bytes calldata record) private pure returns (Instruction memory) {
+        if (keccak256(record) != game.instruction) revert RecordMismatch();
+        return Codec.instruction(record);
+    }
+
+    function _elements(Game memory game, Instruction memory ins) private pure returns (uint256) {
+        return Codec.elementCount(ins, game.segment.position, game.segment.unit);
+    }
+
+    function _step(Game memory game, Proof calldata proof, Instruction memory ins, uint256 element, uint256 chunk)
+        private
+        view
+        returns (int256)
+    {
+        Segment memory segment = game.segment;
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next);
+        return referee.step(proof.model, cell, proof.steps, ins, uint64(element), uint32(chunk), proof.openings);
+    }
+
+    function _requireLength(bytes calldata list, uint256 expected) private pure {
+        if (list.length != expected) revert WrongListLength(expected, list.length);
+    }
+
+    function _equal(bytes memory a, bytes memory b) private pure returns (bool) {
+        return keccak256(a) == keccak256(b);
+    }
+
+    // ---- state and clocks
+
+    function _reveal(Segment calldata segment, bytes32 salt) private view returns (bytes32 id, uint64 committedAt) {
+        id = keccak256(abi.encode(msg.sender, segment, salt));
+        uint256 slot = uint256(_slots[id]);
+        if (slot == 0) revert UnknownCommitment(id);
+        if (slot > type(uint128).max) revert GameExists(id);
+        if (slot >> 64 >= block.number) revert CommitmentTooRecent(id);
+        committedAt = uint64(slot);
+    }
+
+    function _load(bytes32 id, Game calldata posted) private view returns (Game memory) {
+        if (_slots[id] != keccak256(abi.encode(posted))) revert WrongState(id);
+        return posted;
+    }
+
+    /// @dev Checks state, mover and clock, and charges the clock for the move.
+    function _resume(bytes32 id, Game calldata posted) private view returns (Game memory game) {
+        game = _load(id, posted);
+        bool mayMove = game.workerTurn
+            ? msg.sender == game.worker || msg.sender == workers.signerOf(game.worker)
+            : msg.sender == game.challenger;
+        if (!mayMove) revert NotYourTurn(msg.sender);
+        uint256 elapsed = block.timestamp - game.turnStarted;
+        if (elapsed > _seconds(game)) revert FlagFallen();
+        if (game.workerTurn) {
+            game.workerSeconds -= uint32(elapsed);
+            ++game.workerMoves;
+        } else {
+            game.challengerSeconds -= uint32(elapsed);
+            ++game.challengerMoves;
+        }
+    }
+
+    /// @dev Hands the turn over; whoever is to move has at least `grace`.
+    function _passTurn(Game memory game) private view {
+        uint32 grace = escrow.job(game.segment.job).grace;
+        game.workerTurn = !game.workerTurn;
+        game.turnStarted = uint64(block.timestamp);
+        if (game.workerTurn && game.workerSeconds < grace) game.workerSeconds = grace;
+        if (!game.workerTurn && game.challengerSeconds < grace) game.challengerSeconds = grace;
+    }
+
+    function _seconds(Game memory game) private pure returns (uint256) {
+        return game.workerTurn ? game.workerSeconds : game.challengerSeconds;
+    }
+
+    function _store(bytes32 id, Game memory game, bytes memory list) private {
+        _slots[id] = keccak256(abi.encode(game));
+        emit GameMoved(id, game.segment.job, msg.sender, game, list);
+    }
+
+    // ---- money
+
+    function _bond(uint128 gasRate, uint256 openGames) private pure returns (uint128) {
+        uint256 doublings = openGames / GAMES_PER_DOUBLING;
+        // Nobody can pay so much; a longer shift would wrap: GAME_GAS * gasRate has up to 149 bits.
+        if (doublings > MAX_DOUBLINGS) doublings = MAX_DOUBLINGS;
+        return SafeCast.toUint128((GAME_GAS * gasRate) << doublings);
+    }
+
+    /// @dev The loser's bond pays the worker's moves, the rest burns; a winner's returns. Payouts are pulled.
+    /// @param convicted stage found guilty, or NOBODY: the challenger lost
+    function _end(bytes32 id, Game memory game, uint8 convicted, uint8 reason) private {
+        Segment memory segment = game.segment;
+        uint256 burned = 0;
+        _slots[id] = ENDED;
+        if (convicted != NOBODY) {
+            _credit(game.challenger, game.bond, id);
+        } else {
+            uint256 moves = game.workerMoves * MOVE_GAS * escrow.job(segment.job).gasRate;
+            if (moves > game.bond) moves = game.bond;
+            burned = game.bond - moves;
+            _credit(game.worker, moves, id);
+        }
+        emit GameEnded(id, segment.job, segment.stage, convicted, reason);
+
+        if (burned > 0) token.safeTransfer(BURN, burned);
+        escrow.gameClosed(
+            segment.job, segment.stage, convicted, game.challenger, game.committedAt, game.challengerMoves * MOVE_GAS
+        );
+    }
+
+    function _credit(address account, uint256 amount, bytes32 id) private {
+        if (amount == 0) return;
+        credit[account] += amount;
+        emit Credited(account, amount, id);
+    }
+}

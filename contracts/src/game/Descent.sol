@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Codec} from "../referee/Codec.sol";
+import {Ops} from "../referee/Ops.sol";
+import {Tree} from "../referee/Tree.sol";
+import {Instruction, Operand} from "../interfaces/IReferee.sol";
+
+/// @title Descent: the shape of every list that a game may post
+/// @notice docs/protocol.md, "The game", 3. All shapes follow from the instruction, the position and the unit, never from the caller.
+library Descent {
+    /// @dev Most levels of a tree that one list of nodes goes down.
+    uint256 private constant LIST_LEVELS = 6;
+    /// @dev Bytes of one partial sum, an i128.
+    uint256 internal constant SUM_BYTES = 16;
+    uint8 private constant STEP = 1; // operand source
+
+    // ---- nodes
+
+    /// @notice Root of a tree of `count` nodes, from one of them.
+    function rootOf(bytes32 node, uint256 index, uint256 count, bytes32[] memory siblings) internal pure returns (bytes32) {
+        bytes32[] memory nodes = new bytes32[](1);
+        nodes[0] = node;
+        return Tree.rootOfRange(nodes, index, count, siblings);
+    }
+
+    /// @notice Levels that each list of nodes goes down in a tree of that depth > 0 (the last may go fewer).
+    function levelsPerList(uint256 depth) internal pure returns (uint256) {
+        uint256 lists = (depth + LIST_LEVELS - 1) / LIST_LEVELS;
+        return (depth + lists - 1) / lists;
+    }
+
+    /// @notice Level of the list beneath a node at `level` > 0.
+    function nextLevel(uint256 depth, uint256 level) internal pure returns (uint256) {
+        uint256 levels = levelsPerList(depth);
+        return level > levels ? level - levels : 0;
+    }
+
+    /// @notice Level of the node above a list at `level`.
+    function parentLevel(uint256 depth, uint256 level) internal pure returns (uint256) {
+        uint256 levels = levelsPerList(depth);
+        // All lists but the last go down exactly `levels`, from the depth on; the last ends at 0, from whatever they left.
+        return level > 0 ? level + levels : depth - (depth - 1) / levels * levels;
+    }
+
+    /// @notice Length of the list at `level` beneath node `parent` of `above`, in a tree of `leaves` leaves.
+    function children(uint256 leaves, uint256 level, uint256 above, uint256 parent) internal pure returns (uint256) {
+        uint256 first = parent << (above - level);
+        uint256 end = (parent + 1) << (above - level);
+        uint256 nodes = Tree.nodes(leaves, level);
+        return (end < nodes ? end : nodes) - first;
+    }
+
+    // ---- elements
+
+    /// @notice Bytes of leaf `index` of a vector.
+    function leafBytes(uint256 elements, bool wide, uint256 index) internal pure returns (uint256) {
+        uint256 size = Codec.elementBytes(wide);
+        uint256 rest = elements * size - index * Codec.LEAF_BYTES;
+        return rest < Codec.LEAF_BYTES ? rest : Codec.LEAF_BYTES;
+    }
+
+    // ---- partial sums
+
+    /// @notice Entries of the list that covers `chunks` chunks.
+    function sums(uint256 chunks) internal pure returns (uint256) {
+        uint256 span = Codec.span(chunks);
+        return (chunks + span - 1) / span;
+    }
+
+    /// @notice The chunks that entry `pick` of the list over first .. end-1 covers.
+    function sumRange(uint256 first, uint256 end, uint256 pick) internal pure returns (uint256 from, uint256 to) {
+        uint256 span = Codec.span(end - first);
+        from = first + pick * span;
+        to = from + span < end ? from + span : end;
+    }
+
+    /// @notice All entries of a list of partial sums put together.
+    function combine(uint8 op, bytes memory list) internal pure returns (int256 total) {
+        int256[] memory entries = Codec.decodeValues(list, 0, list.length / SUM_BYTES, true);
+        total = entries[0];
+        for (uint256 i = 1; i < entries.length; ++i) {
+            total = Ops.combine(op, total, entries[i]);
+        }
+    }
+
+    /// @notice The element that a list of partial sums over all its chunks amounts to, encoded.
+    function finished(Instruction memory ins, bytes memory list) internal pure returns (bytes memory) {
+        return Codec.encodeValue(Ops.finish(ins.op, combine(ins.op, list), ins.a), ins.wide != 0);
+    }
+
+    // ---- instructions
+
+    /// @notice Whether instruction `step` reads only vectors that were agreed before it.
+    function readsEarlier(Instruction memory ins, uint256 step) internal pure returns (bool) {
+        return _earlier(ins.x, step) && _earlier(ins.y, step) && _earlier(ins.z, step);
+    }
+
+    function _earlier(Operand memory operand, uint256 step) private pure returns (bool) {
+        return operand.source != STEP || operand.id < step;
+    }
+}

@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
+
+import {Game, HandoffProof, IDisputes, Segment} from "../interfaces/IDisputes.sol";
+import {IEscrow, Job} from "../interfaces/IEscrow.sol";
+import {Cell, Instruction, IReferee, Model, Opening, Trace} from "../interfaces/IReferee.sol";
+import {IWorkers, Stage} from "../interfaces/IWorkers.sol";
+import {Codec, SegmentHeader} from "../referee/Codec.sol";
+import {Tree} from "../referee/Tree.sol";
+import {Descent} from "./Descent.sol";
+import {Exact} from "./Exact.sol";
+import {Records} from "./Records.sol";
+
+/// @notice What opening a game needs to know of the job.
+struct Terms {
+    uint128 gasRate;
+    uint32 clock;
+    uint32 grace;
+    uint32 steps; // instructions of the segment's program
+    bool deflectable; // a signed hand-off may shift the blame
+    bytes block_; // the judged block of LINK
+}
+
+/// @title Evidence: from a named segment and its openings to what is judged
+/// @notice docs/protocol.md, "Segments". Every opening is checked against a root that the chain already holds. Holds nothing; apart from Disputes
+/// because of the size limit of a contract.
+/// @dev INVARIANT: index < count for all a segment names: request, layer, position, unit, and the tokens these imply.
+contract Evidence {
+    /// @dev An opening does not belong to the committed tree.
+    error RootMismatch(bytes32 expected, bytes32 actual);
+    /// @dev The evidence for this segment has `expected` openings (at least, where a program's own follow).
+    error OpeningCount(uint256 expected, uint256 actual);
+
+    // Segment kinds.
+    uint8 private constant EMBED = 0;
+    uint8 private constant Q = 1;
+    uint8 private constant MLP = 5;
+    uint8 private constant LINK = 6;
+    uint8 private constant TOKEN = 7;
+    uint8 private constant STOP = 8;
+    uint8 private constant BILL = 9;
+    uint8 private constant LENGTH = 10;
+    bytes32 public constant HANDOFF_TYPEHASH = keccak256("Handoff(bytes32 job,uint8 stage,bytes32 root,uint32 leaves)");
+    bytes32 private constant DOMAIN_TYPEHASH =
+        keccak256("EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)");
+    uint256 private constant KINDS = 8; // those with a program
+    uint32 private constant NO_TOKEN = type(uint32).max;
+
+    IEscrow public immutable escrow;
+    IWorkers public immutable workers;
+    IReferee public immutable referee;
+
+    /// @dev The stage that a segment accuses, and what was found so far.
+    struct Docket {
+        Job job;
+        Stage stage;
+        Game game;
+        Terms terms;
+    }
+
+    constructor(IEscrow escrow_, IWorkers workers_, IReferee referee_) {
+        escrow = escrow_;
+        workers = workers_;
+        referee = referee_;
+    }
+
+    /// @notice Q, K, V, ATTEND, MLP and TOKEN: a game that can start, but for its list, its clocks and its bond.
+    function charge(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
+        external
+        view
+        returns (Game memory, Terms memory)
+    {
+        bool token = segment.kind == TOKEN;
+        if (!token && (segment.kind < Q || segment.kind > MLP)) revert IDisputes.WrongSegment("kind");
+        _requireCount(evidence, token ? 5 : 2);
+        Docket memory docket = _accuse(segment, model);
+        Game memory game = docket.game;
+        _requireLayer(segment, docket.stage);
+        game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+        game.next = game.trace;
+        if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
+        SegmentHeader memory header = _header(segment, model, evidence[1]);
+        game.firstInstruction = header.first;
+        docket.terms.steps = header.steps;
+        if (!token) return (game, docket.terms);
+
+        if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
+        bytes memory request = _open(evidence[2], docket.job.requestsRoot, segment.request, docket.job.requests);
+        // Position t yields the token that follows it: the first output token comes from the last prompt position.
+        uint256 prompt = Records.promptCount(request);
+        if (uint256(segment.position) + 1 < prompt) revert IDisputes.WrongSegment("position");
+        uint256 place = uint256(segment.position) + 1 - prompt;
+        (uint256 id,) = _outputToken(segment, docket, evidence[3], evidence[4], place);
+        game.token = _known(id, model.vocabulary);
+        return (game, docket.terms);
+    }
+
+    /// @notice EMBED, LINK, STOP, BILL and LENGTH: the same once the segment is proved wrong; reverts with NotWrong if it is right.
+    function find(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
+        external
+        view
+        returns (Game memory, Terms memory)
+    {
+        Docket memory docket = _accuse(segment, model);
+        if (segment.kind == EMBED) _findEmbed(segment, docket, model, evidence);
+        else if (segment.kind == LINK) _findLink(segment, docket, model, evidence);
+        else if (segment.kind == STOP) _findStop(segment, docket, model, evidence);
+        else if (segment.kind == BILL) _findBill(segment, docket, model, evidence);
+        else if (segment.kind == LENGTH) _findLength(segment, docket, evidence);
+        else revert IDisputes.WrongSegment("kind");
+        return (docket.game, docket.terms);
+    }
+
+    /// @dev Panics (0x32) for a stage that the pipeline does not have.
+    function _accuse(Segment calldata segment, Model calldata model) private view returns (Docket memory docket) {
+        docket.job = escrow.job(segment.job);
+        bytes32 modelId = keccak256(abi.encode(model));
+        if (modelId != docket.job.model) revert IDisputes.WrongModel(docket.job.model, modelId);
+        if (segment.request >= docket.job.requests) revert IDisputes.WrongSegment("request");
+        docket.stage = workers.pipelineStage(docket.job.pipeline, segment.stage);
+
+        docket.game.segment = segment;
+        docket.game.worker = docket.stage.worker;
+        docket.game.modelId = modelId;
+        docket.game.programRoot = model.programRoot;
+        docket.game.programLeaves = model.programLeaves;
+        docket.terms.gasRate = docket.job.gasRate;
+        docket.terms.clock = docket.job.clock;
+        docket.terms.grace = docket.job.grace;
+    }
+
+    // ---- exact segments
+
+    function _findEmbed(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
+        private
+        view
+    {
+        if (segment.stage != 0) revert IDisputes.WrongSegment("stage");
+        if (segment.layer != 0) revert IDisputes.WrongSegment("layer");
+        _requireAtLeast(evidence, 3);
+        Game memory game = docket.game;
+        game.trace = _trace(segment, 0, docket.job, docket.stage, evidence[0]);
+        game.next = game.trace;
+        if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
+
+        bytes memory request = _open(evidence[1], docket.job.requestsRoot, segment.request, docket.job.requests);
+        uint256 prompt = Records.promptCount(request);
+        uint256 used;
+        if (segment.position < prompt) {
+            used = 3;
+            uint256 leaf = segment.position / Records.TOKENS_PER_LEAF;
+            bytes memory tokens = _open(evidence[2], Records.promptRoot(request), leaf, Records.tokenLeaves(prompt));
+            game.token = _known(Records.token(tokens, segment.position), model.vocabulary);
+        } else {
+            used = 4;
+            _requireAtLeast(evidence, used);
+            game.index = uint64(segment.position - prompt);
+            (uint256 id, uint256 count) = _outputToken(segment, docket, evidence[2], evidence[3], game.index);
+            // The last output token is not fed back, so no rule says what stands there.
+            if (game.index + 1 == count) revert IDisputes.WrongSegment("position");
+            game.token = _known(id, model.vocabulary);
+            // Where one worker holds all layers, there is no other to blame.
+            docket.terms.deflectable = docket.stage.endLayer != model.layers;
+        }
+        _judge(game, model, evidence, used);
+    }
+
+    function _findLink(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
+        private
+        view
+    {
+        Game memory game = docket.game;
+        // LINK of layer l judges the input of layer l + 1, so at a boundary the receiver is accused.
+        bool received = uint256(segment.layer) + 1 == docket.stage.firstLayer;
+        uint256 used = received ? 2 : 1;
+        _requireAtLeast(evidence, used);
+        if (received) {
+            Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
+            game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[0]);
+            game.next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[1]);
+        } else {
+            _requireLayer(segment, docket.stage);
+            bool last = segment.layer + 1 == docket.stage.endLayer && docket.stage.endLayer != model.layers;
+            if (last) revert IDisputes.WrongSegment("stage");
+            game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+            game.next = game.trace;
+        }
+        if (segment.position >= game.trace.positions || segment.position >= game.next.positions) {
+            revert IDisputes.WrongSegment("position");
+        }
+        _judge(game, model, evidence, used);
+        docket.terms.deflectable = received;
+        docket.terms.block_ = evidence[evidence.length - 1].data;
+        game.list = Tree.leaf(docket.terms.block_);
+    }
+
+    function _findStop(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
+        private
+        view
+    {
+        if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
+        bool token = segment.unit != NO_TOKEN;
+        _requireCount(evidence, token ? 4 : 3);
+        uint32 requests = docket.job.requests;
+        bytes memory request = _open(evidence[0], docket.job.requestsRoot, segment.request, requests);
+        (bytes32 outputs,) = escrow.outputs(segment.job);
+        bytes memory output = _open(evidence[1], outputs, segment.request, requests);
+        bytes memory node = _open(evidence[2], escrow.root(segment.job, segment.stage), segment.request, requests);
+        if (Exact.stopBroken(request, output, node, segment.request)) return;
+        if (!token) revert IDisputes.NotWrong();
+
+        bytes memory leaf = _tokenLeaf(output, evidence[3], segment.unit);
+        if (!Exact.tokenBroken(request, output, leaf, segment.unit, model.vocabulary)) revert IDisputes.NotWrong();
+    }
+
+    function _findBill(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
+        private
+        view
+    {
+        if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
+        uint32 requests = docket.job.requests;
+        bool last = segment.request == requests - 1;
+        _requireCount(evidence, last ? 1 : 2);
+        (bytes32 outputs, uint64 total) = escrow.outputs(segment.job);
+        bytes memory output = _open(evidence[0], outputs, segment.request, requests);
+        bytes memory next;
+        if (!last) next = _open(evidence[1], outputs, uint256(segment.request) + 1, requests);
+        if (!Exact.billBroken(segment.request, requests, output, next, total)) revert IDisputes.NotWrong();
+    }
+
+    function _findLength(Segment calldata segment, Docket memory docket, Opening[] calldata evidence) private view {
+        if (segment.stage == 0) revert IDisputes.WrongSegment("stage");
+        _requireCount(evidence, 2);
+        Game memory game = docket.game;
+        Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
+        game.next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+        game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[1]);
+        if (segment.position != game.trace.positions) revert IDisputes.WrongSegment("position");
+        if (game.next.positions <= game.trace.positions) revert IDisputes.NotWrong();
+        docket.terms.deflectable = true;
+    }
+
+    /// @dev Runs the single instruction of an exact program on the openings that follow its header and record.
+    function _judge(Game memory game, Model calldata model, Opening[] calldata evidence, uint256 used) private view {
+        _requireAtLeast(evidence, used + 3);
+        Segment memory segment = game.segment;
+        SegmentHeader memory header = _header(segment, model, evidence[used]);
+        if (header.steps != 1) revert IDisputes.WrongSegment("kind");
+        Instruction memory ins =
+            Codec.instruction(_open(evidence[used + 1], model.programRoot, header.first, model.programLeaves));
+        Opening[] memory openings = new Opening[](evidence.length - used - 2);
+        for (uint256 i = 0; i < openings.length; ++i) {
+            openings[i] = evidence[used + 2 + i];
+        }
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next);
+        // No step comes before the first, so an operand that names one finds no root.
+        if (referee.step(model, cell, new bytes32[](0), ins, 0, 0, openings) != 1) revert IDisputes.NotWrong();
+    }
+
+    // ---- hand-offs
+
+    /// @notice The stage that signed a hand-off which contradicts its own commitment, about the very place that was shown.
+    function sender(Game calldata game, HandoffProof calldata proof) external view returns (uint8 index) {
+        bytes32 root = Descent.rootOf(Tree.leaf(proof.record), proof.index, proof.leaves, proof.siblings);
+        if (root != proof.root) revert IDisputes.BadHandoff("root");
+        _requireContradiction(game, proof.record);
+        Stage[] memory stages = workers.pipelineStages(escrow.job(game.segment.job).pipeline);
+        index = game.segment.kind == EMBED ? uint8(stages.length - 1) : game.segment.stage - 1;
+
+        bytes32 domain = keccak256(
+            abi.encode(DOMAIN_TYPEHASH, keccak256("Plumb"), keccak256("1"), block.chainid, address(escrow))
+        );
+        bytes32 content = keccak256(abi.encode(HANDOFF_TYPEHASH, game.segment.job, index, proof.root, proof.leaves));
+        bytes32 digest = keccak256(abi.encodePacked(hex"1901", domain, content));
+        (address signer,,) = ECDSA.tryRecoverCalldata(digest, proof.signature);
+        // A registered signer is never zero, so a failed recovery never matches.
+        if (signer != workers.signerOf(stages[index].worker)) revert IDisputes.BadHandoff("signature");
+    }
+
+    function _requireContradiction(Game calldata game, bytes calldata record) private pure {
+        Segment calldata segment = game.segment;
+        uint256 head = Records.HANDOFF_HEAD_BYTES;
+        if (Records.index(record) != segment.request) revert IDisputes.BadHandoff("request");
+        uint256 place = Records.read(record, 4, 4);
+        uint256 third = Records.read(record, 8, 4); // token or block
+        if (segment.kind == EMBED) {
+            if (record.length != head) revert IDisputes.BadHandoff("length");
+            if (place != game.index) revert IDisputes.BadHandoff("position");
+            if (third == game.token) revert IDisputes.BadHandoff("token");
+            return;
+        }
+        if (record.length <= head) revert IDisputes.BadHandoff("length");
+        if (place != segment.position) revert IDisputes.BadHandoff("position");
+        // The sender has no such position, so any block of it contradicts.
+        if (segment.kind == LENGTH) return;
+        if (third != segment.unit) revert IDisputes.BadHandoff("block");
+        if (Tree.leaf(record[head:]) != game.list) revert IDisputes.BadHandoff("values");
+    }
+
+    // ---- openings
+
+    /// @dev Leaf `index` of a committed tree of `count` leaves.
+    function _open(Opening calldata opening, bytes32 root, uint256 index, uint256 count) private pure returns (bytes memory data) {
+        data = opening.data;
+        bytes32 actual = Descent.rootOf(Tree.leaf(data), index, count, opening.siblings);
+        if (actual != root) revert RootMismatch(root, actual);
+    }
+
+    function _trace(Segment calldata segment, uint8 index, Job memory job, Stage memory stage, Opening calldata opening)
+        private
+        view
+        returns (Trace memory)
+    {
+        bytes memory node = _open(opening, escrow.root(segment.job, index), segment.request, job.requests);
+        return Trace(Records.tensorsRoot(node), uint32(Records.positions(node)), stage.firstLayer, stage.endLayer);
+    }
+
+    function _header(Segment memory segment, Model calldata model, Opening calldata opening)
+        private
+        pure
+        returns (SegmentHeader memory header)
+    {
+        if (segment.kind >= KINDS) revert IDisputes.WrongSegment("kind");
+        header = Codec.header(_open(opening, model.programRoot, segment.kind, model.programLeaves));
+        if (segment.unit >= header.units) revert IDisputes.WrongSegment("unit");
+    }
+
+    /// @return id output token `place`
+    /// @return count how many there are
+    function _outputToken(Segment calldata segment, Docket memory docket, Opening calldata record, Opening calldata leaf, uint256 place)
+        private
+        view
+        returns (uint256 id, uint256 count)
+    {
+        (bytes32 outputs,) = escrow.outputs(segment.job);
+        bytes memory output = _open(record, outputs, segment.request, docket.job.requests);
+        count = Records.count(output);
+        if (place >= count) revert IDisputes.WrongSegment("position");
+        id = Records.token(_tokenLeaf(output, leaf, place), place);
+    }
+
+    function _tokenLeaf(bytes memory output, Opening calldata leaf, uint256 place) private pure returns (bytes memory) {
+        uint256 count = Records.count(output);
+        if (place >= count) revert IDisputes.WrongSegment("unit");
+        uint256 index = place / Records.TOKENS_PER_LEAF;
+        return _open(leaf, Records.tokensRoot(output), index, Records.tokenLeaves(count));
+    }
+
+    // ---- bounds
+
+    /// @dev A token beyond the vocabulary has no row to judge: STOP convicts it.
+    function _known(uint256 token, uint32 vocabulary) private pure returns (uint32) {
+        if (token >= vocabulary) revert IDisputes.WrongSegment("token");
+        return uint32(token);
+    }
+
+    function _requireLayer(Segment calldata segment, Stage memory stage) private pure {
+        if (segment.layer < stage.firstLayer || segment.layer >= stage.endLayer) revert IDisputes.WrongSegment("layer");
+    }
+
+    function _requireCount(Opening[] calldata evidence, uint256 expected) private pure {
+        if (evidence.length != expected) revert OpeningCount(expected, evidence.length);
+    }
+
+    function _requireAtLeast(Opening[] calldata evidence, uint256 expected) private pure {
+        if (evidence.length < expected) revert OpeningCount(expected, evidence.length);
+    }
+}

@@ -1,0 +1,488 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Cell, Instruction, IReferee, Model, Opening, Operand, Trace} from "../interfaces/IReferee.sol";
+import {Codec} from "./Codec.sol";
+import {Floats} from "./Floats.sol";
+import {Op, Ops} from "./Ops.sol";
+import {Tree} from "./Tree.sol";
+
+/// @title Referee: the one-step judge
+/// @notice docs/canonical.md, "Openings"; the Python twin is verifier/referee/referee.py.
+/// @dev Longer than a sitting because it is one argument: what a step reads, and that nothing else was read. Every step has the same beats: plan its reads, read and check each opening, compute. Nothing is taken from the caller that the
+/// model, the cell or the instruction implies.
+contract Referee is IReferee {
+    /// @dev The instruction's vector has `count` elements at this place.
+    error ElementOutOfRange(uint256 element, uint256 count);
+    /// @dev The element's sum has `count` chunks at this place.
+    error ChunkOutOfRange(uint256 chunk, uint256 count);
+    /// @dev The op cannot read an operand from this source.
+    error UnknownSource(uint8 op, uint8 source);
+    /// @dev The step has `expected` reads, each with an opening.
+    error OpeningCount(uint256 expected, uint256 actual);
+    /// @dev An opening does not belong to the committed tree.
+    error RootMismatch(bytes32 expected, bytes32 actual);
+
+    // Operand sources, as in the instruction.
+    uint8 private constant STEP = 1;
+    uint8 private constant SERVED = 2;
+    uint8 private constant WEIGHT = 3;
+    uint8 private constant TABLE = 4;
+    uint8 private constant PROFILE = 5;
+
+    // Served tensor kinds, by their place among a layer's six.
+    uint8 private constant H = 0;
+    uint8 private constant V = 3;
+    uint8 private constant OUT = 6;
+    uint256 private constant KINDS = 6;
+
+    /// @dev Elements of a served or weight leaf, and side of the tiles of v: 16 x 16 is a leaf again.
+    uint256 private constant BLOCK = 256;
+    uint256 private constant TILE = 16;
+    uint256 private constant TABLE_LEAF = 64;
+    uint256 private constant TABLE_BYTES = 8;
+    uint256 private constant PROFILE_BYTES = 16;
+
+    /// @dev How an op sees the floats it reads: decoded with invalid ones as 0, or as INVALID, or as raw bits.
+    enum View {
+        VALUE,
+        CHECKED,
+        RAW
+    }
+
+    /// @dev One operand's part of a step: columns first .. first+count-1 of `row`, or `rows` rows of one column. Rows are positions (SERVED)
+    /// or rows of a tensor (WEIGHT), before the unit's stride; vectors and tables have none.
+    struct Read {
+        Operand operand;
+        uint256 row;
+        uint256 rows;
+        uint256 first;
+        uint256 count;
+        View view_;
+        bool ends; // only the first and the last element of the range are used
+        bool next; // reads the trace that holds the next layer's input
+    }
+
+    /// @dev What every read of a step needs.
+    struct Place {
+        Model model;
+        Cell cell;
+        bytes32[] steps;
+    }
+
+    /// @inheritdoc IReferee
+    function step(
+        Model calldata model,
+        Cell calldata cell,
+        bytes32[] calldata steps,
+        Instruction calldata instruction,
+        uint64 element,
+        uint32 chunk,
+        Opening[] calldata openings
+    ) external pure returns (int256) {
+        Place memory place = Place(model, cell, steps);
+        Instruction memory ins = instruction;
+        uint256 elements = Codec.elementCount(ins, place.cell.position, place.cell.unit);
+        if (element >= elements) revert ElementOutOfRange(element, elements);
+        uint256 chunks = Codec.chunkCount(ins, place.cell.position);
+        if (chunk >= chunks) revert ChunkOutOfRange(chunk, chunks);
+        Read[] memory reads = _plan(place, ins, element, chunk);
+        if (openings.length != reads.length) revert OpeningCount(reads.length, openings.length);
+        if (reads.length == 0) return 0;
+
+        int256[][] memory args = new int256[][](reads.length);
+        for (uint256 i = 0; i < args.length; ++i) {
+            args[i] = _read(place, reads[i], openings[i]);
+            if (reads[i].ends) args[i] = _pair(args[i][0], args[i][args[i].length - 1]);
+        }
+        if (ins.op == uint8(Op.ROPE)) {
+            return Ops.run(ins.op, args, place.cell.position, element < ins.cols / 2 ? 0 : 1);
+        }
+        return Ops.run(ins.op, args, ins.a, ins.b);
+    }
+
+    /// @inheritdoc IReferee
+    function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external pure returns (int256) {
+        return Ops.run(op, args, a, b);
+    }
+
+    /// @inheritdoc IReferee
+    function finish(uint8 op, int256 total, uint64 a) external pure returns (int256) {
+        return Ops.finish(op, total, a);
+    }
+
+    // ---- plan
+
+    /// @dev The reads of one chunk of element e, one for each opening; none for the padding of a row of positions.
+    function _plan(Place memory place, Instruction memory ins, uint256 e, uint256 chunk)
+        private
+        pure
+        returns (Read[] memory reads)
+    {
+        Op op = Ops.named(ins.op);
+        uint256 t = place.cell.position;
+        if (op == Op.LINEAR || op == Op.LOGIT || op == Op.SUMSQ || op == Op.MAX || op == Op.SUM || op == Op.WSUM) {
+            return _planChunk(place, ins, op, e, chunk);
+        }
+        if (op == Op.SCORE || op == Op.EXP) {
+            (uint256 head, uint256 j) = (e / Codec.paddedPositions(t), e % Codec.paddedPositions(t));
+            if (j > t) return reads;
+            reads = new Read[](2);
+            if (op == Op.EXP) {
+                reads[0] = _of(ins, ins.x, STEP, e, 1);
+                reads[1] = _of(ins, ins.y, STEP, head, 1);
+            } else {
+                reads[0] = _of(ins, ins.x, SERVED, head * ins.terms, ins.terms);
+                reads[1] = _of(ins, ins.y, SERVED, head / ins.b * ins.terms, ins.terms);
+                (reads[0].row, reads[1].row) = (t, j);
+            }
+        } else if (op == Op.SAME || op == Op.JOIN) {
+            return _planBlock(place, ins, op);
+        } else if (op == Op.RSQRT) {
+            reads = new Read[](1);
+            reads[0] = _of(ins, ins.x, STEP, 0, 1);
+        } else if (op == Op.NORM) {
+            reads = new Read[](3);
+            reads[0] = _of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, e, 1);
+            reads[0].row = t;
+            reads[1] = _of(ins, ins.y, STEP, 0, 1);
+            reads[2] = _of(ins, ins.z, WEIGHT, e, 1);
+        } else if (op == Op.VERDICT) {
+            uint256 n = _vectorLength(place, ins.x);
+            reads = new Read[](3);
+            reads[0] = _of(ins, ins.x, STEP, 0, n);
+            reads[1] = _of(ins, ins.y, SERVED, 0, n);
+            (reads[1].row, reads[1].view_) = (t, View.CHECKED);
+            reads[2] = _of(ins, ins.z, PROFILE, 0, 1);
+        } else if (op == Op.COMPARE) {
+            reads = new Read[](2);
+            reads[0] = _of(ins, ins.x, STEP, 0, 2);
+            reads[0].ends = true;
+            reads[1] = _of(ins, ins.z, PROFILE, 0, 1);
+        } else {
+            reads = new Read[](2);
+            if (op == Op.ADD) {
+                reads[0] = _of(ins, ins.x, SERVED, e, 1);
+                reads[1] = _of(ins, ins.y, SERVED, e, 1);
+                (reads[0].row, reads[0].view_) = (t, View.RAW);
+                (reads[1].row, reads[1].view_) = (t, View.RAW);
+            } else if (op == Op.ROPE) {
+                uint256 half = ins.cols / 2;
+                reads[0] = _of(ins, ins.x, STEP, e % half, half + 1);
+                reads[0].ends = true;
+                reads[1] = _of(ins, ins.y, TABLE, e % half, 1);
+            } else {
+                // DIV divides a row of its elements by one, GATED pairs them.
+                reads[0] = _of(ins, ins.x, STEP, e, 1);
+                reads[1] = _of(ins, ins.y, STEP, op == Op.DIV ? e / ins.cols : e, 1);
+            }
+        }
+    }
+
+    /// @dev The sums: terms start .. start+count-1.
+    function _planChunk(Place memory place, Instruction memory ins, Op op, uint256 e, uint256 chunk)
+        private
+        pure
+        returns (Read[] memory reads)
+    {
+        uint256 t = place.cell.position;
+        uint256 size = Codec.chunkTerms(ins.op);
+        uint256 start = chunk * size;
+        uint256 count = Codec.termCount(ins, t);
+        count = count - start < size ? count - start : size;
+        bool pairs = op == Op.LINEAR || op == Op.LOGIT || op == Op.WSUM;
+        reads = new Read[](pairs ? 2 : 1);
+        if (op == Op.SUMSQ) {
+            reads[0] = _of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, start, count);
+            reads[0].row = t;
+        } else if (op == Op.MAX || op == Op.SUM) {
+            reads[0] = _of(ins, ins.x, STEP, e * Codec.paddedPositions(t) + start, count);
+        } else if (op == Op.WSUM) {
+            reads[0] = _of(ins, ins.x, STEP, e / ins.cols * Codec.paddedPositions(t) + start, count);
+            reads[1] = _of(ins, ins.y, SERVED, _valueColumn(ins, e), 1);
+            (reads[1].row, reads[1].rows) = (start, count);
+        } else {
+            reads[0] = _of(ins, ins.x, STEP, start, count);
+            reads[1] = _of(ins, ins.y, WEIGHT, start, count);
+            reads[1].row = op == Op.LINEAR ? e : e == 0 ? place.cell.token : place.cell.unit;
+        }
+    }
+
+    /// @dev The column of v that element e of a WSUM weighs: b heads share a head of v.
+    function _valueColumn(Instruction memory ins, uint256 e) private pure returns (uint256) {
+        return e / ins.cols / ins.b * ins.cols + e % ins.cols;
+    }
+
+    /// @dev The exact segments: one block of raw bits of each operand.
+    function _planBlock(Place memory place, Instruction memory ins, Op op) private pure returns (Read[] memory reads) {
+        uint256 start = uint256(place.cell.unit) * ins.x.unitStride;
+        // A unit beyond the tensor reads one column there, which is refused as out of range.
+        uint256 count = start < ins.x.width ? ins.x.width - start : 1;
+        if (count > BLOCK) count = BLOCK;
+        reads = new Read[](op == Op.SAME ? 2 : 4);
+        reads[0] = _of(ins, ins.x, SERVED, 0, count);
+        if (op == Op.SAME) {
+            reads[1] = _of(ins, ins.y, WEIGHT, start, count);
+        } else {
+            reads[1] = _of(ins, ins.y, SERVED, 0, count);
+            reads[2] = _of(ins, ins.z, SERVED, 0, count);
+            bool last = uint256(place.cell.layer) + 1 == place.model.layers;
+            Operand memory after_ = Operand(SERVED, last ? OUT : H, 0, 0, ins.x.unitStride, ins.x.width);
+            reads[3] = _of(ins, after_, SERVED, 0, count);
+            reads[3].next = true;
+        }
+        for (uint256 i = 0; i < reads.length; ++i) {
+            (reads[i].row, reads[i].view_) = (place.cell.position, View.RAW);
+        }
+        if (op == Op.SAME) reads[1].row = place.cell.token;
+    }
+
+    /// @dev A read of one row from an operand, which must have the source that the op can read.
+    function _of(Instruction memory ins, Operand memory operand, uint8 source, uint256 first, uint256 count)
+        private
+        pure
+        returns (Read memory)
+    {
+        if (operand.source != source) revert UnknownSource(ins.op, operand.source);
+        return Read(operand, 0, 1, first, count, View.VALUE, false, false);
+    }
+
+    /// @dev Elements of the vector that a STEP operand reads.
+    function _vectorLength(Place memory place, Operand memory operand) private pure returns (uint256) {
+        return Codec.vectorLength(operand.base, operand.width, operand.unitStride, place.cell.position, place.cell.unit);
+    }
+
+    // ---- read and check
+
+    /// @dev The values of a read from its opening.
+    function _read(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory values)
+    {
+        uint8 source = read.operand.source;
+        if (source == STEP) return _readStep(place, read, opening);
+        if (source == TABLE) return _readTable(place, read, opening);
+        if (source == PROFILE) return _readProfile(place, read, opening);
+        if (source == WEIGHT) {
+            values = _readWeight(place, read, opening);
+            if (read.view_ != View.RAW) Floats.decodeWeights(values, place.model.weightDtype);
+        } else {
+            values = read.operand.id == V ? _readTiles(place, read, opening) : _readServed(place, read, opening);
+            if (read.view_ == View.RAW) return values;
+            Floats.decodeServed(
+                values, place.model.servedDtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0)
+            );
+        }
+    }
+
+    function _readStep(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory)
+    {
+        Operand memory from = read.operand;
+        bool wide = from.layerStride != 0;
+        uint256 length = _vectorLength(place, from);
+        uint256 leaf =
+            _row(opening.data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
+        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.LEAF_BYTES);
+        bytes32 root = Tree.rootOfRange(hashes, leaf, Codec.leafCount(length, wide), opening.siblings);
+        if (from.id >= place.steps.length) revert Tree.IndexOutOfRange(from.id, 1, place.steps.length);
+        _rooted(place.steps[from.id], root);
+        return Codec.decodeValues(opening.data, read.first - leaf * Codec.elementsPerLeaf(wide), read.count, wide);
+    }
+
+    function _readTable(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory values)
+    {
+        uint256 leaf = _row(opening.data, read.first, read.count, read.operand.width, TABLE_LEAF, TABLE_BYTES);
+        _inTree(
+            place.model.programRoot,
+            opening,
+            TABLE_LEAF * TABLE_BYTES,
+            read.operand.base + leaf,
+            place.model.programLeaves
+        );
+        bytes memory data = opening.data;
+        uint256 offset = 32 + (read.first - leaf * TABLE_LEAF) * TABLE_BYTES;
+        uint256 word;
+        assembly ("memory-safe") {
+            word := mload(add(data, offset))
+        }
+        values = new int256[](1);
+        values[0] = int256(word >> 192);
+    }
+
+    function _readProfile(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory cell)
+    {
+        Operand memory from = read.operand;
+        if (opening.data.length != PROFILE_BYTES) revert Codec.DataLength(PROFILE_BYTES, opening.data.length);
+        uint256 index = _layerBase(place, from) + uint256(place.cell.unit) * from.unitStride;
+        _inTree(place.model.profileRoot, opening, PROFILE_BYTES, index, place.model.profileLeaves);
+        uint256 word = uint256(bytes32(opening.data));
+        cell = new int256[](3);
+        cell[0] = int256(word >> 224);
+        cell[1] = int256((word >> 192) & type(uint32).max);
+        cell[2] = int256((word >> 128) & type(uint64).max);
+    }
+
+    /// @dev Raw bits of a part of a weight's row.
+    function _readWeight(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory)
+    {
+        Operand memory from = read.operand;
+        uint256 size = Floats.elementBytes(place.model.weightDtype);
+        uint256 leaf = _row(opening.data, read.first, read.count, from.width, BLOCK, size);
+        uint256 row = uint256(place.cell.unit) * from.unitStride + read.row;
+        uint256 index = _layerBase(place, from) + row * _parts(from.width, BLOCK) + leaf;
+        _inTree(place.model.weightsRoot, opening, BLOCK * size, index, place.model.weightsLeaves);
+        return Floats.rawBits(opening.data, read.first - leaf * BLOCK, read.count, place.model.weightDtype);
+    }
+
+    /// @dev Raw bits of a part of one position's row of a served tensor.
+    function _readServed(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory)
+    {
+        uint256 width = read.operand.width;
+        uint256 positions = _trace(place, read).positions;
+        uint256 size = Floats.elementBytes(place.model.servedDtype);
+        uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
+        _within(read.row, read.rows, positions);
+        uint256 leaf = _row(opening.data, column, read.count, width, BLOCK, size);
+        uint256 first = read.row * _parts(width, BLOCK) + leaf;
+        _inTrace(place, read, opening, BLOCK * size, first, positions * _parts(width, BLOCK));
+        return Floats.rawBits(opening.data, column - leaf * BLOCK, read.count, place.model.servedDtype);
+    }
+
+    /// @dev Raw bits of a part of one row, or of one column within a tile, of a tensor in tiles.
+    function _readTiles(Place memory place, Read memory read, Opening memory opening)
+        private
+        pure
+        returns (int256[] memory values)
+    {
+        uint256 width = read.operand.width;
+        uint256 positions = _trace(place, read).positions;
+        uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
+        _within(read.row, read.rows, positions);
+        uint256 height = _part(positions, read.row / TILE, TILE);
+        uint256 tile;
+        {
+            // Tiles of one band are the leaves of a row whose every column is `height` elements tall.
+            uint256 size = height * Floats.elementBytes(place.model.servedDtype);
+            tile = _row(opening.data, column, read.count, width, TILE, size);
+            _within(read.row % TILE, read.rows, TILE);
+            uint256 first = read.row / TILE * _parts(width, TILE) + tile;
+            _inTrace(place, read, opening, TILE * size, first, _parts(positions, TILE) * _parts(width, TILE));
+        }
+        values = new int256[](read.rows * read.count);
+        for (uint256 i = 0; i < values.length; ++i) {
+            uint256 c = column + i % read.count;
+            // All tiles between the first and the one of this column are full.
+            uint256 element = (c / TILE - tile) * TILE * height + (read.row % TILE + i / read.count)
+                * _part(width, c / TILE, TILE) + c % TILE;
+            values[i] = Floats.rawBits(opening.data, element, 1, place.model.servedDtype)[0];
+        }
+    }
+
+    // ---- what the reads share
+
+    /// @dev Requires `data` to be the leaves that hold columns first .. first+count-1 of a row of `width`, cut into leaves of `perLeaf`.
+    /// @return leaf the first of these leaves, counted from the row's start
+    function _row(bytes memory data, uint256 first, uint256 count, uint256 width, uint256 perLeaf, uint256 size)
+        private
+        pure
+        returns (uint256 leaf)
+    {
+        _within(first, count, width);
+        leaf = first / perLeaf;
+        uint256 end = ((first + count - 1) / perLeaf + 1) * perLeaf;
+        uint256 expected = ((end < width ? end : width) - leaf * perLeaf) * size;
+        if (data.length != expected) revert Codec.DataLength(expected, data.length);
+    }
+
+    /// @dev Requires the opened leaves of `leafBytes` each to be those from `first` on in the tree of a `root`.
+    function _inTree(bytes32 root, Opening memory opening, uint256 leafBytes, uint256 first, uint256 count)
+        private
+        pure
+    {
+        _rooted(root, Tree.rootOfRange(Tree.leaves(opening.data, leafBytes), first, count, opening.siblings));
+    }
+
+    /// @dev Requires the opened leaves to be those from `first` on in a served tensor of `count` leaves, and the tensor to be in the trace's
+    /// tree, by the siblings that are left.
+    function _inTrace(
+        Place memory place,
+        Read memory read,
+        Opening memory opening,
+        uint256 leafBytes,
+        uint256 first,
+        uint256 count
+    ) private pure {
+        (uint256 index, uint256 tensors) = _tensor(place, read);
+        (bytes32 root, uint256 used) =
+            Tree.climb(Tree.leaves(opening.data, leafBytes), first, count, opening.siblings, 0);
+        bytes32[] memory hashes = new bytes32[](1);
+        hashes[0] = Tree.leaf(bytes.concat(root));
+        (root, used) = Tree.climb(hashes, index, tensors, opening.siblings, used);
+        if (used != opening.siblings.length) revert Tree.ProofLength(used, opening.siblings.length);
+        _rooted(_trace(place, read).root, root);
+    }
+
+    function _rooted(bytes32 expected, bytes32 actual) private pure {
+        if (expected != actual) revert RootMismatch(expected, actual);
+    }
+
+    /// @dev A served tensor's place among the trace's, and how many those are: six a layer; the stage of the last layer adds `out`.
+    function _tensor(Place memory place, Read memory read) private pure returns (uint256 index, uint256 count) {
+        Trace memory trace = _trace(place, read);
+        uint256 layer = uint256(place.cell.layer) + (read.next ? 1 : 0);
+        uint256 kind = read.operand.id;
+        uint256 layers = uint256(trace.endLayer) - trace.firstLayer;
+        count = KINDS * layers + (trace.endLayer == place.model.layers ? 1 : 0);
+        if (kind == OUT) return (KINDS * layers, count);
+        _within(kind, 1, KINDS);
+        _within(layer, 1, trace.endLayer);
+        if (layer < trace.firstLayer) revert Tree.IndexOutOfRange(layer, 1, trace.firstLayer);
+        index = KINDS * (layer - trace.firstLayer) + kind;
+    }
+
+    function _trace(Place memory place, Read memory read) private pure returns (Trace memory) {
+        return read.next ? place.cell.next : place.cell.trace;
+    }
+
+    /// @dev The first leaf that an operand names in its layer.
+    function _layerBase(Place memory place, Operand memory from) private pure returns (uint256) {
+        return uint256(from.base) + uint256(place.cell.layer) * from.layerStride;
+    }
+
+    /// @dev Requires first .. first+count-1 to be at least one place below `limit`.
+    function _within(uint256 first, uint256 count, uint256 limit) private pure {
+        if (count == 0 || count > limit || first > limit - count) revert Tree.IndexOutOfRange(first, count, limit);
+    }
+
+    /// @dev Length of part `index` when `width` is cut into parts of `size`.
+    function _part(uint256 width, uint256 index, uint256 size) private pure returns (uint256) {
+        uint256 rest = width - index * size;
+        return rest < size ? rest : size;
+    }
+
+    /// @dev Into how many parts of `size` a width is cut.
+    function _parts(uint256 width, uint256 size) private pure returns (uint256) {
+        return (width + size - 1) / size;
+    }
+
+    function _pair(int256 a, int256 b) private pure returns (int256[] memory pair) {
+        pair = new int256[](2);
+        (pair[0], pair[1]) = (a, b);
+    }
+}

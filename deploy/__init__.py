@@ -1,0 +1,1 @@
+"""Setting things up: a local chain, a deployment, throwaway keys, the demo."""

@@ -1,0 +1,391 @@
+"""The honest party wins, whichever side it is on and wherever the liar lies; and what the rules refuse."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.verifier import tiny
+from verifier.canonical import Case
+from verifier.game import (
+    WRONG,
+    Game,
+    Move,
+    NothingWrong,
+    Phase,
+    Proof,
+    level_above,
+    may_flag,
+    next_level,
+    opening_steps,
+    remaining_seconds,
+    solve,
+    span,
+    sum_range,
+)
+from verifier.keccak import keccak256
+from verifier.linear import Bits
+from verifier.program import Kind
+from verifier.referee.ops import Op
+from verifier.referee.tree import Tree, depth
+from verifier.rules import (
+    ClaimMismatch,
+    FlagFallen,
+    MustDescend,
+    MustProve,
+    NotWrong,
+    PickOutOfRange,
+    RecordMismatch,
+    SameRoot,
+    VerdictNotWrong,
+    WrongListLength,
+    WrongModel,
+    WrongPhase,
+    apply,
+    check_opening,
+    decide,
+)
+
+torch.set_num_threads(1)
+GRACE = 5
+CHALLENGER, WORKER = "0xc0", "0x3e"
+
+
+def opened(case: Case, steps: bytes, now: int = 100, seconds: int = 600) -> Game:
+    """The state after `challenge`."""
+    check_opening(steps, len(case.instructions))
+    model, cell = case.model, case.cell
+    return Game(
+        segment=tiny.segment(Kind(case.segment.kind), cell.layer, cell.position, cell.unit),
+        challenger=CHALLENGER,
+        worker=WORKER,
+        committed_at=now - 10,
+        bond=1,
+        model_id=keccak256(model.abi_words()),
+        program_root=model.program_root,
+        program_leaves=model.program_leaves,
+        token=cell.token,
+        trace=cell.trace,
+        next=cell.next,
+        first_instruction=case.first_instruction,
+        steps=keccak256(steps),
+        phase=Phase.STEPS,
+        step=0,
+        instruction=bytes(32),
+        level=0,
+        index=0,
+        first_chunk=0,
+        end_chunk=0,
+        list=bytes(32),
+        worker_turn=True,
+        turn_started=now,
+        worker_seconds=seconds,
+        challenger_seconds=seconds,
+        worker_moves=0,
+        challenger_moves=1,
+    )
+
+
+def play(worker: Case, challenger: Case) -> tuple[bool, int]:
+    """Both sides by `solve`, each from its own case: (worker convicted, moves). Who has no move loses by its flag."""
+    steps = b"".join(challenger.steps())
+    game, posted, moves, now = opened(challenger, steps), steps, 1, 100
+    while True:
+        now += 1
+        try:
+            answer = solve(game, posted, worker if game.worker_turn else challenger, steps)
+            moves += 1
+            if isinstance(answer, Proof):
+                return decide(game, answer, now), moves
+            game, posted = apply(game, answer, now, GRACE), answer.list
+        except (NothingWrong, NotWrong, SameRoot):
+            return game.worker_turn, moves
+
+
+def most_moves(case: Case) -> int:
+    """Opening, instruction, six levels of nodes a list, elements, 32-fold sums, proof."""
+    deepest = max((case.leaves(i) - 1).bit_length() for i in range(len(case.instructions)))
+    chunks = max(case.chunks(i) for i in range(len(case.instructions)))
+    return 4 + -(-deepest // 6) + max(1, -(-(chunks - 1).bit_length() // 5))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
+    return tiny.make(tmp_path_factory.mktemp("model"), tiny.config(), positions=34)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
+    """600 positions: 48 leaves of scores, sums of 38 chunks. 2560 columns: sums of 10 chunks in LINEAR."""
+    told = tiny.config(num_attention_heads=4, num_key_value_heads=1, head_dim=8, hidden_size=64, intermediate_size=2560)
+    return tiny.make(tmp_path_factory.mktemp("long"), told, positions=600)
+
+
+PLACES: list[tuple[Kind, dict[str, int]]] = [
+    (Kind.Q, {"layer": 1, "position": 7, "unit": 3}),
+    (Kind.K, {"layer": 0, "position": 17, "unit": 0}),
+    (Kind.V, {"layer": 1, "position": 33, "unit": 1}),
+    (Kind.ATTEND, {"layer": 1, "position": 33, "unit": 1}),
+    (Kind.MLP, {"layer": 1, "position": 5, "unit": 1}),
+    (Kind.TOKEN, {"layer": 1, "position": 4, "unit": 12}),
+]
+LONG_PLACES: list[tuple[Kind, dict[str, int]]] = [
+    (Kind.ATTEND, {"layer": 1, "position": 599, "unit": 0}),
+    (Kind.MLP, {"layer": 0, "position": 2, "unit": 0}),
+]
+
+
+def served_wrong(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> Case:
+    """The truth about a piece that the worker served wrong."""
+    if kind == Kind.TOKEN:
+        logits = {u: truth_logits(model, place, u) for u in range(3)}
+        worst, best = min(logits, key=lambda u: logits[u]), max(logits, key=lambda u: logits[u])
+        return model.case(kind, token=worst, **(place | {"unit": best}))
+    name = {Kind.ATTEND: "attn_out", Kind.MLP: "mlp_out"}.get(kind, kind.name.lower())
+    columns = 256 if kind in (Kind.ATTEND, Kind.MLP) else model.shape.head_dim
+
+    def flipped(bits: Bits) -> Bits:
+        bits[place["position"], columns * place["unit"] :][:columns] ^= model.shape.served_dtype.sign
+        return bits
+
+    return tiny.case_of(model, tiny.altered(model, f"{place['layer']}.{name}", flipped), kind, **place)
+
+
+def truth_logits(model: tiny.Tiny, place: dict[str, int], u: int) -> int:
+    return int(model.case(Kind.TOKEN, **(place | {"unit": u})).vector(3)[1])
+
+
+def lies(truth: Case, seed: int) -> list[tuple[int, int, int, int]]:
+    """(instruction, element, delta, chunk): every instruction at first, last and random elements and chunks."""
+    generator, out = np.random.default_rng(seed), []
+    for i, instruction in enumerate(truth.instructions[:-1]):
+        n, chunks = len(truth.vector(i)), truth.chunks(i)
+        random_element, random_chunk = (int(generator.integers(0, top)) for top in (n, chunks))
+        for element, chunk in ((0, 0), (n - 1, chunks - 1), (random_element, random_chunk)):
+            delta = -1 if instruction.op == Op.MAX else int(generator.choice([-1, 1, 1000, -(1 << 40)]))
+            out.append((i, element, delta, chunk))
+    return out
+
+
+@pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))
+def test_an_honest_worker_wins_against_every_liar(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> None:
+    token = served_wrong(model, kind, place).token
+    right = {"unit": token} if kind == Kind.TOKEN else {}
+    assert_worker_wins(model.case(kind, token=token, **(place | right)))
+
+
+@pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))
+def test_an_honest_challenger_wins_against_every_liar(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> None:
+    assert_challenger_wins(served_wrong(model, kind, place))
+
+
+@pytest.mark.parametrize(("kind", "place"), LONG_PLACES, ids=lambda value: getattr(value, "name", None))
+def test_honest_parties_win_where_lists_are_nested(long: tiny.Tiny, kind: Kind, place: dict[str, int]) -> None:
+    assert_worker_wins(long.case(kind, **place))
+    assert_challenger_wins(served_wrong(long, kind, place))
+
+
+def assert_worker_wins(truth: Case) -> None:
+    assert not truth.verdict()
+    with pytest.raises(NothingWrong):
+        opening_steps(truth)
+    last = len(truth.instructions) - 1
+    for step, element, delta, chunk in [(last, 0, 0, 0), *lies(truth, 1)]:
+        liar = tiny.Liar(truth, step, element, delta, chunk, wrong=True)
+        convicted, moves = play(truth, liar)
+        assert not convicted and moves <= most_moves(truth), f"lie at {step}, element {element}, chunk {chunk}"
+
+
+def assert_challenger_wins(truth: Case) -> None:
+    assert opening_steps(truth) == b"".join(truth.steps())
+    last = len(truth.instructions) - 1
+    for step, element, delta, chunk in [(last, 0, 0, 0), *lies(truth, 2)]:
+        liar = tiny.Liar(truth, step, element, delta, chunk, wrong=False)
+        convicted, moves = play(liar, truth)
+        assert convicted and moves <= most_moves(truth), f"lie at {step}, element {element}, chunk {chunk}"
+
+
+def garbage(game: Game, posted: bytes, truth: Case, generator: np.random.Generator) -> Move | None:
+    """A well-formed move with a random pick and random content; None where only a proof is left."""
+    i, size = game.step, {Phase.STEPS: 32, Phase.NODES: 32, Phase.SUMS: 16}.get(game.phase)
+    if game.phase == Phase.STEPS:
+        i = int(generator.integers(0, len(truth.instructions)))
+        levels = depth(truth.leaves(i))
+        below = len(truth.tree(i).nodes(next_level(levels, levels))) * 32 if levels else len(truth.leaf(i, 0))
+        return Move(truth.record(i), truth.record_proof(i), i, posted, generator.bytes(below))
+    size = size or (16 if truth.instructions[i].wide else 8)
+    pick = int(generator.integers(0, len(posted) // size))
+    if game.phase == Phase.NODES:
+        theirs = [posted[at : at + 32] for at in range(0, len(posted), 32)]
+        level, node = game.level, game.index + pick
+        down = next_level(depth(truth.leaves(i)), level) if level else 0
+        nodes = truth.tree(i).nodes(down)[node << (level - down) : (node + 1) << (level - down)]
+        below = 32 * len(nodes) if level else len(truth.leaf(i, node))
+        return Move(truth.record(i), tuple(Tree(theirs).prove(pick)), pick, theirs[pick], generator.bytes(below))
+    whole = (0, truth.chunks(i))
+    first, end = whole if game.phase == Phase.ELEMENTS else sum_range(game.first_chunk, game.end_chunk, pick)
+    if end - first == 1:
+        return None
+    entries = -(-(end - first) // span(end - first))
+    return Move(truth.record(i), (), pick, posted, generator.bytes(16 * entries))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_garbage_loses_from_either_side(long: tiny.Tiny, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    kind, place = LONG_PLACES[seed % 2]
+    for liar_works in (True, False):
+        truth = served_wrong(long, kind, place) if liar_works else long.case(kind, **place)
+        roots = [generator.bytes(32) if generator.integers(0, 3) == 0 else root for root in truth.steps()]
+        steps = opening_steps(truth) if liar_works else b"".join([*roots[:-1], WRONG])
+        game, posted, now = opened(truth, steps), steps, 100
+        while True:
+            now += 1
+            if game.worker_turn == liar_works:
+                answer: Move | Proof | None = garbage(game, posted, truth, generator)
+                if answer is None:
+                    break
+            else:
+                answer = solve(game, posted, truth, steps)
+            if isinstance(answer, Proof):
+                assert decide(game, answer, now) == liar_works
+                break
+            assert isinstance(answer, Move)
+            game, posted = apply(game, answer, now, GRACE), answer.list
+
+
+def test_a_worker_who_admits_nothing_wrong_has_no_move(model: tiny.Tiny) -> None:
+    wrong = served_wrong(model, Kind.Q, PLACES[0][1])
+    steps = opening_steps(wrong)
+    with pytest.raises(NothingWrong):
+        solve(opened(wrong, steps), steps, wrong, steps)
+
+
+# ---- what the rules refuse
+
+
+def started(long: tiny.Tiny, step: int, wrong: bool = True) -> tuple[Game, Move, Case, bytes]:
+    """A liar's game and the honest worker's first move; the lie is at `step`."""
+    truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
+    liar = tiny.Liar(truth, step, 3, 5, 1, wrong)
+    steps = b"".join(liar.steps())
+    game = opened(truth, steps)
+    move = solve(game, steps, truth, steps)
+    assert isinstance(move, Move)
+    return game, move, liar, steps
+
+
+def test_an_opening_must_end_in_the_constant(long: tiny.Tiny) -> None:
+    steps = b"".join(long.case(Kind.Q, layer=0, position=0, unit=0).steps())
+    with pytest.raises(VerdictNotWrong):
+        check_opening(steps, 6)
+    with pytest.raises(WrongListLength):
+        check_opening(steps[:-32] + WRONG, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"claim": bytes(256)}, ClaimMismatch),
+        ({"pick": 8}, PickOutOfRange),
+        ({"pick": 2}, RecordMismatch),
+        ({"list": bytes(31)}, WrongListLength),
+    ],
+)
+def test_a_false_first_move_is_refused(long: tiny.Tiny, changes: dict[str, Any], error: type[Exception]) -> None:
+    game, move, _, _ = started(long, 0)
+    with pytest.raises(error):
+        apply(game, replace(move, **changes), 101, GRACE)
+
+
+def test_agreeing_with_what_is_disputed_is_refused(long: tiny.Tiny) -> None:
+    game, move, liar, _ = started(long, 0)
+    nodes = liar.tree(0).nodes(next_level(6, 6))
+    with pytest.raises(SameRoot):
+        apply(game, replace(move, list=nodes.tobytes()), 101, GRACE)
+
+
+def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
+    truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
+    game, move, liar, steps = started(long, 4)
+    proof = Proof(truth.model, move.record, 0, move.claim, (), ())
+    with pytest.raises(WrongPhase):
+        decide(game, proof, 101)
+    game = apply(game, move, 101, GRACE)
+    while game.phase != Phase.ELEMENTS:
+        side = truth if game.worker_turn else liar
+        answer = solve(game, move.list, side, steps)
+        assert isinstance(answer, Move)
+        game, move = apply(game, answer, 102, GRACE), answer
+    roots = tuple(steps[i : i + 32] for i in range(0, len(steps), 32))
+    proof = Proof(truth.model, move.record, 3, move.list, roots, ())
+    with pytest.raises(MustDescend):
+        decide(game, proof, 102)
+    with pytest.raises(WrongModel):
+        decide(game, replace(proof, model=replace(truth.model, layers=3)), 102)
+    with pytest.raises(RecordMismatch):
+        decide(game, replace(proof, record=truth.record(5)), 102)
+    with pytest.raises(ClaimMismatch):
+        decide(game, replace(proof, steps=roots[:-1]), 102)
+
+
+def test_one_step_must_be_proved_and_a_true_value_cannot_be(long: tiny.Tiny) -> None:
+    truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
+    game, move, liar, steps = started(long, 1)  # MAX: one leaf, three chunks
+    game = apply(game, move, 101, GRACE)
+    answer = solve(game, move.list, liar, steps)
+    assert isinstance(answer, Move)
+    game = apply(game, answer, 102, GRACE)
+    final = solve(game, answer.list, truth, steps)
+    assert isinstance(final, Proof)
+    with pytest.raises(MustProve):
+        apply(game, Move(final.record, (), final.pick, final.claim, bytes(16)), 103, GRACE)
+    other = 1 - final.pick
+    with pytest.raises(NotWrong):
+        decide(game, replace(final, pick=other, openings=tuple(truth.openings(1, 3, other))), 103)
+    assert not decide(game, final, 103)
+
+
+# ---- lists and clocks
+
+
+def test_lists_of_nodes_reach_the_leaves_in_the_fewest_even_steps() -> None:
+    # by hand: depth 7 takes two lists of 4 and 3 levels, 13 three of 5, 5 and 3, 12 two of 6
+    expected = {1: [0], 6: [0], 7: [3, 0], 12: [6, 0], 13: [8, 3, 0], 14: [9, 4, 0]}
+    for levels, lists in expected.items():
+        level, seen = levels, []
+        while level:
+            below = next_level(levels, level)
+            assert level_above(levels, below) == level
+            seen.append(below)
+            level = below
+        assert seen == lists
+    with pytest.raises(ValueError, match="stop at"):
+        level_above(7, 5)
+
+
+def test_sums_cover_powers_of_32() -> None:
+    assert sum_range(0, 32, 31) == (31, 32)
+    assert sum_range(0, 33, 1) == (32, 33)
+    assert sum_range(32, 38, 2) == (34, 35)
+    assert sum_range(0, 1025, 1) == (1024, 1025)
+
+
+def test_a_clock_is_charged_and_never_below_grace(long: tiny.Tiny) -> None:
+    game, move, _, _ = started(long, 0)
+    game = replace(game, challenger_seconds=2)
+    assert remaining_seconds(game, 700) == 0 and not may_flag(game, 700) and may_flag(game, 701)
+    with pytest.raises(FlagFallen):
+        apply(game, move, 701, GRACE)
+    moved = apply(game, move, 700, GRACE)
+    assert (moved.worker_seconds, moved.challenger_seconds, moved.turn_started) == (0, GRACE, 700)
+    assert (moved.worker_moves, moved.challenger_moves, moved.worker_turn) == (1, 1, False)
+
+
+def test_keccak_is_ethereums() -> None:
+    # the empty string and "abc": the Keccak team's test vectors; one long enough for three blocks
+    assert keccak256(b"").hex() == "c5d2460186f7233c927e7db2dcc703c0e500b653ca82273b7bfad8045d85a470"
+    assert keccak256(b"abc").hex() == "4e03657aea45a94fc7d47ba826c8d667c0d1e6e33a64a036ec44f58fa12d6c45"
+    assert len({keccak256(bytes(n)) for n in range(130, 280)}) == 150

@@ -1,0 +1,293 @@
+"""Auditing what workers served: every piece of a request re-executed from what it was made of, or compared exactly.
+
+Tolerated pieces get a ratio, distance over tolerance by VERDICT's formula in float64: above 1 is wrong. Only `confirm`,
+in the canonical arithmetic, may say so to others. Exact pieces have ratio infinity where a rule is broken, else 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verifier import vectors
+from verifier.canonical import Case
+from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
+from verifier.linear import Bits
+from verifier.program import Kind, ModelShape, overflow_bound, profile_index
+from verifier.referee.codec import BLOCK, TOKENS_A_LEAF, Model
+from verifier.referee.fixed import Q30
+from verifier.referee.floats import INVALID
+from verifier.reference import Reference
+from verifier.sources import ServedTensors
+from verifier.tolerance import Profile
+from verifier.weights import Weights
+
+Ratios = npt.NDArray[np.float64]
+
+SUSPICION = 0.97
+# Above it a piece is judged canonically. The reference lies within 1e-6 of the standard result, so 3 % is plenty, and
+# it costs a canonical run only for what no honest worker should come near (the margin is 1.3).
+WRONG = float("inf")
+RIGHT = 0.0
+NO_TOKEN = 0xFFFFFFFF
+JUDGED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP)
+_TENSOR = {Kind.Q: "q", Kind.K: "k", Kind.V: "v", Kind.ATTEND: "attn_out", Kind.MLP: "mlp_out"}
+
+
+@dataclass(frozen=True, order=True)
+class Verdict:
+    """One piece and how far off it is. The fields are those of verifier.game.Segment but for the job."""
+
+    ratio: float
+    stage: int
+    kind: Kind
+    request: int
+    layer: int
+    position: int
+    unit: int
+    token: int = 0  # served (TOKEN) or embedded (EMBED)
+    reason: str = field(default="", compare=False)
+
+    @property
+    def suspicious(self) -> bool:
+        """Worth a canonical judgment (tolerated pieces), or simply wrong (exact ones)."""
+        return self.ratio > SUSPICION
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's part of a request: its place in the pipeline and the tensors it serves."""
+
+    index: int
+    trace: ServedTensors
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Ratios of all units of one kind at one layer: [positions, units]."""
+
+    stage: int
+    kind: Kind
+    request: int
+    layer: int
+    ratios: Ratios
+
+    def worst(self) -> Verdict:
+        """The piece that is farthest off."""
+        position, unit = np.unravel_index(int(self.ratios.argmax()), self.ratios.shape)
+        return self._verdict(int(position), int(unit))
+
+    def suspicions(self, threshold: float = SUSPICION) -> list[Verdict]:
+        """Every piece above the threshold, by position and unit."""
+        return [self._verdict(int(position), int(unit)) for position, unit in np.argwhere(self.ratios > threshold)]
+
+    def _verdict(self, position: int, unit: int) -> Verdict:
+        ratio = float(self.ratios[position, unit])
+        return Verdict(ratio, self.stage, self.kind, self.request, self.layer, position, unit)
+
+
+class Auditor:
+    """Audits requests of one model. Holds no tensors: one tile of weights at a time."""
+
+    def __init__(self, weights: Weights, profile: Profile) -> None:
+        """profile: of the same shape. Raises ValueError otherwise."""
+        if profile.shape != weights.shape:
+            raise ValueError(f"expected a profile of {weights.shape}, got one of {profile.shape}")
+        self.weights, self.profile = weights, profile
+        self.shape: ModelShape = weights.shape
+        self.reference = Reference(weights)
+
+    def layer(self, stage: Stage, request: int, layer: int, kinds: Sequence[Kind] = JUDGED) -> list[Audit]:
+        """The tolerated pieces of one layer at all positions. Raises KeyError for a layer of another stage."""
+        arrays, out = stage.trace.arrays, []
+        for kind in kinds:
+            served = arrays[f"{layer}.{_TENSOR[kind]}"]
+            ratios = self._ratios(kind, layer, served, self.expected(kind, layer, arrays))
+            out.append(Audit(stage.index, kind, request, layer, ratios))
+        return out
+
+    def link(self, stage: Stage, request: int, layer: int, receiver: Stage | None = None) -> Audit | None:
+        """The hand-over from a layer to the next, exactly, at the positions that both hold.
+
+        None where the next layer is another stage's and no receiver is given.
+        """
+        arrays, accused = stage.trace.arrays, stage
+        if layer + 1 < stage.trace.end_layer:
+            after = arrays[f"{layer + 1}.h"]
+        elif layer + 1 == self.shape.layers:
+            after = arrays["out"]
+        elif receiver is None:
+            return None
+        else:
+            after, accused = receiver.trace.arrays[f"{layer + 1}.h"], receiver
+        rows = min(len(after), stage.trace.positions)
+        dtype = self.shape.served_dtype
+        h, attn_out, mlp_out = (np.asarray(arrays[f"{layer}.{name}"][:rows]) for name in ("h", "attn_out", "mlp_out"))
+        total = vectors.add_bits(dtype, vectors.add_bits(dtype, h, attn_out), mlp_out)
+        return Audit(accused.index, Kind.LINK, request, layer, _differences(total, np.asarray(after[:rows])))
+
+    def embed(self, stage: Stage, request: int, tokens: Sequence[int]) -> Audit:
+        """h of layer 0 against the embeddings of the tokens fed in: prompt, then output but for its last."""
+        positions = min(stage.trace.positions, len(tokens))
+        table = self.weights.raw("model.embed_tokens.weight")
+        known = np.array(tokens[:positions]) < self.shape.vocabulary  # others have no row: STOP convicts them
+        rows = np.stack([np.asarray(table[token if ok else 0]) for token, ok in zip(tokens, known, strict=False)])
+        differences = _differences(np.asarray(stage.trace.arrays["0.h"][:positions]), rows)
+        return Audit(stage.index, Kind.EMBED, request, 0, np.where(known[:, None], differences, RIGHT))
+
+    def tokens(self, stage: Stage, request: int, prompt_count: int, output: Sequence[int]) -> list[Verdict]:
+        """Each output token against its strongest competitor."""
+        first = prompt_count - 1
+        rows = np.asarray(stage.trace.arrays["out"][first : first + len(output)])
+        served = torch.tensor(output[: len(rows)], dtype=torch.int64)
+        own = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
+        best, winner = own.clone(), torch.zeros(len(rows), dtype=torch.int64)
+        for start, tile in self.reference.logits(rows):
+            inside = (served >= start) & (served < start + tile.shape[1])
+            columns = (served - start).clamp(0, tile.shape[1] - 1)[:, None]
+            mine = tile.gather(1, columns)[:, 0]
+            own = torch.where(inside, mine, own)
+            tile.scatter_(1, columns, torch.where(inside, -torch.inf, mine)[:, None])
+            top, place = tile.max(dim=1)
+            winner = torch.where(top > best, place + start, winner)
+            best = torch.maximum(best, top)
+        ratios = (best - own) * (Q30 / self.profile.margin)
+        layer, out = self.shape.layers - 1, []
+        for i, (ratio, unit) in enumerate(zip(ratios.tolist(), winner.tolist(), strict=True)):
+            out.append(Verdict(max(ratio, RIGHT), stage.index, Kind.TOKEN, request, layer, first + i, unit, output[i]))
+        return out
+
+    def request(self, stages: Sequence[Stage], r: int, request: Request, output: Output) -> list[Verdict]:
+        """All suspicious pieces of one request, worst first. stages: the whole pipeline, in order."""
+        fed = [*request.prompt, *output.tokens[:-1]]
+        embedded = self.embed(stages[0], r, fed)
+        found = [_with_token(verdict, fed[verdict.position]) for verdict in embedded.suspicions()]
+        for stage, receiver in zip(stages, [*stages[1:], None], strict=True):
+            for layer in range(stage.trace.first_layer, stage.trace.end_layer):
+                audits = self.layer(stage, r, layer)
+                link = self.link(stage, r, layer, receiver)
+                for audit in [*audits, *([link] if link else [])]:
+                    found += audit.suspicions()
+        known = all(token < self.shape.vocabulary for token in output.tokens)  # else STOP convicts
+        if known:
+            served = self.tokens(stages[-1], r, len(request.prompt), output.tokens)
+            found += [verdict for verdict in served if verdict.suspicious]
+        return sorted(found, reverse=True)
+
+    def confirm(self, model: Model, verdict: Verdict, stages: Sequence[Stage]) -> bool:
+        """Whether a piece is wrong by the law. stages: at least those of the layer and, for LINK, of the next one."""
+        case = self.case(model, verdict, stages)
+        return case.verdict()
+
+    def case(self, model: Model, verdict: Verdict, stages: Sequence[Stage]) -> Case:
+        """The canonical truth about a piece with a program. Raises ValueError where no stage holds its layer."""
+        trace = _holding(stages, verdict.layer)
+        boundary = verdict.kind == Kind.LINK and verdict.layer + 1 == trace.end_layer < self.shape.layers
+        after = _holding(stages, verdict.layer + 1) if boundary else None
+        return Case(model, self.weights, self.profile, verdict, trace, after, verdict.token)
+
+    def expected(self, kind: Kind, layer: int, arrays: Mapping[str, Bits]) -> torch.Tensor:
+        """The reference [T, width] of one tolerated tensor from the served ones it is made of."""
+        tensors = {name: arrays[f"{layer}.{name}"] for name in ("h", "q", "k", "v", "attn_out")}
+        if kind == Kind.ATTEND:
+            return self.reference.attended(layer, tensors["q"], tensors["k"], tensors["v"])
+        if kind == Kind.MLP:
+            return self.reference.transformed(layer, tensors["h"], tensors["attn_out"])
+        return self.reference.projected(kind, layer, tensors["h"])
+
+    def _ratios(self, kind: Kind, layer: int, bits: Bits, standard: torch.Tensor) -> Ratios:
+        """Distance over tolerance of each unit at each position."""
+        shape = self.shape
+        seen = vectors.checked_served(np.asarray(bits), shape.served_dtype)
+        expected = standard.numpy()
+        invalid = seen == INVALID
+        excused = invalid & (np.abs(expected) > overflow_bound(shape.served_dtype) / Q30)
+        difference = np.where(invalid, 0.0, seen / Q30 - expected)
+        size = np.where(invalid, 0.0, expected)
+        columns = BLOCK if kind in (Kind.ATTEND, Kind.MLP) else shape.head_dim
+        starts = range(0, expected.shape[1], columns)
+        out = np.empty((len(expected), len(starts)), dtype=np.float64)
+        for unit, first in enumerate(starts):
+            part = slice(first, first + columns)
+            num, den, floor = self.profile.values(profile_index(shape, kind, layer, unit))
+            n = expected[:, part].shape[1]
+            scale = np.square(size[:, part]).sum(axis=1) + n * (floor / Q30) ** 2
+            ratio = np.sqrt(np.square(difference[:, part]).sum(axis=1) / scale) * (den / num if num else np.inf)
+            broken = (invalid & ~excused)[:, part].any(axis=1)
+            out[:, unit] = np.where(broken, WRONG, np.nan_to_num(ratio, nan=RIGHT, posinf=WRONG))
+        return out
+
+
+# ---- records
+
+
+def audit_stop(
+    stage: int, r: int, request: Request, output: Output, positions: int, vocabulary: int
+) -> Verdict | None:
+    """The rule of STOP on one request (docs/protocol.md); None where it is kept. positions: T of the last stage."""
+
+    def broken(unit: int, reason: str) -> Verdict:
+        return Verdict(WRONG, stage, Kind.STOP, r, 0, 0, unit, reason=reason)
+
+    count, code, tokens = output.count, output.code, output.tokens
+    if code not in (STOPPED, LIMITED):
+        return broken(NO_TOKEN, f"expected code 1 or 2, got {code}")
+    if not 1 <= count <= request.limit:
+        return broken(NO_TOKEN, f"expected 1 .. {request.limit} tokens, got {count}")
+    if code == LIMITED and count != request.limit:
+        return broken(NO_TOKEN, f"expected {request.limit} tokens under code 2, got {count}")
+    if positions != len(request.prompt) + count - 1:
+        return broken(NO_TOKEN, f"expected {len(request.prompt) + count - 1} positions, got {positions}")
+    if len(tokens) != count:
+        return broken((count - 1) // TOKENS_A_LEAF * TOKENS_A_LEAF, f"expected {count} tokens, got {len(tokens)}")
+    for i, token in enumerate(tokens):
+        if token >= vocabulary:
+            return broken(i, f"expected tokens below {vocabulary}, got {token}")
+        must_stop = code == STOPPED and i == count - 1
+        if (token in request.stops) != must_stop:
+            return broken(i, f"expected {'a' if must_stop else 'no'} stop id, got {token}")
+    return None
+
+
+def audit_bill(stage: int, outputs: Sequence[Output], total_tokens: int) -> list[Verdict]:
+    """Every break of BILL: the first output starts at 0, each where its predecessor ends, the last ends the total."""
+    found = []
+    for r, output in enumerate(outputs):
+        end = outputs[r + 1].start if r + 1 < len(outputs) else total_tokens
+        starts_right = r > 0 or output.start == 0
+        if not starts_right or output.start + output.count != end:
+            reason = f"expected {output.start} + {output.count} to be {end}" if starts_right else "expected start 0"
+            found.append(Verdict(WRONG, stage, Kind.BILL, r, 0, 0, 0, reason=reason))
+    return found
+
+
+def audit_length(nodes: Sequence[Sequence[TraceNode]]) -> list[Verdict]:
+    """Every receiver that has more positions than its sender. nodes: by stage, then by request."""
+    found = []
+    for stage in range(1, len(nodes)):
+        for r, (sent, held) in enumerate(zip(nodes[stage - 1], nodes[stage], strict=True)):
+            if held.positions > sent.positions:
+                reason = f"expected at most {sent.positions} positions, got {held.positions}"
+                found.append(Verdict(WRONG, stage, Kind.LENGTH, r, 0, sent.positions, 0, reason=reason))
+    return found
+
+
+def _differences(x: Bits, y: Bits) -> Ratios:
+    """WRONG for every block of a row that differs: [positions, blocks]."""
+    starts = range(0, x.shape[1], BLOCK)
+    differs = [(x[:, first : first + BLOCK] != y[:, first : first + BLOCK]).any(axis=1) for first in starts]
+    return np.where(np.stack(differs, axis=1), WRONG, RIGHT)
+
+
+def _holding(stages: Sequence[Stage], layer: int) -> ServedTensors:
+    for stage in stages:
+        if stage.trace.first_layer <= layer < stage.trace.end_layer:
+            return stage.trace
+    raise ValueError(f"expected a stage that holds layer {layer}, got none")
+
+
+def _with_token(verdict: Verdict, token: int) -> Verdict:
+    fields = (verdict.request, verdict.layer, verdict.position, verdict.unit)
+    return Verdict(verdict.ratio, verdict.stage, verdict.kind, *fields, token=token, reason=verdict.reason)
