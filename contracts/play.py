@@ -2,15 +2,15 @@
 late.
 
 Both sides play alike, so workers and watchtowers share this. What is true comes from outside: a `Case` for a game.
-Every call may be repeated
-after a crash: what is already on chain is never sent twice, for a move only fits the state it answers.
+Every call may be repeated after a crash: what is already on chain is never sent twice, for a move only fits the state
+it answers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from contracts.client import Chain, ChainError
@@ -20,43 +20,48 @@ from verifier.game import Game, Move, NothingWrong, Phase, Proof, may_flag, rema
 if TYPE_CHECKING:  # Rationale: following games needs no torch
     from verifier.canonical import Case
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("plumb.play")
+
+NOBODY = 255  # GameEnded.convicted where the challenger lost
 
 # Errors that mean somebody was faster, or the node lags behind: the next look at the chain settles it.
-OVERTAKEN = {"WrongState", "FlagNotFallen", "FlagFallen", "NotYourTurn"}
+OVERTAKEN = ("WrongState", "FlagNotFallen", "FlagFallen")
 
 
 @dataclass(frozen=True)
 class Followed:
-    """A game as its events tell it. list: what was posted last; steps: the challenger's instruction roots."""
+    """A live game as its events tell it. list: what was posted last; steps: the challenger's instruction roots."""
 
     id: bytes
     game: Game
     list: bytes
     steps: bytes
-    ended: GameEnded | None = None
 
 
 @dataclass
 class GameLog:
-    """All games seen so far, by id."""
+    """Games seen so far, by id: the live ones, and how others ended (one that is shown may end without ever moving)."""
 
     games: dict[bytes, Followed] = field(default_factory=dict)
+    ended: dict[bytes, GameEnded] = field(default_factory=dict)
 
     def feed(self, events: Iterable[Event]) -> None:
-        """Adds events in the order of the chain; events seen before change nothing for the worse."""
+        """Adds events in the order of the chain. Feeding the same blocks again, up to the same head or beyond, leads
+        to the same state, or to what a reorganised chain made of it.
+        """
         for event in events:
             if isinstance(event, GameMoved):
                 known = self.games.get(event.id)
                 steps = event.list if event.game.phase == Phase.STEPS or known is None else known.steps
                 self.games[event.id] = Followed(event.id, event.game, event.list, steps)
-            elif isinstance(event, GameEnded) and event.id in self.games:
-                self.games[event.id] = replace(self.games[event.id], ended=event)
+                self.ended.pop(event.id, None)
+            elif isinstance(event, GameEnded):
+                self.games.pop(event.id, None)
+                self.ended[event.id] = event
 
-    def open(self) -> list[Followed]:
-        """Games without an end, the one whose turn has the least time left in front."""
-        running = [followed for followed in self.games.values() if followed.ended is None]
-        return sorted(running, key=lambda followed: remaining_seconds(followed.game, followed.game.turn_started))
+    def forget(self, id: bytes) -> None:
+        self.games.pop(id, None)
+        self.ended.pop(id, None)
 
 
 class Player:
@@ -66,19 +71,26 @@ class Player:
         self.chain = chain
         self.case_of = case_of
         self.side_is_worker = side_is_worker
+        self._speechless: dict[bytes, Game] = {}  # states that we have no answer to
 
     def answer(self, followed: Followed) -> Move | Proof | None:
         """The move for our turn; None if there is none (the opponent's list is true: only its mistake, or ours,
         leads there).
         """
+        if self._speechless.get(followed.id) == followed.game:
+            return None
         try:
             return solve(followed.game, followed.list, self.case_of(followed.game), followed.steps)
         except NothingWrong as reason:
             log.error("game %s: nothing to answer: %s", followed.id.hex(), reason)
+            self._speechless[followed.id] = followed.game
             return None
 
     def step(self, followed: Followed, now: int) -> bool:
-        """Makes the move that is due, if any. now: the latest block's timestamp. Returns whether something was sent."""
+        """Makes the move that is due, if any. now: the latest block's timestamp. Returns whether something was sent.
+
+        Raises what `case_of` raises, ContractsError, ValueError for a list that is not of the game.
+        """
         game = followed.game
         ours = game.worker_turn == self.side_is_worker
         try:
@@ -87,6 +99,8 @@ class Player:
                     return False
                 self.chain.disputes.flag(followed.id, game)
                 return True
+            if remaining_seconds(game, now) < 0:
+                return False  # our own flag has fallen: no move is taken any more
             if game.phase == Phase.HANDOFF:
                 return self.deflect(followed)
             answer = self.answer(followed)
@@ -106,3 +120,6 @@ class Player:
     def deflect(self, followed: Followed) -> bool:
         """Shows a signed hand-off, where one exists. Only workers have any."""
         return False
+
+    def forget(self, id: bytes) -> None:
+        self._speechless.pop(id, None)

@@ -22,7 +22,7 @@ contract Disputes is IDisputes {
     using SafeERC20 for IERC20;
 
     uint256 public constant GAME_GAS = 2_000_000;
-    uint256 public constant MOVE_GAS = 250_000;
+    uint256 public constant MOVE_GAS = 350_000;
     /// @dev An honest move needs at most a list of 64 nodes, a leaf of 512 bytes and its openings: under 12 KB at every shape served.
     uint256 public constant MAX_CALLDATA_BYTES = 24 * 1024;
     /// @notice Where burned bonds go: the token need not know how to burn.
@@ -116,6 +116,7 @@ contract Disputes is IDisputes {
         } else {
             game.challenger = msg.sender;
             game.challengerMoves = 1;
+            emit GameMoved(id, segment.job, msg.sender, game, "");
             escrow.gameOpened(segment.job, segment.stage);
             _end(id, game, segment.stage, SHOWN);
         }

@@ -32,7 +32,7 @@ from verifier.weights import Weights
 
 NOBODY = 255
 PROVED, FLAGGED = 1, 2
-GAME_GAS, MOVE_GAS = 2_000_000, 250_000
+GAME_GAS, MOVE_GAS = 2_000_000, 350_000
 POSITION = 597  # WSUM has 38 chunks here, MAX and SUM three
 
 

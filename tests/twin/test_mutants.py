@@ -1,4 +1,4 @@
-"""The test of the tests: a fault seeded in each op and shared format, in Python and in Solidity, is seen by the vectors."""
+"""The test of the tests: the vectors see a fault seeded in each op and format, in Python and Solidity."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,7 +110,7 @@ def test_the_vectors_see_a_fault_in_python(folder: str, monkeypatch: pytest.Monk
     assert not survived, f"the fault in {folder} went unseen"
 
 
-# ---- Solidity: which text to replace, and by what. Faults of one batch touch disjoint folders and share one compilation.
+# ---- Solidity: which text to replace, and by what. Faults of one batch touch disjoint folders: one compilation.
 
 _OPS, _FLOATS, _TREE, _CODEC = (f"contracts/src/referee/{name}.sol" for name in ("Ops", "Floats", "Tree", "Codec"))
 _PRODUCTS = "if (op == Op.LINEAR || op == Op.WSUM || op == Op.LOGIT) return linear(args);"

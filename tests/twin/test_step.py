@@ -327,8 +327,8 @@ def tampered(step: Step, source: random.Random) -> Step:
             return replace(step, steps=step.steps[: source.randrange(len(step.steps))])
         case "layer" | "position" | "unit":
             value = source.choice((0, 1, 2, 3, 18, 300))
-            place = {"layer": step.cell.layer, "position": step.cell.position, "unit": step.cell.unit} | {kind: value}
-            cell = Cell(**place, token=step.cell.token, trace=step.cell.trace, next=step.cell.next)
+            spot = {"layer": step.cell.layer, "position": step.cell.position, "unit": step.cell.unit} | {kind: value}
+            cell = Cell(**spot, token=step.cell.token, trace=step.cell.trace, next=step.cell.next)
             return replace(step, cell=cell)
     if openings:
         openings[at] = Opening(data, tuple(siblings))

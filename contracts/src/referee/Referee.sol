@@ -9,8 +9,8 @@ import {Tree} from "./Tree.sol";
 
 /// @title Referee: the one-step judge
 /// @notice docs/canonical.md, "Openings"; the Python twin is verifier/referee/referee.py.
-/// @dev Longer than a sitting because it is one argument: what a step reads, and that nothing else was read. Every step has the same beats: plan its reads, read and check each opening, compute. Nothing is taken from the caller that the
-/// model, the cell or the instruction implies.
+/// @dev Every step has the same beats: plan its reads, read and check each opening, compute. Nothing is taken from the caller that the
+/// model, the cell or the instruction implies. Longer than a sitting, because it is one argument: what a step reads, and no more.
 contract Referee is IReferee {
     /// @dev The instruction's vector has `count` elements at this place.
     error ElementOutOfRange(uint256 element, uint256 count);

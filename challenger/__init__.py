@@ -1,0 +1,1 @@
+"""The watchtower: re-executes committed jobs and convicts what is wrong."""

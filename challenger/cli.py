@@ -1,0 +1,111 @@
+"""`plumb challenger run | audit`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sqlalchemy.exc import SQLAlchemyError
+
+from challenger.config import Config, ConfigError, load_config
+from contracts.client import Addresses, Chain, ContractsError, load_account
+from verifier.shape import UnsupportedModel
+from verifier.tolerance import InvalidProfile
+from verifier.weights import ModelFolderError
+
+app = typer.Typer(help="Watch pipelines: audit committed jobs and convict what is wrong.", no_args_is_help=True)
+
+AUDIT_SECONDS = 3600.0  # of download
+PATIENCE_SECONDS = 10.0  # with a node that does not answer, before the loop looks around again
+RECEIPT_SECONDS = 60.0  # clocks of other games run while one waits for a block
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file; see docs/operating.md.")]
+REFUSALS = (ConfigError, ContractsError, ModelFolderError, UnsupportedModel, InvalidProfile, OSError)
+
+
+def _fail(reason: object) -> typer.Exit:
+    typer.echo(f"error: {reason}", err=True)
+    return typer.Exit(1)
+
+
+def open_chain(config: Config) -> Chain:
+    account = load_account(config.keystore, config.password)
+    return Chain(config.rpc_url, Addresses.load(config.addresses), account, PATIENCE_SECONDS, RECEIPT_SECONDS)
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Watch the chain until stopped."""
+    from challenger.agent import Agent  # Rationale: torch, only where it is needed
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        settings = load_config(config)
+        agent = Agent.build(settings, open_chain(settings))
+    except (*REFUSALS, SQLAlchemyError) as error:
+        raise _fail(error) from error
+    typer.echo(f"watching {settings.rpc_url} as {agent.chain.account}")
+    agent.run()
+
+
+@app.command()
+def audit(job: str, config: ConfigFile) -> None:
+    """Audit one committed job now, put nothing at stake, and print the receipt.
+
+    Exit status 0: nothing is wrong; 3: something is; 1: it cannot be said, for instance because a stage withholds its
+    trace.
+    """
+    from challenger.evidence import Archive, Unavailable, read_facts
+    from challenger.fetch import Fetcher
+    from challenger.judge import Judge
+
+    try:
+        settings = load_config(config)
+        chain = open_chain(settings)
+        id = _job_id(job)
+        if not any(chain.escrow.job(id).model):
+            raise ConfigError(f"no job 0x{id.hex()} on this chain")
+        judges = {judge.id: judge for judge in map(Judge, settings.models)}
+        judge = judges.get(chain.escrow.job(id).model)
+        if judge is None:
+            raise ConfigError(f"the job's model is none of {', '.join(str(folder) for folder in settings.models)}")
+        with tempfile.TemporaryDirectory(prefix="plumb-audit-") as folder:
+            fetcher = Fetcher(Archive(Path(folder)), settings.max_stage_bytes)
+            evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS)
+            findings = judge.audit(evidence)
+    except (*REFUSALS, Unavailable) as error:
+        raise _fail(error) from error
+    typer.echo(json.dumps({"job": id.hex(), **findings.receipt(), "missing": list(evidence.missing)}, indent=2))
+    raise typer.Exit(3 if findings.wrong else 1 if evidence.missing else 0)
+
+
+@app.command()
+def status(config: ConfigFile) -> None:
+    """Show what this watchtower has audited and how its games stand."""
+    from challenger.store import GameState, JobState, Store
+
+    try:
+        settings = load_config(config)
+        store = Store(settings.database_url)
+        jobs = store.jobs(*JobState)
+        games = store.games(*GameState)
+    except (*REFUSALS, SQLAlchemyError) as error:
+        raise _fail(error) from error
+    for job in jobs:
+        typer.echo(f"job 0x{job.id} {job.state} {json.dumps(job.receipt)}")
+    for game in games:
+        typer.echo(f"game 0x{game.id} {game.state} {json.dumps(game.segment)} {game.note}".rstrip())
+
+
+def _job_id(text: str) -> bytes:
+    try:
+        id = bytes.fromhex(text.removeprefix("0x"))
+    except ValueError:
+        id = b""
+    if len(id) != 32:
+        raise ConfigError(f"expected a job id of 32 bytes in hex, got {text!r}")
+    return id

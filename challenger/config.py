@@ -1,0 +1,85 @@
+"""The one frozen configuration of a watchtower process."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration file that cannot be used; says which key and what was expected."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a watchtower needs to know.
+
+    rpc_url: the chain, http(s). addresses: JSON file of the deployment. keystore, password: V3 keystore and a file
+    with its password. models: folders of the models that this watchtower can judge. data: folder for what it
+    downloads. database: SQLAlchemy URL (default: SQLite under `data`). poll_seconds: pause between two looks at the
+    chain. from_block: where to start on an empty database. max_stage_bytes: most that one stage of one job may hold;
+    larger ones stay unjudged. downloads: jobs that are downloaded at the same time.
+    """
+
+    rpc_url: str
+    addresses: Path
+    keystore: Path
+    password: Path
+    models: tuple[Path, ...]
+    data: Path
+    database: str = ""
+    poll_seconds: float = 1.0
+    from_block: int = 0
+    max_stage_bytes: int = 64 * 2**30
+    downloads: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("from_block", 0), ("max_stage_bytes", 1), ("downloads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 < self.poll_seconds <= 3600:
+            raise ConfigError(f"poll_seconds: expected more than 0 and at most 3600, got {self.poll_seconds}")
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.data / 'challenger.db'}"
+
+
+_PATHS = ("addresses", "keystore", "password", "data")
+_REQUIRED = ("rpc_url", "addresses", "keystore", "password", "models", "data")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rpc_url", "database", *_PATHS), (str,)),
+    **dict.fromkeys(("from_block", "max_stage_bytes", "downloads"), (int,)),
+    "models": (list,),
+    "poll_seconds": (int, float),
+}
+
+
+def load_config(path: Path) -> Config:
+    """Reads a TOML file; relative paths are relative to it.
+
+    Raises ConfigError on a missing, unknown or mistyped key.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # TOML and Unicode
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    known = {field.name for field in fields(Config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    missing = [key for key in _REQUIRED if key not in values]
+    if missing:
+        raise ConfigError(f"{path}: missing keys {', '.join(missing)}")
+    for key, value in values.items():
+        if type(value) not in _TYPES[key]:
+            raise ConfigError(f"{path}: {key}: expected {_TYPES[key][-1].__name__}, got {value!r}")
+    if not values["models"] or not all(isinstance(folder, str) for folder in values["models"]):
+        raise ConfigError(f"{path}: models: expected a list of folders, one or more")
+    folder = path.resolve().parent
+    for key in _PATHS:
+        values[key] = folder / values[key]
+    values["models"] = tuple(folder / model for model in values["models"])
+    return Config(**values)

@@ -1,0 +1,103 @@
+"""Downloads and audits beside the games: a worker that is slow to answer must not cost this watchtower a clock.
+
+Every job has a thread of its own while it is looked at. Audits, which compute, go one after the other. Results come
+back through a queue: store and transactions stay with the thread that plays.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from challenger.evidence import Evidence, Unavailable
+from challenger.judge import Findings, Judge
+
+LONGEST_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attempt at one job. seconds: most that its download may take.
+
+    final: whether what is missing after it is not waited for any more.
+    """
+
+    id: bytes
+    judge: Judge
+    seconds: float
+    final: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """findings: None where nothing was audited; `error` then says why, or the evidence what is missing."""
+
+    task: Task
+    evidence: Evidence | None
+    findings: Findings | None
+    error: Exception | None
+    audit_seconds: float
+
+
+class Desk:
+    """`capacity` jobs at the same time."""
+
+    def __init__(
+        self,
+        fetch: Callable[[Task], Evidence],
+        audit: Callable[[Judge, Evidence], Findings],
+        capacity: int,
+    ) -> None:
+        self._fetch = fetch
+        self._audit = audit
+        self._capacity = capacity
+        self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._auditing = threading.Lock()
+        self._busy: set[bytes] = set()
+        self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
+
+    def free(self, id: bytes) -> bool:
+        """Whether a job may be taken up now."""
+        resting = id in self._pauses and time.monotonic() < self._pauses[id][0]
+        return id not in self._busy and not resting and len(self._busy) < self._capacity
+
+    def start(self, task: Task) -> None:
+        self._busy.add(task.id)
+        threading.Thread(target=self._work, args=(task,), name=f"job {task.id.hex()[:8]}", daemon=True).start()
+
+    def finished(self) -> list[Outcome]:
+        """What came back since the last time."""
+        outcomes = []
+        while not self._done.empty():
+            outcome = self._done.get()
+            self._busy.discard(outcome.task.id)
+            outcomes.append(outcome)
+        return outcomes
+
+    def pause(self, id: bytes, most_seconds: float) -> None:
+        """Leaves a job alone for a while, each time twice as long, but no longer than `most_seconds`."""
+        _, before = self._pauses.get(id, (0.0, 0.5))
+        length = min(2 * before, LONGEST_PAUSE_SECONDS)
+        self._pauses[id] = (time.monotonic() + min(length, max(most_seconds, 0.5)), length)
+
+    def forget(self, id: bytes) -> None:
+        self._pauses.pop(id, None)
+
+    def _work(self, task: Task) -> None:
+        evidence, findings = None, None
+        error: Exception | None = None
+        started = time.monotonic()
+        try:
+            evidence = self._fetch(task)
+            if task.final or not evidence.missing:
+                with self._auditing:
+                    started = time.monotonic()
+                    findings = self._audit(task.judge, evidence)
+            else:
+                error = Unavailable("; ".join(evidence.missing))
+        except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
+            error = fault
+        self._done.put(Outcome(task, evidence, findings, error, time.monotonic() - started))

@@ -1,0 +1,224 @@
+"""Downloads what a committed job is made of, and believes nothing: every byte is checked against a root on chain.
+
+Answers come from strangers. Each has a time limit that covers all of it, connection and headers included, and a size
+limit derived from what it must be; a server that is slow, endless or wrong gives `Unavailable` with the reason, never
+an exception of another kind. Stages are asked side by side, so that none can hold up the others, and what was
+downloaded stays on disk: the next attempt goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+
+from challenger.evidence import Archive, Evidence, Facts, Unavailable
+from contracts.wire import parse_nodes, parse_outputs, parse_requests
+from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree, TraceNode, validate_request
+from verifier.referee.floats import Dtype
+from verifier.safetensors_file import MalformedFile
+from verifier.shape import ModelShape
+from verifier.trace import RequestTrace, WrongTrace, tensor_keys, tensor_width
+
+SILENCE_SECONDS = 10.0
+ANSWER_SECONDS = 60.0  # one answer in all; the largest have 4 MiB
+STAGE_SECONDS = 60.0
+STAGE_BYTES_PER_SECOND = 2**20  # slower than that, a stage holds up too much
+JSON_BYTES = 64 * 2**20
+
+T = TypeVar("T")
+
+
+class Fetcher:
+    """Reads jobs from their workers into an archive."""
+
+    def __init__(self, archive: Archive, max_stage_bytes: int) -> None:
+        self.archive = archive
+        self.max_stage_bytes = max_stage_bytes
+
+    def fetch(self, facts: Facts, shape: ModelShape, seconds: float) -> Evidence:
+        """All that the workers give within `seconds`. Blocking; any thread.
+
+        Raises Unavailable without requests or outputs; a stage that withholds its trace is named in the evidence.
+        """
+        return asyncio.run(self._fetch(facts, shape, seconds))
+
+    def load(self, facts: Facts, shape: ModelShape) -> Evidence:
+        """What lies on disk. Raises Unavailable."""
+        return asyncio.run(_Collector(facts, shape, self.archive, self.max_stage_bytes, None, 0.0).collect())
+
+    async def _fetch(self, facts: Facts, shape: ModelShape, seconds: float) -> Evidence:
+        end = asyncio.get_running_loop().time() + seconds
+        async with httpx.AsyncClient(
+            timeout=SILENCE_SECONDS,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"Accept-Encoding": "identity"},  # nothing to inflate: what is counted is what comes
+        ) as http:
+            return await _Collector(facts, shape, self.archive, self.max_stage_bytes, http, end).collect()
+
+
+@dataclass
+class _Collector:
+    """One attempt at one job. http None: from disk only. end: of the attempt, in the loop's seconds."""
+
+    facts: Facts
+    shape: ModelShape
+    archive: Archive
+    max_stage_bytes: int
+    http: httpx.AsyncClient | None
+    end: float
+
+    async def collect(self) -> Evidence:
+        facts = self.facts
+        last = len(facts.stages) - 1
+        # Every stage holds the prompts, the first and the last the outputs; who answers for them is asked first.
+        requests = await self._document("requests", "requests", range(last + 1), self._requests)
+        outputs = await self._document("outputs", "outputs", (last, 0), self._outputs)
+        found = await asyncio.gather(*(self._stage(index, requests) for index in range(last + 1)))
+        return Evidence(
+            id=facts.id,
+            job=facts.job,
+            stages=facts.stages,
+            requests=requests,
+            outputs=outputs,
+            tokens=facts.tokens,
+            requests_tree=RequestsTree(requests),
+            outputs_tree=OutputsTree(outputs),
+            stage_trees=tuple(tree for tree, _ in found),
+            held=tuple(not reason for _, reason in found),
+            missing=tuple(reason for _, reason in found if reason),
+            shape=self.shape,
+            archive=self.archive,
+        )
+
+    async def _document(self, name: str, path: str, stages: Sequence[int], parse: Callable[[bytes], T]) -> T:
+        """A file of records: from disk, else from the first of `stages` that gives a right one."""
+        kept = self.archive.read(self.facts.id, f"{name}.json")
+        if kept is not None:
+            return parse(kept)
+        reasons = []
+        for index in dict.fromkeys(stages):
+            try:
+                body = await self._get(index, path, JSON_BYTES, self.end)
+                parsed = parse(body)
+            except (Unavailable, ValueError) as error:
+                reasons.append(f"stage {index} at {self.facts.urls[index]}: {path}: {error}")
+                continue
+            self.archive.write(self.facts.id, f"{name}.json", body)
+            return parsed
+        raise Unavailable("; ".join(reasons))
+
+    def _requests(self, body: bytes) -> tuple[Request, ...]:
+        requests, job = parse_requests(body), self.facts.job
+        for request in requests:
+            validate_request(request, self.shape)
+        _check(job.requests, job.requests_root, len(requests), RequestsTree(requests).root)
+        return requests
+
+    def _outputs(self, body: bytes) -> tuple[Output, ...]:
+        outputs = parse_outputs(body)  # as told, lawful or not: what they break is for the audit to say
+        if not all(output.tokens for output in outputs):
+            raise ValueError("expected a token or more in each output")
+        _check(self.facts.job.requests, self.facts.outputs_root, len(outputs), OutputsTree(outputs).root)
+        return outputs
+
+    def _tree(self, index: int, body: bytes) -> StageTree:
+        tree = StageTree(parse_nodes(body))
+        _check(self.facts.job.requests, self.facts.roots[index], len(tree.nodes), tree.root)
+        return tree
+
+    async def _stage(self, index: int, requests: Sequence[Request]) -> tuple[StageTree | None, str]:
+        """The stage's records, and why its tensors are missing (empty if they are not)."""
+        tree = None
+        try:
+            tree = await self._document(f"nodes-{index}", "trace", (index,), lambda body: self._tree(index, body))
+            await self._tensors(index, tree.nodes, requests)
+        except Unavailable as error:
+            return tree, str(error)
+        return tree, ""
+
+    async def _tensors(self, index: int, nodes: Sequence[TraceNode], requests: Sequence[Request]) -> None:
+        """Brings all requests' tensors of a stage to disk. Raises Unavailable."""
+        who, stage, shape = f"stage {index} at {self.facts.urls[index]}", self.facts.stages[index], self.shape
+        for r, (node, request) in enumerate(zip(nodes, requests, strict=True)):
+            most = len(request.prompt) + request.limit - 1
+            if not 1 <= node.positions <= most:
+                raise Unavailable(f"{who}: request {r}: expected 1 .. {most} positions, came {node.positions}")
+        keys = tensor_keys(shape, stage.first_layer, stage.end_layer)
+        row = sum(tensor_width(shape, key) for key in keys) * _dtype(shape).itemsize
+        total = row * sum(node.positions for node in nodes)
+        if total > self.max_stage_bytes:
+            raise Unavailable(f"{who}: its trace has {total} bytes, this watchtower takes {self.max_stage_bytes}")
+        now = asyncio.get_running_loop().time()
+        end = min(self.end, now + STAGE_SECONDS + total / STAGE_BYTES_PER_SECOND)
+        for r, node in enumerate(nodes):
+            if await asyncio.to_thread(self._kept, index, r):
+                continue
+            arrays = {key: await self._tensor(index, r, key, node.positions, end) for key in keys}
+            trace = RequestTrace(shape, stage.first_layer, stage.end_layer, arrays)
+            if not await asyncio.to_thread(self._keep, index, r, trace, node):
+                raise Unavailable(f"{who}: request {r}: the tensors served are not those committed to")
+
+    def _keep(self, index: int, request: int, trace: RequestTrace, node: TraceNode) -> bool:
+        """Saves tensors if they are those committed to."""
+        right = trace.tensors_root == node.tensors_root
+        if right:
+            self.archive.save(self.facts.id, index, request, trace)
+        return right
+
+    def _kept(self, index: int, request: int) -> bool:
+        """Whether a request's tensors are on disk, whole."""
+        path = self.archive.trace_path(self.facts.id, index, request)
+        try:
+            return path.exists() and bool(RequestTrace.load(path, self.shape).positions)
+        except (MalformedFile, WrongTrace):  # cut off by a power failure
+            return False
+
+    async def _tensor(self, index: int, request: int, key: str, positions: int, end: float) -> Any:
+        """Raw bits [positions, width]."""
+        width, dtype = tensor_width(self.shape, key), _dtype(self.shape)
+        row = width * dtype.itemsize
+        data = bytearray()
+        while len(data) < positions * row:
+            first = len(data) // row
+            path = f"trace/{request}/{key}?first={first}&count={positions - first}"
+            part = await self._get(index, path, positions * row - len(data), end)
+            if not part or len(part) % row:
+                raise Unavailable(f"{path}: expected whole rows of {row} bytes, came {len(part)} bytes")
+            data += part
+        return np.frombuffer(bytes(data), dtype).reshape(positions, width)
+
+    async def _get(self, index: int, path: str, most: int, end: float) -> bytes:
+        """The body of an answer of at most `most` bytes. Raises Unavailable."""
+        if self.http is None:
+            raise Unavailable(f"{path}: not on disk")
+        url = f"{self.facts.urls[index]}/jobs/{self.facts.id.hex()}/{path}"
+        seconds = min(ANSWER_SECONDS, end - asyncio.get_running_loop().time())
+        data = bytearray()
+        try:
+            async with asyncio.timeout(seconds), self.http.stream("GET", url) as response:
+                if response.status_code != 200:
+                    raise Unavailable(f"{url}: expected 200, came {response.status_code}")
+                async for part in response.aiter_raw():
+                    data += part
+                    if len(data) > most:
+                        raise Unavailable(f"{url}: expected at most {most} bytes")
+        except TimeoutError as error:
+            raise Unavailable(f"{url}: expected an answer within {max(seconds, 0):.0f} s") from error
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a URL that no parser takes
+            raise Unavailable(f"{url}: {type(error).__name__}: {error}") from error
+        return bytes(data)
+
+
+def _check(count: int, root: bytes, actual_count: int, actual_root: bytes) -> None:
+    if (actual_count, actual_root) != (count, root):
+        raise ValueError(f"expected {count} with root {root.hex()}, came {actual_count} with {actual_root.hex()}")
+
+
+def _dtype(shape: ModelShape) -> np.dtype[Any]:
+    return np.dtype("<u4") if shape.served_dtype == Dtype.FLOAT32 else np.dtype("<u2")

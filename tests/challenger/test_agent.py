@@ -1,0 +1,434 @@
+"""A watchtower on a local chain: what is wrong is convicted, what is right left alone, and no crash costs anything."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from challenger.agent import Agent
+from challenger.config import Config, ConfigError
+from challenger.evidence import Evidence, Unavailable
+from challenger.judge import Findings, Judge
+from challenger.store import LIVE, GameState, JobState, Store
+from contracts.client import Chain, ChainError, ChainUnreachable
+from contracts.events import ChallengeCommitted, GameEnded, GameMoved
+from contracts.keys import save_account
+from contracts.play import GameLog, Player
+from deploy.deployment import deploy
+from deploy.devnet import Devnet
+from deploy.keys import dev_account
+from tests.challenger.town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
+from tests.verifier import tiny
+from verifier.canonical import Case
+from verifier.game import Game
+from verifier.trace import RequestTrace
+
+STAGE, WORKER = 1, 2  # the spoilt stage and its account
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as Python can act it: nothing catches it."""
+
+
+class Place:
+    """A chain with a town on it, and watchtowers that come and go."""
+
+    def __init__(self, devnet: Devnet, town: Town, folder: Path, home: Path) -> None:
+        self.devnet, self.town, self.home = devnet, town, home
+        self.judge = Judge(folder)
+        self.folder = folder
+        self.count = 0
+
+    def config(self, name: str) -> Config:
+        """For a watchtower that sees nothing of what was before."""
+        data = self.home / name
+        data.mkdir(exist_ok=True)
+        head = self.town.requester.block_number()
+        return Config(
+            "unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
+        )
+
+    def agent(self, config: Config, account: int = 4, agent_class: type[Agent] = Agent) -> Agent:
+        chain = self.town.chain(account)
+        if chain.token.balance(chain.account) < FUNDS:
+            chain.token.mint(chain.account, FUNDS)
+        return agent_class(config, chain, {self.judge.id: self.judge}, Store(config.database_url))
+
+    def judged(self, agent: Agent, job: bytes) -> str:
+        """The state of an audited job, and its receipt."""
+
+        def done() -> bool:
+            agent.tick()
+            row = agent.store.job(job.hex())
+            return row is not None and row.state != JobState.WATCHED
+
+        until(done)
+        row = agent.store.job(job.hex())
+        assert row is not None
+        return row.state
+
+    def events(self, kind: type[Any], job: bytes, config: Config) -> list[Any]:
+        found = self.town.requester.events(config.from_block)
+        return [event for event in found if isinstance(event, kind) and getattr(event, "job", job) == job]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("model")
+    weights, profile = model(folder)
+    with Devnet() as devnet, Hall() as hall:
+        town = Town(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), hall, weights, profile)
+        town.settle_in()
+        yield Place(devnet, town, folder, tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def honest(place: Place) -> Served:
+    return serve(place.town.weights)
+
+
+@pytest.fixture(scope="module")
+def spoilt(place: Place) -> Served:
+    return serve(place.town.weights, spoil=True)
+
+
+@pytest.fixture(autouse=True)
+def behave(place: Place) -> Iterator[None]:
+    yield
+    place.town.hall.misbehave = lambda handler, path: False
+
+
+class Defence:
+    """The convicted worker's side: denies everything, consistently."""
+
+    def __init__(self, place: Place, served: Served, config: Config) -> None:
+        self.place, self.served, self.log = place, served, GameLog()
+        self.from_block = config.from_block
+        self.player = Player(place.town.chain(WORKER), self.case, side_is_worker=True)
+        self._cases: dict[Any, Case] = {}
+
+    def case(self, game: Game) -> Case:
+        if game.segment not in self._cases:
+            judge, trace = self.place.judge, self.served.traces[game.segment.stage][game.segment.request]
+            truth = Case(judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token)
+            self._cases[game.segment] = tiny.Liar(truth, 7, 3, 1 << 20, 0, wrong=False)
+        return self._cases[game.segment]
+
+    def play(self) -> None:
+        self.log.feed(self.place.town.requester.events(self.from_block))
+        for followed in list(self.log.games.values()):
+            try:
+                self.player.step(followed, self.place.town.requester.block_timestamp())
+            except ChainError as error:  # even a liar has a last move, and it is refused
+                assert error.name == "NotWrong", error
+
+
+def test_an_honest_job_is_left_alone(place: Place, honest: Served) -> None:
+    config = place.config("honest")
+    agent = place.agent(config)
+    job = place.town.commit(honest)
+    assert place.judged(agent, job) == JobState.CLEAN
+    row = agent.store.job(job.hex())
+    assert row is not None and row.receipt["wrong"] == [] and row.receipt["pieces"] > 50
+    assert all(ratio < 1 for ratio in row.receipt["worst"].values())
+    assert not agent.tick() and place.events(ChallengeCommitted, job, config) == []
+    assert not (config.data / "jobs" / job.hex()).exists()
+
+
+@pytest.mark.parametrize("kill", ["at every write", "after every look"])
+def test_a_wrong_row_is_convicted_once_whatever_is_killed(
+    place: Place, spoilt: Served, kill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = place.config(f"kill {kill}")
+    job = place.town.commit(spoilt)
+    agent, defence = place.agent(config), Defence(place, spoilt, config)
+    assert place.judged(agent, job) == JobState.SUSPECT
+    place.town.hall.misbehave = lambda handler, path: say(handler, b"", 503)  # nothing is given any more
+    before = agent.chain.token.balance(agent.chain.account)
+    died: set[str] = set()
+
+    def deadly(owner: Any, name: str) -> None:
+        """Kills the process before the first call of each kind, and after the second."""
+        real = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            what = f"{name} {arguments[1] if name == 'mark' else ''}"
+            if f"before {what}" not in died:
+                died.add(f"before {what}")
+                raise Killed
+            result = real(*arguments)
+            if f"after {what}" not in died:
+                died.add(f"after {what}")
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    def revive() -> Agent:
+        agent.store.close()
+        again = place.agent(config)
+        if kill == "at every write":
+            deadly(again.store, "mark")
+            deadly(again.chain.escrow, "release")
+            for name in ("commit", "challenge", "descend", "prove", "withdraw"):
+                deadly(again.chain.disputes, name)
+        return again
+
+    agent = revive()
+    for _ in range(200):
+        try:
+            agent.tick()
+        except Killed:
+            agent = revive()
+        if kill == "after every look":
+            agent = revive()
+        place.devnet.mine()
+        defence.play()
+        rows = agent.store.games_of(job.hex())
+        if rows[0].state == GameState.WON:
+            place.devnet.pass_seconds(601)
+        if rows[0].state == GameState.CLOSED:
+            break
+    (row,) = rows
+    assert row.state == GameState.CLOSED, row.note
+    assert (row.segment["stage"], row.segment["kind"], row.segment["position"]) == (STAGE, 5, SPOILT_POSITION)
+    assert len(place.events(ChallengeCommitted, job, config)) == 1
+    assert sum(event.game.challenger_moves == 1 for event in place.events(GameMoved, job, config)) <= 2
+    (end,) = place.events(GameEnded, job, config)
+    assert (end.convicted, end.reason) == (STAGE, 1)
+    assert agent.chain.escrow.convicted(job, STAGE) and not agent.chain.escrow.convicted(job, 0)
+    agent = place.agent(config)
+    agent.tick()  # draws what the kill left behind
+    assert agent.chain.token.balance(agent.chain.account) > before
+    assert kill != "at every write" or len(died) > 12
+    assert not (config.data / "jobs" / job.hex()).exists()
+
+
+def test_a_silent_worker_is_flagged(place: Place, spoilt: Served) -> None:
+    config = place.config("silent")
+    job = place.town.commit(spoilt)
+    agent = place.agent(config)
+    assert place.judged(agent, job) == JobState.SUSPECT
+    for _ in range(10):
+        agent.tick()
+        place.devnet.pass_seconds(CLOCK_SECONDS)
+    (end,) = place.events(GameEnded, job, config)
+    assert (end.convicted, end.reason) == (STAGE, 2)
+
+
+def test_a_shown_game_is_over_at_once(place: Place, honest: Served) -> None:
+    config = place.config("bill")
+    job = place.town.commit(replace(honest, tokens=honest.tokens - 1))
+    agent = place.agent(config)
+    assert place.judged(agent, job) == JobState.SUSPECT
+    for _ in range(5):
+        agent.tick()
+        place.devnet.mine()
+    (row,) = agent.store.games_of(job.hex())
+    assert (row.state, row.segment["kind"]) == (GameState.WON, 9)
+    assert agent.chain.escrow.convicted(job, STAGE)
+
+
+def test_who_withholds_its_trace_shields_nobody_else(place: Place, honest: Served, spoilt: Served) -> None:
+    config = place.config("withheld")
+    agent = place.agent(config)
+    place.town.hall.misbehave = lambda handler, path: (
+        path.startswith("/s0/") and "/trace" in path and say(handler, b"", 403)
+    )
+    clean, wrong = place.town.commit(honest), place.town.commit(spoilt)
+    agent.tick()
+    until(lambda: bool(agent.desk._done.qsize() == 2))
+    agent.tick()
+    rows = [agent.store.job(id.hex()) for id in (clean, wrong)]
+    assert [row and (row.state, row.attempts) for row in rows] == [(JobState.WATCHED, 1)] * 2  # there is time to wait
+    place.devnet.pass_seconds(301)  # half of the window
+    assert place.judged(agent, wrong) == JobState.SUSPECT
+    assert place.judged(agent, clean) == JobState.UNJUDGED
+    row = agent.store.job(clean.hex())
+    assert row is not None and "stage 0" in row.receipt["why"] and "403" in row.receipt["why"]
+    (game,) = agent.store.games_of(wrong.hex())
+    assert game.segment["stage"] == STAGE
+
+
+def test_a_job_without_outputs_stays_unjudged_and_others_go_on(place: Place, honest: Served) -> None:
+    config = place.config("no outputs")
+    agent = place.agent(config)
+    refused = place.town.commit(honest, window=40)
+    place.town.hall.misbehave = lambda handler, path: (
+        refused.hex() in path and path.endswith("/outputs") and say(handler, b"", 404)
+    )
+    other = place.town.commit(honest)
+    assert place.judged(agent, other) == JobState.CLEAN
+    place.devnet.pass_seconds(25)
+    assert place.judged(agent, refused) == JobState.UNJUDGED
+    late = place.town.commit(honest, window=20)
+    agent.read()
+    place.devnet.pass_seconds(21)
+    assert place.judged(agent, late) == JobState.UNJUDGED
+    row = agent.store.job(late.hex())
+    assert row is not None and "window was over" in row.receipt["why"]
+
+
+def test_a_model_that_is_not_ours(place: Place, honest: Served) -> None:
+    config = place.config("other model")
+    agent = place.agent(config)
+    agent.judges.clear()
+    assert place.judged(agent, place.town.commit(honest)) == JobState.UNJUDGED
+
+
+def test_a_plan_older_than_its_window_is_dropped(place: Place, spoilt: Served) -> None:
+    for name, ticks in (("planned", 0), ("committed", 1)):
+        config = place.config(f"late {name}")
+        job = place.town.commit(spoilt, window=600)
+        agent = place.agent(config)
+        assert place.judged(agent, job) == JobState.SUSPECT
+        for _ in range(ticks):
+            agent.tick()
+        (row,) = agent.store.games_of(job.hex())
+        assert row.state == (GameState.COMMITTED if ticks else GameState.PLANNED)
+        place.devnet.pass_seconds(601)
+        agent.tick()
+        (row,) = agent.store.games_of(job.hex())
+        assert row.state == GameState.DROPPED and "window" in row.note
+        assert place.events(GameMoved, job, config) == []
+
+
+def test_two_watchtowers_both_win_and_a_third_stays_away(place: Place, spoilt: Served) -> None:
+    configs = [place.config(f"tower {index}") for index in range(3)]
+    job = place.town.commit(spoilt)
+    towers = [place.agent(config, 4 + index) for index, config in enumerate(configs)]
+    for tower in towers:
+        assert place.judged(tower, job) == JobState.SUSPECT  # stage 1 alone, not convicted yet
+    defence = Defence(place, spoilt, configs[0])
+    for _ in range(60):
+        for tower in towers[:2]:
+            tower.tick()
+        place.devnet.mine()
+        defence.play()
+        if all(tower.store.games_of(job.hex())[0].state == GameState.WON for tower in towers[:2]):
+            break
+    assert [tower.store.games_of(job.hex())[0].state for tower in towers[:2]] == [GameState.WON] * 2
+    towers[2].tick()
+    assert towers[2].store.games_of(job.hex())[0].state == GameState.DROPPED
+
+
+class Faulty(Agent):
+    """Fails at one thing."""
+
+    fault: Callable[[], None]
+
+    def findings(self, judge: Judge, evidence: Evidence) -> Findings:
+        self.fault()
+        return super().findings(judge, evidence)
+
+
+def test_a_fault_in_one_audit_costs_no_other(place: Place, honest: Served) -> None:
+    config = place.config("faulty")
+    agent = place.agent(config, agent_class=Faulty)
+    assert isinstance(agent, Faulty)
+    first = place.town.commit(honest)
+
+    def fail() -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    agent.fault = fail
+    agent.desk.pause = lambda id, most_seconds: None  # type: ignore[method-assign]  # no waiting here
+    assert place.judged(agent, first) == JobState.UNJUDGED
+    row = agent.store.job(first.hex())
+    assert row is not None and row.receipt["why"] == "ZeroDivisionError: a fault of ours" and row.attempts == 3
+    agent.fault = lambda: None
+    assert place.judged(agent, place.town.commit(honest)) == JobState.CLEAN
+
+
+def test_a_fault_in_one_game_costs_no_other(place: Place, spoilt: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = place.config("two games")
+    agent = place.agent(config)
+    jobs = [place.town.commit(spoilt) for _ in range(2)]
+    for job in jobs:
+        assert place.judged(agent, job) == JobState.SUSPECT
+    real = agent.charge_of
+    faults: list[Exception] = [Unavailable("gone"), KeyError("a fault of ours"), ChainError("Rpc", {})]
+
+    def charge_of(row: Any) -> Any:
+        if row.job == jobs[0].hex():
+            raise faults[0]
+        return real(row)
+
+    monkeypatch.setattr(agent, "charge_of", charge_of)
+    for fault in list(faults):
+        agent._rests.clear()
+        faults[0] = fault
+        agent.tick()
+        place.devnet.mine()
+    assert [place.events(GameMoved, job, config) != [] for job in jobs] == [False, True]
+    faults[0] = ChainUnreachable("nowhere", 1, 0.0, "gone")
+    agent._rests.clear()
+    with pytest.raises(ChainUnreachable):  # nothing can be done for any game; `run` tries again
+        agent.tick()
+
+
+def test_run_survives_every_fault(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = place.agent(place.config("run"))
+    told: list[Any] = [
+        ZeroDivisionError(),
+        ChainUnreachable("x", 1, 0.0, ""),
+        LookupError("new event"),
+        False,
+        Killed(),
+    ]
+
+    def tick() -> bool:
+        item = told.pop(0)
+        if isinstance(item, BaseException):
+            raise item
+        return bool(item)
+
+    monkeypatch.setattr(agent, "tick", tick)
+    with pytest.raises(Killed):
+        agent.run()
+    assert told == []
+
+
+def test_one_process_a_data_folder(place: Place, tmp_path: Path) -> None:
+    account = dev_account(4)
+    save_account(account, tmp_path / "key.json", "secret", iterations=2)
+    config = replace(place.config("locked"), models=())
+    first = Agent.build(config, place.town.chain(4))
+    with pytest.raises(ConfigError, match="another watchtower"):
+        Agent.build(config, place.town.chain(4))
+    first.close()
+    Agent.build(config, place.town.chain(4)).close()
+
+
+def test_a_node_that_lags_turns_nothing_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = place.agent(place.config("lag"))
+    agent.read()
+    seen = agent._next_block
+    monkeypatch.setattr(Chain, "block_number", lambda self: seen - 5)
+    monkeypatch.setattr(Chain, "events", lambda self, first, last: pytest.fail("asked a node that lags"))
+    agent.read()
+    assert agent._next_block == seen
+
+
+def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
+    from challenger.store import GameRow
+
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    assert store.next_block(7) == 7
+    store.advance(100, [("aa", 5)])
+    store.advance(100, [("aa", 5)])
+    assert store.next_block(7) == 100
+    game = GameRow(id="g", job="aa", segment={}, salt=bytes(32), block=40)
+    store.judged("aa", JobState.SUSPECT, {}, [game])
+    assert store.next_block(7) == 40 and [row.id for row in store.games(*LIVE)] == ["g"]
+    store.mark("g", GameState.LOST)
+    assert store.next_block(7) == 100
+    store.close()
+
+
+def test_the_spoilt_job_is_wrong_in_one_place(place: Place, spoilt: Served) -> None:
+    """What the other tests stand on: no exact rule is broken, so only the game can convict."""
+    trace = spoilt.traces[STAGE][0]
+    assert isinstance(trace, RequestTrace) and trace.positions > SPOILT_POSITION

@@ -1,0 +1,103 @@
+"""Jobs from opening to pay on a local chain, workers as agents in this process."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from contracts.client import Status
+from deploy.devnet import Devnet
+from tests.worker.pipeline_in_process import Greedy, Tiny
+from tests.worker.village import WINDOW_SECONDS, Village
+from verifier.commit import Request, make_outputs, outputs_root
+from verifier.trace import RequestTrace
+from worker.job import Phase
+from worker.recorder import trace_path
+
+
+@pytest.fixture
+def village(tiny: Tiny, tmp_path: Path) -> Iterator[Village]:
+    folder, _ = tiny
+    with Devnet() as devnet:
+        made = Village(devnet, tmp_path, folder)
+        made.settle_in()
+        yield made
+
+
+def test_a_job_is_served_committed_settled_and_paid(
+    village: Village, tiny: Tiny, requests_batch: list[Request], greedy: Greedy
+) -> None:
+    _, model = tiny
+    expected = [greedy(model, request) for request in requests_batch]
+
+    async def story() -> None:
+        await village.wake()
+        id = await village.open(requests_batch)
+        await village.reaches(id, Status.COMMITTED)
+        root, tokens = village.requester.escrow.outputs(id)
+        assert root == outputs_root(make_outputs(expected, requests_batch))
+        assert tokens == sum(map(len, expected))
+
+        answer = await village.get(1, f"/jobs/{id.hex()}/outputs")
+        assert [output["tokens"] for output in answer.json()["outputs"]] == expected
+        trace = (await village.get(0, f"/jobs/{id.hex()}/trace")).json()
+        assert trace["root"] == village.requester.escrow.root(id, 0).hex()
+        answer = await village.get(0, f"/jobs/{id.hex()}/trace/2/0.q?first=3&count=5")
+        stored = RequestTrace.load(trace_path(village.agents[0].folder(id).path, 2), village.agents[0].stage.shape)
+        assert answer.headers["X-Plumb-Rows"] == "5"
+        assert np.array_equal(np.frombuffer(answer.content, "<u4").reshape(5, 64), stored.arrays["0.q"][3:8])
+
+        # A restart in the window: traces and state come back from disk, and the job is settled all the same.
+        await village.sleep()
+        await village.wake()
+        assert (await village.get(1, f"/jobs/{id.hex()}/trace")).json()["requests"][2]["positions"] == 26
+        village.devnet.pass_seconds(WINDOW_SECONDS + 2)
+        await village.reaches(id, Status.PAID)
+        accounts = [agent.account for agent in village.agents]
+        for _ in range(100):
+            if not any(village.requester.escrow.credit(account) for account in accounts):
+                break
+            await asyncio.sleep(0.1)
+        assert [village.requester.escrow.credit(account) for account in accounts] == [0, 0]
+        assert all(village.requester.token.balance(account) > 0 for account in accounts)
+        await asyncio.sleep(0.5)
+        assert all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents)
+        await village.sleep()
+
+    asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, requests_batch: list[Request]) -> None:
+    async def story() -> None:
+        await village.wake()
+        good = requests_batch[0]
+
+        other = await asyncio.to_thread(lambda: village.requester.escrow.open(village.job([good])))
+        for requests, reason in (
+            ([replace(good, prompt=(1, 2))], "prompt tokens"),
+            ([replace(good, prompt=(*good.prompt[:-1], 9999))], "ids below 211"),
+            ([good, good], "expected 1 requests, came 2"),
+            ([replace(good, prompt=tuple(reversed(good.prompt)))], "expected requests with root"),
+            ([replace(good, temperature=1)], "greedy"),
+            ([replace(good, prompt=good.prompt * 40)], "within 128 positions"),
+        ):
+            answer = await village.send(other, requests)
+            assert answer.status_code == 409 and reason in answer.json()["error"], answer.text
+
+        cheap = await village.open([good], token_price=0)
+        for _ in range(50):
+            state = (await village.get(0, f"/jobs/{cheap.hex()}")).json()
+            if state.get("reason"):
+                break
+            await asyncio.sleep(0.1)
+        assert "token price: expected at least 1, came 0" in state["reason"]
+        assert village.requester.escrow.status(cheap) is Status.OPEN
+
+        assert (await village.get(0, "/jobs/" + "00" * 32)).status_code == 404
+        assert (await village.get(0, "/jobs/xyz")).status_code == 409
+        await village.sleep()
+
+    asyncio.run(asyncio.wait_for(story(), 120))

@@ -1,0 +1,277 @@
+"""Whole batches through one, two and three stages."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.worker.pipeline_in_process import JOB, Greedy, Stamp, Tiny, serve, split, wire
+from verifier.audit import Auditor
+from verifier.audit import Stage as AuditedStage
+from verifier.commit import Request, StageTree, TraceNode, make_outputs, outputs_root
+from verifier.referee import floats
+from verifier.tolerance import uniform_profile
+from verifier.trace import RequestTrace
+from worker import ring_pb2 as pb
+from worker.batch import Batch
+from worker.cache import Cache
+from worker.channel import Peer
+from worker.config import Serving
+from worker.errors import BadHandoff, BadMessage, OutOfRange
+from worker.handoff import Handoff
+from worker.job import JobState, Phase
+from worker.recorder import trace_path
+from worker.run import Run
+from worker.stage import Captured, Forward, Stage
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_tokens_equal_transformers_greedy(
+    tiny: Tiny, requests_batch: list[Request], greedy: Greedy, tmp_path: Path, parts: int
+) -> None:
+    folder, model = tiny
+    states = serve(tmp_path, split(folder, 3, parts), requests_batch)
+    expected = [greedy(model, request) for request in requests_batch]
+    for state in (states[0], states[-1]):
+        assert [list(ids) for ids in state.tokens] == expected
+    assert states[-1].outputs == outputs_root(make_outputs(expected, requests_batch))
+    assert all(state.phase is Phase.FINISHED for state in states)
+    for before, after in pairwise(states):
+        assert after.received == before.sent
+        assert [n.positions for n in before.nodes] == [n.positions for n in after.nodes]
+    if parts > 1:
+        assert states[0].received == states[-1].sent
+
+
+def test_stops_end_a_request(tiny: Tiny, requests_batch: list[Request], greedy: Greedy, tmp_path: Path) -> None:
+    folder, model = tiny
+    free = greedy(model, requests_batch[0])
+    stopping = replace(requests_batch[0], stops=(free[2],))
+    states = serve(tmp_path, split(folder, 3, 2), [stopping, requests_batch[1]])
+    assert list(states[0].tokens[0]) == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize("model_name", ["tiny", "tiny_bf16"])
+def test_link_rule_holds_bit_for_bit(
+    request: pytest.FixtureRequest, model_name: str, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """next h = (h + attn_out) + mlp_out in the served dtype, within a stage and across the boundary."""
+    folder, _ = request.getfixturevalue(model_name)
+    stages = split(folder, 3, 2)
+    serve(tmp_path, stages, requests_batch)
+    shape = stages[0].shape
+    for r in range(len(requests_batch)):
+        traces = [RequestTrace.load(trace_path(tmp_path / str(i) / "jobs" / JOB.hex(), r), shape) for i in range(2)]
+        arrays = {**traces[0].arrays, **traces[1].arrays}
+        for layer in range(3):
+            follows = arrays[f"{layer + 1}.h"] if layer < 2 else arrays["out"]
+            h, attention, mlp = (arrays[f"{layer}.{name}"] for name in ("h", "attn_out", "mlp_out"))
+            for t, c in np.ndindex(*h[:6, ::5].shape):
+                c *= 5
+                middle = floats.add(shape.served_dtype, int(h[t, c]), int(attention[t, c]))
+                assert floats.add(shape.served_dtype, middle, int(mlp[t, c])) == int(follows[t, c])
+
+
+def test_roots_equal_those_of_the_stored_traces(tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+    folder, _ = tiny_bf16
+    stages = split(folder, 3, 2)
+    for name, serving in (("small", Serving(max_rows=3, microbatches=2)), ("large", Serving(max_rows=64))):
+        states = serve(tmp_path / name, stages, requests_batch, serving)
+        for i, state in enumerate(states):
+            path = tmp_path / name / str(i) / "jobs" / JOB.hex()
+            traces = [RequestTrace.load(trace_path(path, r), stages[i].shape) for r in range(len(requests_batch))]
+            nodes = [TraceNode(trace.positions, trace.tensors_root) for trace in traces]
+            assert tuple(nodes) == state.nodes
+            assert StageTree(nodes).root == state.root
+
+
+def test_h_of_layer_0_is_the_embedding(tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+    folder, _ = tiny_bf16
+    stages = split(folder, 3, 1)
+    (state,) = serve(tmp_path, stages, requests_batch)
+    table = stages[0].weights.raw("model.embed_tokens.weight")
+    for r, request in enumerate(requests_batch):
+        trace = RequestTrace.load(trace_path(tmp_path / "0" / "jobs" / JOB.hex(), r), stages[0].shape)
+        fed = [*request.prompt, *state.tokens[r][:-1]]
+        assert np.array_equal(trace.arrays["0.h"], table[fed])
+
+
+class Overflowing(Stage):
+    def observe(self, context: Forward, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return super().observe(context, key, torch.full_like(tensor, 2.0**20) if key == "1.mlp_out" else tensor)
+
+
+def test_a_tensor_out_of_range_fails_the_job_before_anything_is_signed(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    folder, _ = tiny
+    with pytest.raises(OutOfRange, match=r"1\.mlp_out, request 0, position 0, column 0"):
+        serve(tmp_path, [Overflowing(folder, 0, 3)], requests_batch[:1], Serving(attempts=1))
+
+
+class Failing(Stage):
+    """Breaks in the middle of the first attempt."""
+
+    calls = 0
+
+    def forward(self, hidden: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, Captured]:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("the device is lost")
+        return super().forward(hidden, batch, cache)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_broken_attempt_is_followed_by_another(
+    tiny: Tiny, requests_batch: list[Request], greedy: Greedy, tmp_path: Path, broken: int
+) -> None:
+    folder, model = tiny
+    stages = split(folder, 3, 3)
+    stages[broken] = Failing(folder, broken, broken + 1)
+    states = serve(tmp_path, stages, requests_batch)
+    assert [state.attempt for state in states] == [2, 2, 2]
+    assert [list(ids) for ids in states[0].tokens] == [greedy(model, request) for request in requests_batch]
+
+
+def test_the_audit_finds_an_honest_trace_within_tolerance(
+    tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    folder, _ = tiny_bf16
+    stages = split(folder, 3, 2)
+    serve(tmp_path, stages, requests_batch)
+    auditor = Auditor(stages[0].weights, uniform_profile(stages[0].shape, 1, 8, 1 << 24, 1 << 30))
+    r = 2
+    parts = [
+        AuditedStage(i, RequestTrace.load(trace_path(tmp_path / str(i) / "jobs" / JOB.hex(), r), stages[0].shape))
+        for i in range(2)
+    ]
+    for part, receiver in ((parts[0], parts[1]), (parts[1], None)):
+        for layer in range(part.trace.first_layer, part.trace.end_layer):
+            for audit in auditor.layer(part, r, layer):
+                assert audit.worst().ratio < 0.5, audit.worst()
+            link = auditor.link(part, r, layer, receiver)
+            assert link is not None and link.worst().ratio == 0
+
+
+async def _deliver(runs: list[Run], stage: int, **fields: object) -> None:
+    body = pb.Envelope(job=JOB, attempt=1, **fields)  # type: ignore[arg-type]
+    await runs[stage].receive(Peer("stage 0", "stage 0", b""), body)
+
+
+def _rows(first: int, count: int, request: int = 0) -> pb.Rows:
+    hidden = pb.Tensor(dtype=2, shape=[count, 64], data=bytes(256 * count))
+    return pb.Rows(pieces=[pb.Piece(request=request, first=first, count=count)], hidden=hidden)
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (_rows(1, 2), "expected position 0, came 1"),
+        (_rows(0, 2, request=9), "expected a request below 5, came 9"),
+        (_rows(0, 6), "expected at most 5 positions, came 6"),
+    ],
+)
+def test_rows_out_of_place_break_the_attempt(
+    tiny: Tiny,
+    requests_batch: list[Request],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rows: pb.Rows,
+    what: str,
+) -> None:
+    folder, _ = tiny
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
+            await _deliver(runs, 1, sequence=0, rows=rows)
+            await asyncio.sleep(0.3)
+            for run in runs:
+                await run.close("the test is over")
+
+    asyncio.run(work())
+    assert f"stage 0: request 0: {what}" in caplog.text or f"stage 0: {what}" in caplog.text
+
+
+def test_a_gap_in_the_sequence_drops_the_sender(tiny: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+    folder, _ = tiny
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
+            await _deliver(runs, 1, sequence=0, rows=_rows(0, 2))
+            with pytest.raises(BadMessage, match="stage 0: expected message 1, came 3"):
+                await _deliver(runs, 1, sequence=3, rows=_rows(2, 2))
+            with pytest.raises(BadMessage, match="attempt 99 of at most 3"):
+                await runs[1].receive(Peer("stage 0", "", b""), pb.Envelope(job=JOB, attempt=99, rows=_rows(0, 1)))
+            for run in runs:
+                await run.close("the test is over")
+
+    asyncio.run(work())
+
+
+class Forger(Stamp):
+    def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> bytes:
+        return b"forged"
+
+    def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool:
+        return handoff.signature == Stamp().sign_handoff(job, stage, handoff.root, handoff.leaves)
+
+
+def test_a_wrong_signature_fails_the_job_naming_the_sender(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    folder, _ = tiny
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
+            runs[0]._notary = Forger()
+            for run in runs:
+                run.start()
+            with pytest.raises(BadHandoff, match="stage 0: its hand-off is not signed with its key"):
+                await asyncio.wait_for(runs[1].finished, 20)
+            assert runs[1].folder.load_state().phase is Phase.FAILED
+            await runs[0].close("the test is over")
+
+    asyncio.run(work())
+
+
+def test_a_sealed_stage_finishes_after_a_restart(tiny: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+    folder, _ = tiny
+    stages = split(folder, 3, 2)
+    before = serve(tmp_path, stages, requests_batch)
+
+    async def work() -> list[JobState]:
+        with ThreadPoolExecutor(1) as compute:
+            runs = wire(tmp_path, stages, requests_batch, Serving(), compute)
+            for i, run in enumerate(runs):
+                run.folder.save_state(
+                    replace(before[i], phase=Phase.SEALED, received=None if i == 0 else before[i].received)
+                )
+            again = []
+            for run in runs:
+                again.append(
+                    Run(
+                        run.folder,
+                        run.folder.load_state(),
+                        requests_batch,
+                        run._stage,
+                        Serving(),
+                        Stamp(),
+                        compute,
+                        run._successor,
+                        "p",
+                    )
+                )
+            again[0]._successor.target, again[1]._successor.target = again[1], again[0]  # type: ignore[union-attr]
+            for run in again:
+                run.start()
+            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in again)), 20))
+
+    assert asyncio.run(work()) == before

@@ -1,0 +1,5 @@
+"""`python -m worker run --config stage.toml`."""
+
+from worker.cli import app
+
+app()

@@ -1,0 +1,57 @@
+"""A microbatch: rows of several requests, flattened without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` consecutive positions of one request, from `first`."""
+
+    request: int
+    first: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces in the order of their rows; a request occurs at most once."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.count for piece in self.pieces)
+
+    def spans(self) -> list[tuple[Piece, slice]]:
+        """Each piece with its rows within the microbatch."""
+        ends = list(accumulate(piece.count for piece in self.pieces))
+        return [(piece, slice(end - piece.count, end)) for piece, end in zip(self.pieces, ends, strict=True)]
+
+    def positions(self) -> npt.NDArray[np.int64]:
+        """[rows]: position of each row within its request."""
+        return np.concatenate([np.arange(piece.first, piece.end, dtype=np.int64) for piece in self.pieces])
+
+
+@dataclass(frozen=True)
+class Token:
+    """The `index`-th output token of a request."""
+
+    request: int
+    index: int
+    token: int
+
+
+def sampling(batch: Batch, prompt_counts: Sequence[int]) -> list[tuple[Piece, int]]:
+    """(piece, row within the microbatch) of every piece that reaches the end of its prompt: its last row yields a
+    token.
+    """
+    return [(piece, span.stop - 1) for piece, span in batch.spans() if piece.end >= prompt_counts[piece.request]]

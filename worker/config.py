@@ -1,0 +1,145 @@
+"""The one configuration of a worker process, read once from TOML; unknown keys are refused."""
+
+import dataclasses
+import tomllib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from worker.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Contracts:
+    """Addresses of one deployment, 0x-prefixed."""
+
+    token: str
+    models: str
+    workers: str
+    escrow: str
+    disputes: str
+    referee: str
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    rpc: str
+    addresses: Contracts
+    start_block: int = 0  # events before this block concern nobody here
+    poll_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What this worker accepts. Prices and rates in base units of the token."""
+
+    min_prompt_price: int = 0
+    min_token_price: int = 0
+    min_gas_rate: int = 0  # the chain pays this worker's moves in games at the job's rate
+    min_share_bps: int = 0
+    max_requests: int = 4096
+    max_prompt_tokens: int = 4_000_000
+    max_output_tokens: int = 1_000_000
+    max_window_seconds: int = 7 * 86_400
+    min_clock_seconds: int = 5
+    min_grace_seconds: int = 1
+    min_serving_seconds: int = 5  # from acceptance to commitBy
+
+
+@dataclass(frozen=True)
+class Serving:
+    device: str = "cpu"
+    threads: int = 0  # of torch; 0 leaves its own choice
+    max_rows: int = 512  # rows of one microbatch
+    microbatches: int = 0  # in flight; 0 means one more than there are stages
+    cache_positions: int = 65_536  # positions of all requests in flight together
+    recorder_queue: int = 16  # microbatches that wait for the recorder before serving waits for it
+    stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
+    attempts: int = 3
+    claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
+    max_message_bytes: int = 64 * 2**20
+    max_body_bytes: int = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One stage: layers first_layer .. end_layer-1 of the model in `model`, state under `data`."""
+
+    model: Path
+    data: Path
+    first_layer: int
+    end_layer: int
+    keystore: Path  # encrypted V3 keystore of the signer, which also sends the transactions
+    password_file: Path
+    tls_certificate: Path
+    tls_key: Path
+    http: str  # host:port to listen on
+    url: str  # as registered on chain
+    grpc: str  # host:port to listen on
+    chain: ChainConfig
+    grpc_public: str = ""  # host:port that peers dial; `grpc` if empty
+    account: str = ""  # the staked account, if it is not the signer itself
+    peer_hosts: tuple[str, ...] = ()  # if given, the only hosts whose URLs on chain are ever fetched
+    policy: Policy = field(default_factory=Policy)
+    serving: Serving = field(default_factory=Serving)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_layer < self.end_layer:
+            raise ConfigError(
+                f"first_layer, end_layer: expected 0 <= first < end, came {self.first_layer}, {self.end_layer}"
+            )
+        for name in ("http", "grpc"):
+            split_address(getattr(self, name), name)
+
+
+def split_address(address: str, name: str) -> tuple[str, int]:
+    """(host, port) of "host:port". Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"{name}: expected host:port, came {address!r}")
+    return host, int(port)
+
+
+def load(path: Path) -> WorkerConfig:
+    """Reads `path`; relative paths in it are relative to its folder. Raises ConfigError naming the key."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    return _parse(WorkerConfig, table, "", path.resolve().parent)
+
+
+def _parse(kind: type[T], table: dict[str, Any], prefix: str, folder: Path) -> T:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix or 'file'}: expected a table, came {type(table).__name__}")
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise ConfigError(f"unknown key {prefix}{key}; known: {', '.join(sorted(fields))}")
+    values: dict[str, Any] = {}
+    for name, spec in fields.items():
+        if name in table:
+            values[name] = _value(hints[name], table[name], prefix + name, folder)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {prefix}{name}")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, name: str, folder: Path) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _parse(hint, value, name + ".", folder)
+    if hint is Path and isinstance(value, str):
+        return (folder / value).resolve()
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, get_args(hint)[0]) for v in value):
+        return tuple(value)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
+        return value
+    raise ConfigError(f"{name}: expected {getattr(hint, '__name__', hint)}, came {value!r}")

@@ -1,0 +1,270 @@
+"""One job on one of our pipelines, from its opening to its pay."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
+from verifier.commit import Request
+from worker.admission import check_requests, check_terms
+from worker.channel import Peer
+from worker.errors import JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
+from worker.job import JobState, Phase
+from worker.run import Run
+from worker.settle import deadline, stage_name
+
+if TYPE_CHECKING:
+    from worker.agent import Agent
+
+log = logging.getLogger("plumb.worker.engagement")
+
+RETRY_SECONDS = 1.0  # between attempts to reach a peer or the chain
+COLLECT_SECONDS = 0.2  # between two questions for a claim
+
+
+class Engagement:
+    """`status` and `window_end` follow the chain's events; `advance` does what they ask for."""
+
+    def __init__(self, agent: "Agent", id: bytes, job: Job, stages: tuple[Stage, ...], index: int) -> None:
+        self.agent = agent
+        self.id = id
+        self.job = job
+        self.stages = stages
+        self.index = index
+        self.status = Status.OPEN
+        self.window_end = 0
+        self.folder = agent.folder(id)
+        self.run: Run | None = None
+        self._lock = asyncio.Lock()  # of accepting: prompts are fetched and judged once
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._due_after: float = 0.0
+        try:
+            self.state = self.folder.load_state()
+        except UnknownJob:
+            self.state = JobState(Phase.OPEN, index, len(stages))
+
+    @property
+    def name(self) -> str:
+        return self.id.hex()[:8]
+
+    @property
+    def closed(self) -> bool:
+        return self.state.phase is Phase.CLOSED
+
+    def advance(self, now: int) -> None:
+        """Starts whatever is due; `now` in unix seconds of the chain."""
+        if self.status in (Status.PAID, Status.REFUNDED) and not self.closed:
+            self._once("close", self._close(self.status.name.lower()))
+            return
+        if self.status is Status.OPEN and self.index == 0 and self.folder.has_requests() and now <= self.job.accept_by:
+            self._once("acceptances", self._gather_acceptances())
+        if self.status is Status.ACCEPTED and now <= self.job.commit_by and self.state.phase is not Phase.FAILED:
+            self._once("serving", self._serve())
+        due = deadline(self.job, self.status, self.window_end)
+        # Rationale: any stage may send these; stage 0 goes first so that the others rarely pay for a call that comes
+        # too late.
+        patience = self.agent.config.serving.claim_seconds * (1 if self.index else 0)
+        if due is not None and now > due.at + patience and time.monotonic() >= self._due_after:
+            self._due_after = time.monotonic() + 5 * RETRY_SECONDS
+            self._once("due", asyncio.to_thread(self.agent.settler.due, self.id, due.action), again=True)
+
+    async def stop(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self.run is not None:
+            await self.run.close("the worker stops")
+
+    # ------------------------------------------------------------------------------------------------------- accepting
+
+    async def take_requests(self, requests: list[Request]) -> None:
+        """Stage 0: the requester's prompts. Raises Refused."""
+        if self.index != 0:
+            raise Refused(f"prompts go to stage 0, this is stage {self.index}")
+        await asyncio.to_thread(check_requests, self.job, requests, self.agent.stage.shape)
+        async with self._lock:
+            if not self.folder.has_requests():
+                await asyncio.to_thread(self.folder.save_requests, requests)
+
+    async def accept(self) -> bytes:
+        """Our signed acceptance, once we hold all prompts and the terms are ours. Raises Refused, PeerFault."""
+        async with self._lock:
+            agent = self.agent
+            status = await asyncio.to_thread(agent.chain.escrow.status, self.id)
+            if status is not Status.OPEN:
+                raise Refused(f"expected an open job, it is {Status(status).name.lower()}")
+            stake = await asyncio.to_thread(agent.chain.workers.free_stake, agent.account)
+            check_terms(self.job, agent.config.policy, agent.model_id, stake, await asyncio.to_thread(agent.now))
+            if not self.folder.has_requests():
+                if self.index == 0:
+                    raise Refused("the requester has not sent its prompts")
+                first = self.stages[0]
+                url, _ = await asyncio.to_thread(agent.peers.locate, 0, first)
+                requests = await agent.peers.requests(stage_name(0, first), url, self.id)
+                await asyncio.to_thread(check_requests, self.job, requests, agent.stage.shape)
+                await asyncio.to_thread(self.folder.save_requests, requests)
+            if self.state.phase is Phase.OPEN:
+                await asyncio.to_thread(self._save, self.state.to(Phase.SIGNED))
+            return await asyncio.to_thread(agent.notary.sign_accept, self.id, self.index, self.job.model)
+
+    async def _gather_acceptances(self) -> None:
+        """Stage 0: everyone's signatures, then one transaction."""
+        agent = self.agent
+        try:
+            acceptances = [Acceptance(0, await self.accept())]
+            await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
+            for index, stage in enumerate(self.stages[1:], 1):
+                name = stage_name(index, stage)
+                url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
+                signature = await agent.peers.acceptance(name, url, self.id)
+                if not agent.notary.verify_accept(self.id, index, self.job.model, signature):
+                    raise PeerFault(name, "its acceptance is not signed with its key")
+                acceptances.append(Acceptance(index, signature))
+        except (Refused, PeerFault) as error:
+            log.warning("job %s is not accepted: %s", self.name, error)
+            await asyncio.to_thread(self._save, self.state.to(self.state.phase, reason=str(error)))
+            raise
+        await asyncio.to_thread(agent.settler.accept, self.id, acceptances)
+
+    # --------------------------------------------------------------------------------------------------------- serving
+
+    async def _serve(self) -> None:
+        """Joins the ring, serves the batch, sees to it that our claim is on chain."""
+        agent = self.agent
+        requests = await asyncio.to_thread(self.folder.load_requests)
+        await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
+        n = len(self.stages)
+        before = (self.index - 1) % n
+        link = None
+        if n > 1:
+            peer, _ = await self._neighbour(before)
+            agent.ring.admit(peer)
+            peer, address = await self._neighbour((self.index + 1) % n)
+            link = agent.links.to(peer, address)
+        if self.state.phase in (Phase.OPEN, Phase.SIGNED):
+            await asyncio.to_thread(self._save, self.state.to(Phase.SERVING))
+        self.run = Run(
+            self.folder,
+            self.state,
+            requests,
+            agent.stage,
+            agent.config.serving,
+            agent.notary,
+            agent.compute,
+            link,
+            stage_name(before, self.stages[before]),
+            agent.recorder_class,
+            self._noted,
+        )
+        self.run.start()
+        try:
+            self.state = await self.run.finished
+        except JobFailed as error:
+            log.error("job %s can't be finished here: %s", self.name, error)
+            return
+        claim = await asyncio.to_thread(agent.settler.claim, self.id, self.job.model, self.state, requests)
+        if self.index == 0:
+            await self._post(await self._collect(claim))
+        else:
+            await asyncio.sleep(agent.config.serving.claim_seconds)
+        await self._post([claim])
+
+    async def receive(self, peer: Peer, envelope: Any) -> None:
+        """A message of `peer` under this job; waits until we are in the ring ourselves. Raises BadMessage."""
+        for _ in range(int(self.agent.config.serving.stall_seconds / COLLECT_SECONDS)):
+            if self.run is not None:
+                await self.run.receive(peer, envelope)
+                return
+            if self.status not in (Status.OPEN, Status.ACCEPTED):
+                return  # said again after a restart; the claims are on chain
+            await asyncio.sleep(COLLECT_SECONDS)
+        log.warning("job %s: a message of %s came, but we are not serving it", self.name, peer.name)
+
+    async def _neighbour(self, index: int) -> tuple[Peer, str]:
+        """Asks until it answers or the job's time is over."""
+        stage = self.stages[index]
+        name = stage_name(index, stage)
+        while True:
+            try:
+                url, fingerprint = await asyncio.to_thread(self.agent.peers.locate, index, stage)
+                return await self.agent.peers.identity(name, stage.worker, url, fingerprint)
+            except (PeerFault, UnpinnedCertificate, ContractsError) as error:
+                log.warning("job %s: %s", self.name, error)
+                if await asyncio.to_thread(self.agent.now) > self.job.commit_by:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _collect(self, own: Claim) -> list[Claim]:
+        """Stage 0: the others' claims, as many as come within `claim_seconds`."""
+        agent = self.agent
+        claims = [own]
+        end = time.monotonic() + agent.config.serving.claim_seconds
+        for index, stage in enumerate(self.stages[1:], 1):
+            name = stage_name(index, stage)
+            while True:
+                try:
+                    url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
+                    claim = await agent.peers.claim(name, url, self.id, index)
+                    if agent.notary.verify_claim(self.id, self.job.model, claim):
+                        claims.append(claim)
+                    else:
+                        log.error("job %s: %s: its claim is not signed with its key", self.name, name)
+                    break
+                except (PeerFault, ContractsError) as error:
+                    if time.monotonic() > end:
+                        log.warning("job %s: no claim of %s: %s", self.name, name, error)
+                        break
+                await asyncio.sleep(COLLECT_SECONDS)
+        return claims
+
+    async def claim(self) -> Claim:
+        """Our claim, for stage 0. Raises Refused while there is none."""
+        if self.state.phase not in (Phase.FINISHED, Phase.CLOSED):
+            raise Refused(f"expected a finished job, it is {self.state.phase}: {self.state.reason}")
+        requests = await asyncio.to_thread(self.folder.load_requests)
+        return await asyncio.to_thread(self.agent.settler.claim, self.id, self.job.model, self.state, requests)
+
+    async def _post(self, claims: list[Claim]) -> None:
+        """Until it is on chain or too late."""
+        while await asyncio.to_thread(self.agent.now) <= self.job.commit_by:
+            try:
+                await asyncio.to_thread(self.agent.settler.commit, self.id, claims)
+                return
+            except ContractsError as error:
+                log.warning("job %s: claims not posted: %s", self.name, error)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _close(self, reason: str) -> None:
+        if self.run is not None:
+            await self.run.close(f"the job is {reason}")
+        await asyncio.to_thread(self.agent.settler.withdraw)
+        await asyncio.to_thread(self._save, self.state.to(Phase.CLOSED, reason=self.state.reason or reason))
+
+    def _save(self, state: JobState) -> None:
+        self.folder.save_state(state)
+        self.state = state
+
+    def _noted(self, state: JobState) -> None:
+        self.state = state
+
+    def _once(self, what: str, work: Coroutine[Any, Any, None], again: bool = False) -> None:
+        """Starts `work` unless it runs already, or ran to its end (unless `again`); one that raised is started anew by
+        the next tick.
+        """
+        before = self._tasks.get(what)
+        if before is not None and (not before.done() or (before.exception() is None and not again)):
+            work.close()
+            return
+        self._tasks[what] = asyncio.create_task(self._guarded(what, work))
+
+    async def _guarded(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (WorkerError, ContractsError, OSError) as error:
+            log.warning("job %s: %s: %s", self.name, what, error)
+            await asyncio.sleep(RETRY_SECONDS)
+            raise

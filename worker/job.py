@@ -1,0 +1,158 @@
+"""What a worker keeps of a job on disk, in <data>/jobs/<job id>/: enough to answer for it after a restart.
+
+requests.json   the prompts, as accepted          state.json      where the job stands, and what was signed
+<r>.safetensors the trace of request r            (written before anything about it is signed)
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from verifier.commit import Request, TraceNode
+from worker.errors import Refused, UnknownJob
+from worker.handoff import Handoff
+
+
+class Phase(StrEnum):
+    OPEN = "open"  # on chain, not yet accepted by us
+    SIGNED = "signed"  # our acceptance is signed
+    SERVING = "serving"  # accepted on chain by all stages
+    SEALED = "sealed"  # our trace is final and our hand-off signed; no further attempt
+    FINISHED = "finished"  # the predecessor's hand-off is verified too; our claim may be signed
+    FAILED = "failed"
+    CLOSED = "closed"  # paid, refunded or released: nothing left to do
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Stage `stage` of `stages`. Roots and signatures are raw bytes; JSON holds them as hex."""
+
+    phase: Phase
+    stage: int
+    stages: int
+    reason: str = ""
+    attempt: int = 0
+    nodes: tuple[TraceNode, ...] = ()  # SEALED and after
+    root: bytes = b""
+    sent: Handoff | None = None  # ours
+    sent_sequence: int = 0  # of the Finish that carried it
+    received: Handoff | None = None  # the predecessor's, verified; FINISHED and after
+    tokens: tuple[tuple[int, ...], ...] = ()  # output tokens, at stage 0 and the last
+    outputs: bytes = bytes(32)  # outputs root, last stage
+    extra: dict[str, str] = field(default_factory=dict)  # e.g. transaction notes for people
+
+    def to(self, phase: Phase, **changes: Any) -> "JobState":
+        return replace(self, phase=phase, **changes)
+
+
+class JobFolder:
+    def __init__(self, data: Path, job: bytes) -> None:
+        self.job = job
+        self.path = data / "jobs" / job.hex()
+
+    def save_requests(self, requests: Sequence[Request]) -> None:
+        self._write("requests.json", {"requests": [request_json(request) for request in requests]})
+
+    def load_requests(self) -> list[Request]:
+        """Raises UnknownJob."""
+        return requests_from_json(self._read("requests.json"))
+
+    def has_requests(self) -> bool:
+        return (self.path / "requests.json").exists()
+
+    def save_state(self, state: JobState) -> None:
+        self._write("state.json", _plain(asdict(state)))
+
+    def load_state(self) -> JobState:
+        """Raises UnknownJob."""
+        table = self._read("state.json")
+        nodes = tuple(TraceNode(n["positions"], bytes.fromhex(n["tensors_root"])) for n in table.pop("nodes"))
+        return JobState(
+            phase=Phase(table.pop("phase")),
+            nodes=nodes,
+            root=bytes.fromhex(table.pop("root")),
+            outputs=bytes.fromhex(table.pop("outputs")),
+            tokens=tuple(tuple(ids) for ids in table.pop("tokens")),
+            sent=_handoff(table.pop("sent")),
+            received=_handoff(table.pop("received")),
+            **table,
+        )
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError as error:
+            raise UnknownJob(self.job) from error
+
+    def _write(self, name: str, value: Any) -> None:
+        """SAFETY: replaced in one step and on disk before returning, so no signature can outlive the memory of having
+        given it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        part = self.path / (name + ".part")
+        with part.open("w") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path / name)
+
+
+def _handoff(table: Any) -> Handoff | None:
+    if table is None:
+        return None
+    return Handoff(bytes.fromhex(table["root"]), table["leaves"], bytes.fromhex(table["signature"]))
+
+
+def stored_jobs(data: Path) -> list[bytes]:
+    """Ids of the jobs on disk."""
+    folder = data / "jobs"
+    return sorted(bytes.fromhex(path.name) for path in folder.iterdir()) if folder.exists() else []
+
+
+REQUEST_KEYS = {"prompt", "limit", "stops", "temperature", "top_k", "top_p", "seed"}
+
+
+def request_json(request: Request) -> dict[str, Any]:
+    return {
+        "prompt": list(request.prompt),
+        "limit": request.limit,
+        "stops": list(request.stops),
+        "temperature": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "seed": request.seed,
+    }
+
+
+def requests_from_json(body: Any) -> list[Request]:
+    """{"requests": [{"prompt": [ids], "limit": n, ...}]}; keys besides prompt and limit may be left out. Raises
+    Refused.
+    """
+    if not isinstance(body, dict) or set(body) != {"requests"} or not isinstance(body["requests"], list):
+        raise Refused('expected {"requests": [...]}')
+    return [_request(r, item) for r, item in enumerate(body["requests"])]
+
+
+def _request(r: int, item: Any) -> Request:
+    if not isinstance(item, dict) or not {"prompt", "limit"} <= set(item) <= REQUEST_KEYS:
+        raise Refused(f"request {r}: expected prompt, limit and at most {sorted(REQUEST_KEYS)}")
+    for key, value in item.items():
+        values = value if key in ("prompt", "stops") else [value]
+        if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**64 for v in values):
+            raise Refused(f"request {r}: {key}: expected whole numbers")
+    fields = dict(item, prompt=tuple(item["prompt"]), stops=tuple(item.get("stops", ())))
+    return Request(**fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

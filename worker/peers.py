@@ -1,0 +1,137 @@
+"""The other workers, as the chain names them: their HTTP endpoints, and their pinned certificates."""
+
+import json
+import logging
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from contracts.client import Chain, Claim, Stage
+from verifier.commit import Request
+from worker import tls
+from worker.channel import Link, Peer
+from worker.errors import PeerFault, Refused
+from worker.job import requests_from_json
+from worker.settle import stage_name
+
+log = logging.getLogger("plumb.worker.peers")
+
+SMALL_ANSWER_BYTES = 64 * 2**10
+TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+
+
+class Peers:
+    """Blocking chain reads happen in the caller's thread: call `locate` off the event loop. Every method raises
+    PeerFault naming who is at fault.
+    """
+
+    def __init__(self, chain: Chain, hosts: tuple[str, ...], max_body_bytes: int) -> None:
+        """hosts: if not empty, the only ones that are ever asked; URLs on chain are anybody's."""
+        self._chain = chain
+        self._hosts = hosts
+        self._max_body_bytes = max_body_bytes
+        self._client = httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def locate(self, index: int, stage: Stage) -> tuple[str, bytes]:
+        """(URL, certificate fingerprint) of a stage, from the chain."""
+        worker = self._chain.workers.worker(stage.worker)
+        parts = urlsplit(worker.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise PeerFault(stage_name(index, stage), f"its URL on chain is none: {worker.url[:100]!r}")
+        if self._hosts and parts.hostname not in self._hosts:
+            raise PeerFault(stage_name(index, stage), f"its host {parts.hostname} is not among ours")
+        return worker.url.rstrip("/"), worker.tls
+
+    async def identity(self, name: str, account: str, url: str, fingerprint: bytes) -> tuple[Peer, str]:
+        """The peer with its certificate checked against the chain, and its gRPC address. Raises UnpinnedCertificate
+        too.
+        """
+        info = await self._ask(name, "GET", f"{url}/info", SMALL_ANSWER_BYTES)
+        certificate, address = info.get("certificate"), info.get("grpc")
+        if not isinstance(certificate, str) or not isinstance(address, str):
+            raise PeerFault(name, "its /info lacks certificate or grpc")
+        try:
+            pem = tls.pinned(certificate.encode(), fingerprint, name)
+        except ValueError as error:
+            raise PeerFault(name, str(error)) from error
+        return Peer(name, account, pem), address
+
+    async def requests(self, name: str, url: str, job: bytes) -> list[Request]:
+        body = await self._ask(name, "GET", f"{url}/jobs/{job.hex()}/requests", self._max_body_bytes)
+        try:
+            return requests_from_json(body)
+        except Refused as error:
+            raise PeerFault(name, str(error)) from error
+
+    async def acceptance(self, name: str, url: str, job: bytes) -> bytes:
+        """Its signature; PeerFault with its reason if it refuses."""
+        return _hex(
+            name, await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/accept", SMALL_ANSWER_BYTES), "signature"
+        )
+
+    async def claim(self, name: str, url: str, job: bytes, index: int) -> Claim:
+        body = await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/commit", SMALL_ANSWER_BYTES)
+        tokens = body.get("tokens")
+        if body.get("stage") != index or type(tokens) is not int or not 0 <= tokens < 2**64:
+            raise PeerFault(name, f"expected a claim of stage {index}, came {body.get('stage')!r}")
+        root, outputs = _hex(name, body, "root"), _hex(name, body, "outputs")
+        if len(root) != 32 or len(outputs) != 32:
+            raise PeerFault(name, "expected roots of 32 bytes")
+        return Claim(index, root, outputs, tokens, _hex(name, body, "signature"))
+
+    async def _ask(self, name: str, method: str, url: str, most: int) -> dict[str, Any]:
+        """A JSON object of at most `most` bytes."""
+        try:
+            async with self._client.stream(method, url) as response:
+                parts, size = [], 0
+                async for part in response.aiter_bytes():
+                    size += len(part)
+                    if size > most:
+                        raise PeerFault(name, f"answers more than {most} bytes")
+                    parts.append(part)
+                status = response.status_code
+        except httpx.HTTPError as error:
+            raise PeerFault(name, f"{method} {url}: {type(error).__name__} {error}") from error
+        try:
+            body = json.loads(b"".join(parts))
+        except (ValueError, RecursionError) as error:
+            raise PeerFault(name, f"{method} {url}: status {status}, no JSON") from error
+        if not isinstance(body, dict):
+            raise PeerFault(name, f"{method} {url}: expected an object")
+        if status != 200:
+            raise PeerFault(name, f"refuses: {str(body.get('error'))[:500]}")
+        return body
+
+
+class Links:
+    """One Link a successor, shared by all jobs that go there."""
+
+    def __init__(self, certificate: bytes, key: bytes, max_message_bytes: int) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._max_message_bytes = max_message_bytes
+        self._links: dict[tuple[bytes, str], Link] = {}
+
+    def to(self, peer: Peer, address: str) -> Link:
+        """A changed certificate or address is another link."""
+        found = self._links.get((peer.certificate, address))
+        if found is None:
+            found = self._links[peer.certificate, address] = Link(
+                peer, address, self._certificate, self._key, self._max_message_bytes
+            )
+        return found
+
+    async def close(self) -> None:
+        for link in self._links.values():
+            await link.close()
+
+
+def _hex(name: str, body: dict[str, Any], key: str) -> bytes:
+    try:
+        return bytes.fromhex(body[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PeerFault(name, f"expected {key} in hex, came {str(body.get(key))[:80]!r}") from error

@@ -1,0 +1,227 @@
+"""Keeps and commits what the stage served, off the serving thread: traces to disk, hashes, the hand-offs of both its
+ends.
+
+One Recorder a job and attempt. Its thread takes microbatches from a bounded queue: if hashing falls behind, serving
+waits.
+"""
+
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from verifier.commit import Request, StageTree, TraceNode
+from verifier.program import ModelShape
+from verifier.trace import RequestTrace, TensorHasher, is_tiled
+from worker.batch import Batch, Token
+from worker.errors import JobFailed, OutOfRange
+from worker.handoff import RowHandoff, TokenHandoff
+from worker.stage import Captured, to_bits
+
+# The smallest magnitude bits that read as invalid: 2^20 or an all-ones exponent (docs/canonical.md, "Decoding a
+# float").
+INVALID_BITS = (0x4980, 0x7C00, 0x49800000)
+MAGNITUDE = (0x7FFF, 0x7FFF, 0x7FFFFFFF)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished stage commits to and signs. Hand-offs are (root, number of records); None where there is none."""
+
+    nodes: tuple[TraceNode, ...]
+    root: bytes
+    received: tuple[bytes, int] | None
+    sent: tuple[bytes, int] | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    batch: Batch
+    captured: Captured
+    sent: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class _Ended:
+    request: int
+
+
+class Recorder:
+    """`first_layer` .. `end_layer` of requests[r] go to `folder`/<r>.safetensors.
+
+    Raises, from any method, what went wrong in its thread: OutOfRange, or JobFailed.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        first_layer: int,
+        end_layer: int,
+        requests: Sequence[Request],
+        folder: Path,
+        *,
+        queue_size: int = 16,
+        alone: bool = False,
+    ) -> None:
+        """alone: the pipeline has one stage, so nothing is handed on."""
+        self._shape = shape
+        self._first_layer = first_layer
+        self._end_layer = end_layer
+        self._requests = requests
+        self._folder = folder
+        self._alone = alone
+        self._dtype = int(shape.served_dtype)
+        self._arrays: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        self._hashers: dict[int, dict[str, TensorHasher]] = {}
+        self._lengths = [0] * len(requests)
+        self._nodes: dict[int, TraceNode] = {}
+        self._tokens = TokenHandoff()
+        self._received = RowHandoff()
+        self._sent = RowHandoff()
+        self._error: BaseException | None = None
+        self._queue: queue.SimpleQueue[_Rows | _Tokens | _Ended | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(
+            queue_size
+        )  # of rows; the other items are small, and their callers may not wait
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    def rows(self, batch: Batch, captured: Captured, sent: torch.Tensor | None) -> None:
+        """One microbatch: what the forward captured, and what goes on to the successor, [rows, hidden]; waits while the
+        queue is full.
+        """
+        self._check()
+        self._room.acquire()
+        self._put(_Rows(batch, captured, sent))
+
+    def tokens(self, tokens: Sequence[Token]) -> None:
+        """Output tokens as sent (last stage) or received (stage 0)."""
+        self._put(_Tokens(tuple(tokens)))
+
+    def ended(self, request: int) -> None:
+        """`request` gets no further rows."""
+        self._put(_Ended(request))
+
+    def finish(self) -> Summary:
+        """Ends every request, waits for the thread. Each must have at least one position."""
+        for request in range(len(self._requests)):
+            self._put(_Ended(request))
+        self._put(None)
+        self._thread.join()
+        self._check()
+        nodes = tuple(self._nodes[request] for request in range(len(self._requests)))
+        first, last = self._first_layer == 0, self._end_layer == self._shape.layers
+        received, sent = (self._tokens if first else self._received), (self._tokens if last else self._sent)
+        return Summary(
+            nodes,
+            StageTree(nodes).root,
+            None if self._alone else received.finish(),
+            None if self._alone else sent.finish(),
+        )
+
+    def close(self) -> None:
+        """Drops an attempt; what it wrote is overwritten by the next."""
+        self._error = self._error or JobFailed("the attempt was dropped")
+        self._queue.put(None)
+
+    def _put(self, item: _Rows | _Tokens | _Ended | None) -> None:
+        self._check()
+        self._queue.put(item)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._record(item)
+            except BaseException as error:  # carried to whoever calls next: a recorder that fails must fail the job
+                self._error = (
+                    error if isinstance(error, JobFailed) else JobFailed(f"recorder: {type(error).__name__}: {error}")
+                )
+            finally:
+                if isinstance(item, _Rows):
+                    self._room.release()
+
+    def _record(self, item: _Rows | _Tokens | _Ended) -> None:
+        match item:
+            case _Rows(batch, captured, sent):
+                bits = {key: to_bits(tensor) for key, tensor in captured.items()}
+                for key, rows in bits.items():
+                    self._validate(batch, key, rows)
+                    for piece, span in batch.spans():
+                        array, hasher = self._tensor(piece.request, key, rows)
+                        array[piece.first : piece.end] = rows[span]
+                        hasher.append(rows[span])
+                for piece, _ in batch.spans():
+                    self._lengths[piece.request] = piece.end
+                if self._alone:
+                    return
+                for piece, span in batch.spans():
+                    if self._first_layer > 0:
+                        self._received.add(piece.request, piece.first, bits[f"{self._first_layer}.h"][span])
+                    if sent is not None:
+                        self._sent.add(piece.request, piece.first, to_bits(sent[span]))
+            case _Tokens(tokens):
+                for token in tokens:
+                    self._tokens.add(token.request, token.token)
+            case _Ended(request):
+                self._finish_request(request)
+
+    def _tensor(self, request: int, key: str, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], TensorHasher]:
+        arrays = self._arrays.setdefault(request, {})
+        hashers = self._hashers.setdefault(request, {})
+        if key not in arrays:
+            spec = self._requests[request]
+            # Untouched pages of a large allocation cost nothing, so room for the longest answer is no waste.
+            arrays[key] = np.empty((len(spec.prompt) + spec.limit - 1, rows.shape[1]), rows.dtype)
+            hashers[key] = TensorHasher(rows.shape[1], rows.itemsize, is_tiled(key))
+        return arrays[key], hashers[key]
+
+    def _validate(self, batch: Batch, key: str, rows: npt.NDArray[Any]) -> None:
+        wrong = (rows & MAGNITUDE[self._dtype]) >= INVALID_BITS[self._dtype]
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            piece, span = next((piece, span) for piece, span in batch.spans() if row < span.stop)
+            raise OutOfRange(key, piece.request, piece.first + row - span.start, column)
+
+    def _finish_request(self, request: int) -> None:
+        if request in self._nodes:
+            return
+        if request not in self._arrays:
+            raise JobFailed(f"request {request} ended without a single position")
+        positions = self._lengths[request]
+        arrays = {key: array[:positions] for key, array in self._arrays.pop(request).items()}
+        roots = {key: hasher.finish() for key, hasher in self._hashers.pop(request).items()}
+        trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
+        self._nodes[request] = TraceNode(positions, trace.tensors_root)
+        trace.save(trace_path(self._folder, request))
+        _roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
+
+
+def trace_path(folder: Path, request: int) -> Path:
+    return folder / f"{request}.safetensors"
+
+
+def load_roots(folder: Path, request: int) -> dict[str, bytes]:
+    """Roots of the tensors of a stored trace, by key."""
+    table = json.loads(_roots_path(folder, request).read_text())
+    return {key: bytes.fromhex(root) for key, root in table.items()}
+
+
+def _roots_path(folder: Path, request: int) -> Path:
+    return folder / f"{request}.roots.json"

@@ -1,0 +1,506 @@
+"""Serving one job at one stage: messages in, rows through the model, messages out.
+
+Stage 0 drives: it schedules, the rows travel down the pipeline, the tokens come back from the last stage. When the
+batch is complete a Finish goes round once; each stage seals its trace, signs what it handed on, and checks what its
+predecessor signed. An attempt that breaks is dropped by all and stage 0 begins the next.
+
+INVARIANT: a stage signs one hand-off a job. Once sealed it takes no further attempt: rows of two attempts may differ,
+and two signatures would let the receiver show the one it did not commit to.
+
+Rationale: more than 400 lines: stage 0 and the others share an attempt's state and its invariant, read together.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from verifier.commit import Request, make_outputs, outputs_root
+from worker import ring_pb2 as pb
+from worker.batch import Batch, Token, sampling
+from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
+from worker.config import Serving
+from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
+from worker.handoff import Handoff
+from worker.job import JobFolder, JobState, Phase
+from worker.recorder import Recorder, Summary
+from worker.scheduler import Scheduler, stopped
+from worker.stage import Stage
+
+log = logging.getLogger("plumb.worker.run")
+
+INBOX = 8  # messages taken from the predecessor before it has to wait
+
+
+class Notary(Protocol):
+    """Signs our hand-offs and judges the predecessor's; the chain's EIP-712 domain is in it."""
+
+    def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> bytes: ...
+
+    def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool: ...
+
+
+class Sender(Protocol):
+    """As channel.Link."""
+
+    async def send(self, envelope: pb.Envelope) -> None: ...
+
+    def drop(self, job: bytes, attempt: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Run:
+    """One job here. `finished` resolves to the FINISHED state, or raises why this stage can't finish the job."""
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        state: JobState,
+        requests: Sequence[Request],
+        stage: Stage,
+        serving: Serving,
+        notary: Notary,
+        compute: Executor,
+        successor: Sender | None,
+        predecessor: str,
+        recorder_class: type[Recorder] = Recorder,
+        on_state: Callable[[JobState], None] = lambda state: None,
+    ) -> None:
+        """successor: None if the pipeline is this stage alone; predecessor: its name for errors; compute: one thread,
+        shared by all jobs.
+        """
+        self.folder = folder
+        self.state = state
+        self.requests = requests
+        self._stage = stage
+        self._serving = serving
+        self._notary = notary
+        self._compute = compute
+        self._successor = successor
+        self._predecessor = predecessor
+        self._recorder_class = recorder_class
+        self._on_state = on_state
+        self._recorder: Recorder | None = None
+        self._attempt = state.attempt
+        self._task: asyncio.Task[None] | None = None
+        self._inbox: asyncio.Queue[pb.Envelope] = asyncio.Queue(INBOX)
+        self._final = False  # sealed, or failed for good
+        self._broken = False  # this attempt is given up, the next may come
+        self._expected = 0  # sequence of the predecessor's next message
+        self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
+        self.finished.add_done_callback(_retrieved)
+        self._reset(state.attempt)
+        if state.phase is Phase.FINISHED:
+            self.finished.set_result(state)
+            self._final = True
+
+    # ------------------------------------------------------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Stage 0 begins to drive, the others to listen; a sealed job says again what it had said last."""
+        if self.state.phase in (Phase.SEALED, Phase.FINISHED):
+            self._final = True
+            self._task = asyncio.create_task(self._resume())
+        elif self.state.stage == 0:
+            self._task = asyncio.create_task(self._drive_attempts())
+
+    async def close(self, reason: str) -> None:
+        """Gives the job up; a finished one stays finished."""
+        self._final = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._recorder is not None and not self.finished.done():
+            self._recorder.close()
+        if not self.finished.done():
+            self.finished.set_exception(JobFailed(reason))
+
+    async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
+        """One message of the predecessor. Raises BadMessage to have it dropped; returns once the message is queued."""
+        body = envelope.WhichOneof("body")
+        if envelope.attempt < self._attempt or self.finished.done():
+            return
+        if self._final:  # a sealed stage 0 still waits for the last stage's signature, whatever it forgot by a restart
+            if self.state.phase is Phase.SEALED and body in ("finish", "abort") and self.state.stage == 0:
+                await self._inbox.put(envelope)
+            return
+        if envelope.attempt > self._attempt:
+            if self.state.stage == 0:
+                raise BadMessage(peer.name, f"attempt {envelope.attempt}, but stage 0 is at {self._attempt}")
+            if envelope.attempt > self._serving.attempts:
+                raise BadMessage(peer.name, f"attempt {envelope.attempt} of at most {self._serving.attempts}")
+            await self._begin(envelope.attempt)
+        if self._broken or envelope.sequence < self._expected:
+            return  # given up already; or sent again after a lost connection
+        if envelope.sequence > self._expected:
+            if self._expected == 0 and body != "abort":  # we lost what came before, by a restart
+                await self._break(JobFailed("this stage restarted in the middle of an attempt"))
+                return
+            if body != "abort":
+                raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+        self._expected = envelope.sequence + 1
+        allowed = ("tokens", "finish", "abort") if self.state.stage == 0 else ("rows", "finish", "abort")
+        try:
+            if body not in allowed:
+                raise BadMessage(peer.name, f"expected one of {allowed}, came {body}")
+            await self._inbox.put(envelope)
+        except BadMessage as error:
+            await self._break(error)
+            raise
+
+    def _reset(self, attempt: int) -> None:
+        self._attempt = attempt
+        self._expected = 0
+        self._sequence = 0
+        self._broken = False
+        self._drain()
+        self._inbox = asyncio.Queue(INBOX)
+        self._cache = self._stage.cache()
+        self._positions = [0] * len(self.requests)
+        self._ended: set[int] = set()
+        self._tokens: list[list[int]] = [[] for _ in self.requests]
+        if self._successor is not None:
+            self._successor.drop(self.folder.job, attempt)
+
+    def _record(self) -> Recorder:
+        return self._recorder_class(
+            self._stage.shape,
+            self._stage.first_layer,
+            self._stage.end_layer,
+            self.requests,
+            self.folder.path,
+            queue_size=self._serving.recorder_queue,
+            alone=self.state.stages == 1,
+        )
+
+    async def _begin(self, attempt: int) -> None:
+        """Not at stage 0: drops what was, listens to a new attempt."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._recorder is not None:
+            self._recorder.close()
+        if self._successor is not None:
+            self._successor.reset()
+        self._reset(attempt)
+        self._recorder = self._record()
+        self._task = asyncio.create_task(self._listen())
+
+    async def _break(self, error: Exception) -> None:
+        """This attempt is over: the successor hears of it, and so, round the ring, does stage 0."""
+        log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, error)
+        if self._recorder is not None:
+            self._recorder.close()
+        self._broken = True
+        self._drain()
+        if self._successor is not None and self.state.stage != 0:
+            envelope = self._envelope()
+            envelope.abort.reason = str(error)[:500]
+            try:
+                await asyncio.wait_for(self._successor.send(envelope), 5)
+            except (JobFailed, TimeoutError) as failure:
+                log.warning("job %s: the successor could not be told: %s", self.folder.job.hex()[:8], failure)
+
+    def _drain(self) -> None:
+        """Lets go whoever waits to put into the inbox."""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+
+    def _fail(self, error: Exception) -> None:
+        """For good."""
+        self._final = True
+        self._save(self.state.to(Phase.FAILED, reason=str(error)))
+        if not self.finished.done():
+            self.finished.set_exception(error)
+
+    def _save(self, state: JobState) -> None:
+        self.folder.save_state(state)
+        self.state = state
+        self._on_state(state)
+
+    def _envelope(self) -> pb.Envelope:
+        envelope = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
+        self._sequence += 1
+        return envelope
+
+    # --------------------------------------------------------------------------------------------------------- stage 0
+
+    async def _drive_attempts(self) -> None:
+        while True:
+            self._reset(self._attempt + 1)
+            self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
+            if self._successor is not None:
+                self._successor.reset()
+            self._recorder = self._record()
+            try:
+                await self._drive()
+                return
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                failure = error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
+                log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, failure)
+                self._recorder.close()
+                if self.state.phase is Phase.SEALED or self._attempt >= self._serving.attempts:
+                    self._fail(failure)
+                    return
+                await asyncio.sleep(min(2.0, 0.2 * 2**self._attempt))
+
+    async def _drive(self) -> None:
+        scheduler = Scheduler(
+            self.requests,
+            max_rows=self._serving.max_rows,
+            microbatches=self._serving.microbatches or self.state.stages + 1,
+            cache_positions=self._serving.cache_positions,
+        )
+        while not scheduler.done:
+            batch = scheduler.next()
+            if batch is None:
+                scheduler.returned(await self._returned_tokens())
+                continue
+            ended = scheduler.ended()
+            self._end(ended)
+            ids = np.array(scheduler.token_ids(batch), np.int64)
+            hidden, tokens = await self._forward(batch, lambda ids=ids: self._stage.embed(ids))  # type: ignore[misc]
+            if self._successor is None:
+                scheduler.returned(tokens)
+                continue
+            await self._send_rows(batch, hidden, ended)
+        self._tokens = scheduler.outputs
+        await self._seal(await self._summary(), None)
+        if self._successor is not None:
+            await self._await_finish()
+        self._finish()
+
+    async def _returned_tokens(self) -> list[Token]:
+        envelope = await self._next(self._serving.stall_seconds)
+        body = envelope.WhichOneof("body")
+        if body != "tokens":
+            raise BadMessage(self._predecessor, f"expected tokens, came {body}")
+        tokens = unpack_tokens(self._predecessor, envelope.tokens, self._stage.shape.vocabulary)
+        assert self._recorder is not None
+        self._recorder.tokens(tokens)
+        return tokens
+
+    async def _next(self, patience_seconds: float | None) -> pb.Envelope:
+        """The predecessor's next message at stage 0. Raises Stalled; JobFailed if it is an abort."""
+        try:
+            envelope = await asyncio.wait_for(self._inbox.get(), patience_seconds)
+        except TimeoutError:
+            raise Stalled(self._predecessor, f"no message for {patience_seconds:g} s") from None
+        if envelope.WhichOneof("body") == "abort":
+            raise JobFailed(f"a stage gave up: {envelope.abort.reason[:500]}")
+        return envelope
+
+    async def _await_finish(self) -> None:
+        """Waits as long as the job lives: the other stages may still be hashing, and there is no other attempt."""
+        envelope = await self._next(None)
+        if envelope.WhichOneof("body") != "finish":
+            raise BadMessage(self._predecessor, f"expected finish, came {envelope.WhichOneof('body')}")
+        root, leaves = bytes.fromhex(self.state.extra["received_root"]), int(self.state.extra["received_leaves"])
+        received = await asyncio.to_thread(self._judge_handoff, envelope.finish, root, leaves)
+        self._save(self.state.to(Phase.SEALED, received=received))
+
+    # ---------------------------------------------------------------------------------------------------- other stages
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                envelope = await self._inbox.get()
+                match envelope.WhichOneof("body"):
+                    case "rows":
+                        await self._rows(envelope.rows)
+                    case "finish":
+                        await self._received_finish(envelope.finish)
+                        return
+                    case _:
+                        raise JobFailed(f"an earlier stage gave up: {envelope.abort.reason[:500]}")
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            failure = error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
+            await self._break(failure)
+            if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
+                self._fail(failure)
+
+    async def _rows(self, rows: pb.Rows) -> None:
+        shape = self._stage.shape
+        batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
+        self._check_pieces(batch)
+        for r in rows.ended:
+            if r >= len(self.requests):
+                raise BadMessage(self._predecessor, f"ended: expected a request below {len(self.requests)}, came {r}")
+        self._end(list(rows.ended))
+        if self._ended & {piece.request for piece in batch.pieces}:
+            raise BadMessage(self._predecessor, "rows of a request that had ended")
+        out, tokens = await self._forward(batch, lambda: hidden)
+        if not self._stage.is_last:
+            await self._send_rows(batch, out, list(rows.ended))
+            return
+        assert self._recorder is not None
+        self._recorder.tokens(tokens)
+        for token in tokens:
+            self._tokens[token.request].append(token.token)
+        envelope = self._envelope()
+        envelope.tokens.tokens.extend(pb.Token(request=t.request, index=t.index, token=t.token) for t in tokens)
+        await self._send(envelope)
+
+    def _check_pieces(self, batch: Batch) -> None:
+        """Rows follow one another, and end where the request does. Raises BadMessage."""
+        for piece in batch.pieces:
+            if piece.request >= len(self.requests):
+                raise BadMessage(
+                    self._predecessor, f"expected a request below {len(self.requests)}, came {piece.request}"
+                )
+            request = self.requests[piece.request]
+            if piece.first != self._positions[piece.request]:
+                raise BadMessage(
+                    self._predecessor,
+                    f"request {piece.request}: expected position {self._positions[piece.request]}, came {piece.first}",
+                )
+            tokens = self._tokens[piece.request]
+            end = len(request.prompt) + (len(tokens) if self._stage.is_last else request.limit - 1)
+            if piece.end > end or (self._stage.is_last and stopped(request, tokens)):
+                raise BadMessage(
+                    self._predecessor, f"request {piece.request}: expected at most {end} positions, came {piece.end}"
+                )
+
+    async def _received_finish(self, finish: pb.Finish) -> None:
+        for r, (request, count) in enumerate(zip(self.requests, self._positions, strict=True)):
+            complete = stopped(request, self._tokens[r]) if self._stage.is_last else count >= len(request.prompt)
+            if not complete:
+                raise BadMessage(self._predecessor, f"finished, but request {r} has only {count} positions")
+        summary = await self._summary()
+        assert summary.received is not None
+        received = await asyncio.to_thread(self._judge_handoff, finish, *summary.received)
+        await self._seal(summary, received)
+        self._finish()
+
+    # ------------------------------------------------------------------------------------------------------- all stages
+
+    async def _forward(self, batch: Batch, hidden: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[Token]]:
+        """Runs the microbatch on the compute thread; tokens only at the last stage."""
+        recorder, stage = self._recorder, self._stage
+        assert recorder is not None
+        counts = [len(request.prompt) for request in self.requests]
+
+        def work() -> tuple[torch.Tensor, list[int]]:
+            out, captured = stage.forward(hidden(), batch, self._cache)
+            ids = stage.tokens(out[[row for _, row in sampled]]) if sampled else []
+            recorder.rows(batch, captured, None if stage.is_last else out)
+            return out, ids
+
+        sampled = sampling(batch, counts) if stage.is_last else []
+        out, ids = await asyncio.get_running_loop().run_in_executor(self._compute, work)
+        for piece in batch.pieces:
+            self._positions[piece.request] = piece.end
+        tokens = [
+            Token(piece.request, piece.end - counts[piece.request], token)
+            for (piece, _), token in zip(sampled, ids, strict=True)
+        ]
+        return out, tokens
+
+    def _end(self, requests: Sequence[int]) -> None:
+        assert self._recorder is not None
+        for request in requests:
+            self._cache.drop(request)
+            self._ended.add(request)
+            self._recorder.ended(request)
+
+    async def _send_rows(self, batch: Batch, hidden: torch.Tensor, ended: Sequence[int]) -> None:
+        envelope = self._envelope()
+        envelope.rows.pieces.extend(pb.Piece(request=p.request, first=p.first, count=p.count) for p in batch.pieces)
+        envelope.rows.hidden.CopyFrom(pack_tensor(hidden, int(self._stage.shape.served_dtype)))
+        envelope.rows.ended.extend(ended)
+        await self._send(envelope)
+
+    async def _send(self, envelope: pb.Envelope) -> None:
+        assert self._successor is not None
+        try:
+            await asyncio.wait_for(self._successor.send(envelope), self._serving.stall_seconds)
+        except TimeoutError:
+            raise Stalled("the successor", f"took no message for {self._serving.stall_seconds:g} s") from None
+
+    async def _summary(self) -> Summary:
+        assert self._recorder is not None
+        return await asyncio.to_thread(self._recorder.finish)
+
+    async def _seal(self, summary: Summary, received: Handoff | None) -> None:
+        """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
+        self._cache = self._stage.cache()
+        tokens = tuple(tuple(ids) for ids in self._tokens) if self._stage.is_last or self.state.stage == 0 else ()
+        sent = None
+        if summary.sent is not None:
+            root, leaves = summary.sent
+            job, stage = self.folder.job, self.state.stage
+            sent = Handoff(root, leaves, await asyncio.to_thread(self._notary.sign_handoff, job, stage, root, leaves))
+        outputs = outputs_root(make_outputs(tokens, self.requests)) if self._stage.is_last else bytes(32)
+        self._save(
+            self.state.to(
+                Phase.SEALED,
+                attempt=self._attempt,
+                nodes=summary.nodes,
+                root=summary.root,
+                sent=sent,
+                sent_sequence=self._sequence,
+                received=received,
+                tokens=tokens,
+                outputs=outputs,
+                extra={}
+                if summary.received is None
+                else {"received_root": summary.received[0].hex(), "received_leaves": str(summary.received[1])},
+            )
+        )
+        self._final = True
+        if sent is not None:
+            await self._send(self._finish_message())
+
+    def _finish_message(self) -> pb.Envelope:
+        sent = self.state.sent
+        assert sent is not None
+        envelope = pb.Envelope(job=self.folder.job, attempt=self.state.attempt, sequence=self.state.sent_sequence)
+        envelope.finish.CopyFrom(pb.Finish(root=sent.root, leaves=sent.leaves, signature=sent.signature))
+        return envelope
+
+    def _judge_handoff(self, finish: pb.Finish, root: bytes, leaves: int) -> Handoff:
+        """Raises BadHandoff unless the predecessor signed exactly what came from it: (root, leaves)."""
+        if (finish.root, finish.leaves) != (root, leaves):
+            raise BadHandoff(
+                self._predecessor,
+                f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
+                f"what it sent has 0x{root.hex()} of {leaves}",
+            )
+        handoff = Handoff(finish.root, finish.leaves, finish.signature)
+        sender = (self.state.stage - 1) % self.state.stages
+        if not self._notary.verify_handoff(self.folder.job, sender, handoff):
+            raise BadHandoff(self._predecessor, "its hand-off is not signed with its key")
+        return handoff
+
+    def _finish(self) -> None:
+        self._save(self.state.to(Phase.FINISHED))
+        if not self.finished.done():
+            self.finished.set_result(self.state)
+
+    async def _resume(self) -> None:
+        """After a restart of a sealed job."""
+        try:
+            if self.state.sent is not None:
+                await self._send(self._finish_message())
+            if self.state.phase is Phase.SEALED:
+                if self.state.stage == 0 and self.state.stages > 1:
+                    await self._await_finish()
+                self._finish()
+        except JobFailed as error:
+            if self.state.phase is Phase.SEALED:
+                self._fail(error)
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Marks a failure as seen: it is in the job's state, whoever awaits it or not."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,137 @@
+"""Stage 0: which rows go next, several microbatches in flight, where a request stops. Pure: no clock, no threads."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from verifier.commit import Request
+from worker.batch import Batch, Piece, Token
+from worker.errors import JobFailed
+
+
+class UnexpectedToken(JobFailed):
+    """A token for which no row was in flight."""
+
+
+def stopped(request: Request, tokens: Sequence[int]) -> bool:
+    """Whether `tokens`, the output so far, is complete: the limit is reached, or the last one is a stop id."""
+    return len(tokens) >= request.limit or (len(tokens) > 0 and tokens[-1] in request.stops)
+
+
+@dataclass
+class _Progress:
+    request: Request
+    sent: int = 0  # rows handed out
+    waiting: bool = False  # a row that will yield a token is in flight
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """Positions whose token is known."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def token_at(self, position: int) -> int:
+        prompt = self.request.prompt
+        return prompt[position] if position < len(prompt) else self.tokens[position - len(prompt)]
+
+
+class Scheduler:
+    """Continuous batching: whoever waited longest goes first, prompts in chunks, new requests as the cache has room.
+
+    `max_rows` bounds one microbatch, `microbatches` how many are in flight, `cache_positions` the sum of what the
+    admitted requests may grow to (one request is always admitted, however long).
+    """
+
+    def __init__(self, requests: Sequence[Request], *, max_rows: int, microbatches: int, cache_positions: int) -> None:
+        if min(max_rows, microbatches, cache_positions) < 1:
+            raise ValueError(f"expected positive bounds, came {max_rows}, {microbatches}, {cache_positions}")
+        self._progress = [_Progress(request) for request in requests]
+        self._max_rows = max_rows
+        self._microbatches = microbatches
+        self._room = cache_positions
+        self._unadmitted = deque(range(len(requests)))
+        self._active: deque[int] = deque()  # the longest unserved first
+        self._ended: list[int] = []
+        self._in_flight = 0
+
+    @property
+    def done(self) -> bool:
+        return not self._unadmitted and not self._active and self._in_flight == 0
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        return [list(progress.tokens) for progress in self._progress]
+
+    @property
+    def prompt_counts(self) -> list[int]:
+        return [len(progress.request.prompt) for progress in self._progress]
+
+    def ended(self) -> list[int]:
+        """Requests that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def next(self) -> Batch | None:
+        """The next microbatch; None while enough are in flight or no row is ready."""
+        if self._in_flight >= self._microbatches:
+            return None
+        self._admit()
+        # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
+        # each takes its share of the requests.
+        share = -(-len(self._active) // self._microbatches)
+        ready = [r for r in self._active if not self._progress[r].waiting][:share]
+        ready.sort(key=lambda r: not self._progress[r].tokens)  # single rows first, prompts share what is left
+        pieces: list[Piece] = []
+        rows = 0
+        for r in ready:
+            progress = self._progress[r]
+            count = min(progress.known - progress.sent, self._max_rows - rows)
+            if count <= 0:
+                break
+            pieces.append(Piece(r, progress.sent, count))
+            progress.sent += count
+            progress.waiting = progress.sent == progress.known
+            rows += count
+        if not pieces:
+            return None
+        for piece in pieces:
+            self._active.remove(piece.request)
+            self._active.append(piece.request)
+        self._in_flight += 1
+        return Batch(tuple(pieces))
+
+    def token_ids(self, batch: Batch) -> list[int]:
+        """The ids that the rows of `batch` embed."""
+        return [self._progress[p.request].token_at(t) for p in batch.pieces for t in range(p.first, p.end)]
+
+    def returned(self, tokens: Sequence[Token]) -> None:
+        """One microbatch came back with these tokens. Raises UnexpectedToken."""
+        if self._in_flight == 0:
+            raise UnexpectedToken("tokens came back with no microbatch in flight")
+        for token in tokens:
+            progress = self._progress[token.request] if 0 <= token.request < len(self._progress) else None
+            if progress is None or not progress.waiting or token.index != len(progress.tokens):
+                raise UnexpectedToken(f"request {token.request}: token {token.index} was not asked for")
+            progress.tokens.append(token.token)
+            progress.waiting = False
+            if stopped(progress.request, progress.tokens):
+                self._active.remove(token.request)
+                self._ended.append(token.request)
+                self._room += _reserve(progress.request)
+        self._in_flight -= 1
+
+    def _admit(self) -> None:
+        while self._unadmitted:
+            need = _reserve(self._progress[self._unadmitted[0]].request)
+            if need > self._room and self._active:
+                return
+            self._room -= need
+            self._active.append(self._unadmitted.popleft())
+
+
+def _reserve(request: Request) -> int:
+    return len(request.prompt) + request.limit

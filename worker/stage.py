@@ -1,0 +1,244 @@
+"""The model at one stage: its own layers, run by transformers' own layer classes, one forward over a flat microbatch.
+
+Everything the trace holds is taken during that forward: layer inputs here, q, k, v in the attention function, the
+outputs of attention and MLP in hooks. There is no second forward.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
+
+from verifier.weights import Weights
+from worker.batch import Batch
+from worker.cache import Cache
+
+ATTENTION = "plumb"
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # by the code in docs/canonical.md
+BITS = (np.uint16, np.uint16, np.uint32)
+
+FAMILIES: Mapping[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
+    "mistral": (MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding),
+}
+
+Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last stage
+
+
+class Forward:
+    """What one forward carries through the layers: its rows, the cache they extend, and what it has captured."""
+
+    def __init__(self, stage: "Stage", batch: Batch, cache: Cache) -> None:
+        self.stage = stage
+        self.batch = batch
+        self.cache = cache
+        self.captured: Captured = {}
+
+
+class Stage:
+    """Layers first_layer .. end_layer-1 of the model in `folder`, weights memory-mapped there and in the model's own
+    dtype.
+
+    `observe` sees every tensor of the trace where it arises and returns what the forward goes on with. Not for two
+    threads at once.
+    """
+
+    _running: "Forward"  # the MLP's hook has no other way to its forward: transformers calls the MLP without keywords
+
+    def __init__(
+        self, folder: Path, first_layer: int, end_layer: int, *, device: str = "cpu", weights: Weights | None = None
+    ) -> None:
+        self.weights = weights if weights is not None else Weights.open(folder)
+        self.shape = self.weights.shape
+        if not 0 <= first_layer < end_layer <= self.shape.layers:
+            raise ValueError(f"layers {first_layer} .. {end_layer} of a model with {self.shape.layers}")
+        self.first_layer = first_layer
+        self.end_layer = end_layer
+        self.device = torch.device(device)
+        self.dtype = DTYPES[self.shape.served_dtype]
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        layer_class, norm_class, rotary_class = FAMILIES[config.model_type]
+        # Rationale: Mistral's sliding window is refused by verifier.program (UnsupportedModel), so the layers need no
+        # mask beyond the causal one.
+        config._attn_implementation = ATTENTION
+        self.heads: int = config.num_attention_heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.rotary = rotary_class(config=config).to(self.device)
+        self.layers: dict[int, nn.Module] = {
+            index: self._layer(layer_class, config, index) for index in range(first_layer, end_layer)
+        }
+        self.embedding: torch.Tensor | None = None
+        self.norm: nn.Module | None = None
+        self.head: torch.Tensor | None = None
+        if self.is_first:
+            self.embedding = self.tensor("model.embed_tokens.weight")
+        if self.is_last:
+            with torch.device("meta"):
+                self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm.load_state_dict({"weight": self.tensor("model.norm.weight")[0]}, assign=True)
+            tied = bool(config.tie_word_embeddings)
+            self.head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    @property
+    def is_first(self) -> bool:
+        return self.first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end_layer == self.shape.layers
+
+    def cache(self) -> Cache:
+        return Cache(self.kv_heads, self.head_size, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def embed(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+        """[rows] token ids -> [rows, hidden]. Stage 0 only."""
+        assert self.embedding is not None
+        return nn.functional.embedding(torch.from_numpy(tokens).to(self.device), self.embedding)
+
+    @torch.inference_mode()
+    def forward(self, hidden: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, Captured]:
+        """[rows, hidden] -> (the same shape after the last own layer, what the trace holds). Extends `cache`."""
+        context = self._running = Forward(self, batch, cache)
+        positions = torch.from_numpy(batch.positions()).to(self.device)[None]
+        hidden = hidden.to(self.device)[None]
+        rotary = self.rotary(hidden, position_ids=positions)
+        for index, layer in self.layers.items():
+            hidden = self.observe(context, f"{index}.h", hidden[0])[None]
+            hidden = layer(hidden, position_ids=positions, position_embeddings=rotary, plumb=context)
+        hidden = hidden[0]
+        if self.is_last:
+            hidden = self.observe(context, "out", hidden)
+        for piece in batch.pieces:
+            cache.advance(piece.request, piece.count)
+        return hidden, context.captured
+
+    def observe(self, context: Forward, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Notes `tensor`, [rows, width], as served under `key`. Returns what the forward continues with."""
+        context.captured[key] = tensor
+        return tensor
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocabulary] in float32. Last stage only."""
+        assert self.norm is not None and self.head is not None
+        return nn.functional.linear(self.norm(hidden), self.head).float()
+
+    @torch.inference_mode()
+    def tokens(self, hidden: torch.Tensor) -> list[int]:
+        """[rows, hidden] -> the greedy token of each row; ties go to the lowest id. Last stage only."""
+        logits = self.logits(hidden)
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        # Rationale: torch.argmax leaves open which of several maxima it names.
+        best = torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
+        return [int(token) for token in best.tolist()]
+
+    def attend(
+        self, context: Forward, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """New rows, [1, heads, rows, head size] after RoPE -> [1, rows, heads, head size]; each request attends to its
+        own positions only.
+        """
+        query = self._observed(context, f"{layer}.q", query)
+        key = self._observed(context, f"{layer}.k", key)
+        value = self._observed(context, f"{layer}.v", value)
+        attended = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        for piece, rows in context.batch.spans():
+            keys, values = context.cache.pair(piece.request, layer).append(key[0, :, rows], value[0, :, rows])
+            mask = None
+            if piece.count > 1 and piece.first > 0:
+                # A piece in the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would
+                # align to the upper left.
+                mask = torch.ones(piece.count, piece.end, dtype=torch.bool, device=query.device).tril(piece.first)
+            part = nn.functional.scaled_dot_product_attention(
+                query[:, :, rows],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=piece.count > 1 and piece.first == 0,
+                scale=scale,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+            attended[rows] = part[0].transpose(0, 1)
+        return attended[None]
+
+    def _observed(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
+        """`observe` for a tensor kept by heads, [1, heads, rows, head size]: rows of [head, head size] in the trace."""
+        count, size = heads.shape[1], heads.shape[3]
+        rows = self.observe(context, key, heads[0].transpose(0, 1).reshape(-1, count * size))
+        return rows.reshape(-1, count, size).transpose(0, 1)[None]
+
+    def _layer(self, layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:
+        with torch.device("meta"):
+            layer = layer_class(config, index)
+        state = {}
+        for name, parameter in layer.named_parameters():
+            tensor = self.tensor(f"model.layers.{index}.{name}")
+            state[name] = tensor.reshape(parameter.shape)
+        layer.load_state_dict(state, assign=True)
+        layer.requires_grad_(False)
+        layer.eval()
+
+        def after_attention(_module: nn.Module, _args: Any, kwargs: Any, output: Any) -> Any:
+            hidden = self.observe(kwargs["plumb"], f"{index}.attn_out", output[0][0])
+            return (hidden[None], *output[1:])
+
+        def after_mlp(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return self.observe(self._running, f"{index}.mlp_out", output[0])[None]
+
+        attention: Any = layer.self_attn
+        attention.register_forward_hook(after_attention, with_kwargs=True)
+        mlp: Any = layer.mlp
+        mlp.register_forward_hook(after_mlp)
+        return layer
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the model, [rows, cols], in its own dtype; on the CPU it stays memory-mapped."""
+        raw = self.weights.raw(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the map is read-only, and so is every use of it here
+            bits = torch.from_numpy(raw.view(np.int16 if raw.itemsize == 2 else np.int32))
+        return bits.view(DTYPES[self.shape.weight_dtype]).to(self.device)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    plumb: Forward,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    return plumb.stage.attend(plumb, module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def to_bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """[rows, width] in a served dtype -> the same bits as uint16 or uint32, on the CPU."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    return (
+        tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+        .numpy()
+        .view(BITS[DTYPES.index(tensor.dtype)])
+    )
+
+
+def from_bits(bits: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `to_bits`; shares memory, so `bits` must be writable and stay as it is."""
+    return torch.from_numpy(bits.view(np.int16 if bits.itemsize == 2 else np.int32)).view(dtype)
