@@ -61,7 +61,7 @@ class Agent:
         self._evidence: dict[bytes, Evidence] = {}
         self._cases: dict[tuple[Segment, int], Case] = {}
         self._rests: dict[str, tuple[float, float]] = {}  # game -> (monotonic time to wait for, length)
-        self._collected = False
+        self._tidied = False
         self._next_block = store.next_block(config.from_block)
 
     @classmethod
@@ -105,13 +105,20 @@ class Agent:
 
     def tick(self) -> bool:
         """One look around. Games come first: they have clocks. Returns whether anything was done."""
-        if not self._collected:  # what a crash left undrawn
-            self.collect()
-            self._collected = True
+        if not self._tidied:
+            self.tidy()
+            self._tidied = True
         self.read()
         now = self.chain.block_timestamp()
         acted = self.play(now)
         return self.work(now) or acted
+
+    def tidy(self) -> None:
+        """After a crash, draws what was left undrawn and deletes what nobody needs any more."""
+        self.collect()
+        needed = {row.id for row in self.store.due()} | {row.job for row in self.store.games(*LIVE)}
+        for job in self.archive.jobs() - needed:
+            self.archive.forget(bytes.fromhex(job))
 
     # ---- reading
 

@@ -75,6 +75,10 @@ class Archive:
     def trace_path(self, job: bytes, stage: int, request: int) -> Path:
         return self.folder / job.hex() / f"{stage}-{request}.safetensors"
 
+    def jobs(self) -> set[str]:
+        """Ids, hex, of the jobs that have a folder."""
+        return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+
     def forget(self, job: bytes) -> None:
         shutil.rmtree(self.folder / job.hex(), ignore_errors=True)
 

@@ -104,10 +104,11 @@ def read_batch(path: Path, tokenizer: Tokenizer, shape: ModelShape) -> Batch:
             raise BatchError(f"{path} has more than {MAX_LINES} requests")
         custom_id: str | None = None
         try:
-            entry = _parse(raw)
-            custom_id = entry["custom_id"]
+            entry = _object(raw)
+            custom_id = _custom_id(entry)
             if custom_id in seen:
                 raise ValueError(f"custom_id {custom_id!r} was used before")
+            _check(entry)
             request = _request(entry, tokenizer)
             validate_request(request, shape)
         except (ValueError, InvalidRequest) as error:
@@ -127,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, raw
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def _object(raw: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(raw)
         json.dumps(entry, ensure_ascii=False).encode()  # JSON may spell half a character, which nobody can write out
@@ -135,8 +136,17 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, but {error}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"expected a JSON object, got {type(entry).__name__}")
-    if not isinstance(entry.get("custom_id"), str):
+    return entry
+
+
+def _custom_id(entry: dict[str, Any]) -> str:
+    found = entry.get("custom_id")
+    if not isinstance(found, str):
         raise ValueError('expected a string under "custom_id"')
+    return found
+
+
+def _check(entry: dict[str, Any]) -> None:
     if entry.get("method", "POST") != "POST":
         raise ValueError(f'expected method "POST", got {entry["method"]!r}')
     if entry.get("url") not in (COMPLETIONS, CHAT):
@@ -146,7 +156,6 @@ def _parse(raw: bytes) -> dict[str, Any]:
     unknown = sorted(set(entry["body"]) - KNOWN_KEYS)
     if unknown:
         raise ValueError(f"unsupported parameters: {', '.join(unknown)}")
-    return entry
 
 
 def _request(entry: dict[str, Any], tokenizer: Tokenizer) -> Request:

@@ -30,7 +30,11 @@ class DenyingCase(Case):
 
 
 class LyingCase(Case):
-    """`truth` seen by somebody who wants the verdict to be `wrong`. Lies about the vector that the verdict reads."""
+    """`truth` seen by somebody who wants the verdict to be `wrong`.
+
+    The first false vector is the first that fits in one leaf, so that the very next move puts a false number on the
+    table; all between follows from it; the vector that the verdict reads is made up to fit.
+    """
 
     def __init__(self, truth: Case, wrong: bool) -> None:
         super().__init__(
@@ -38,21 +42,30 @@ class LyingCase(Case):
         )
         self._truth = truth
         self._wrong = wrong
-        self._lie = len(self.instructions) - 2
+        self._told = len(self.instructions) - 2
+        self._first = next(i for i in range(self._told + 1) if self.leaves(i) == 1)
 
     def vector(self, i: int) -> Vector:
-        if i == self._lie and i not in self._vectors:
-            self._vectors[i] = self._made_up(self._truth.vector(i))
+        if i not in self._vectors:
+            if i == self._told:
+                self._vectors[i] = self._made_up(self._truth.vector(i))
+            elif i == self._first:
+                true = self._truth.vector(i)
+                self._vectors[i] = true + abs(true) // 64 + 1
         return super().vector(i)
 
     def chunk_sums(self, i: int, e: int) -> list[int]:
         """True partial sums but for the last one, which makes up for the lie."""
-        chunks = list(self._truth.chunk_sums(i, e))
+        if i not in (self._first, self._told):
+            return super().chunk_sums(i, e)
         instruction = self.instructions[i]
-        if i == self._lie and instruction.op in LINEAR_SUMS:
-            told, true = int(self.vector(i)[e]), finish(instruction.op, sum(chunks), instruction.a)
-            if told != true:
-                chunks[-1] += (told - true) << instruction.a
+        chunks = list(self._truth.chunk_sums(i, e))
+        told = int(self.vector(i)[e])
+        if instruction.op == Op.MAX:
+            chunks[-1] = told
+        else:
+            scale = instruction.a if instruction.op in LINEAR_SUMS else 0
+            chunks[-1] += (told - finish(instruction.op, sum(chunks), instruction.a)) << scale
         return chunks
 
     def _made_up(self, true: Vector) -> Vector:
@@ -61,6 +74,5 @@ class LyingCase(Case):
         if verdict.op == Op.COMPARE:
             far = np.int64(2**40)
             return np.array([true[0], true[0] + (far if self._wrong else -far)], dtype=np.int64)
-        served = self._values(verdict.y, len(true))
-        told = np.asarray(served, dtype=np.int64)
+        told = np.asarray(self._values(verdict.y, len(true)), dtype=np.int64)
         return told + np.int64(2 * Q30) if self._wrong else told

@@ -51,10 +51,13 @@ class QuantisedStage(Stage):
 
 
 class AlteringStage(Stage):
-    """Alters the hidden state of one token, before the last layer it holds."""
+    """Alters the hidden state of one token, before the last layer it holds; where that is its only one, behind it: what
+    came from the stage before is signed.
+    """
 
     def observe(self, context: Forward, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if key == f"{self.end_layer - 1}.h":
+        name = "h" if self.end_layer - self.first_layer > 1 else "mlp_out"
+        if key == f"{self.end_layer - 1}.{name}":
             for piece, span in context.batch.spans():
                 if piece.request == CHEATED_REQUEST and piece.first <= CHEATED_POSITION < piece.end:
                     tensor = tensor.clone()

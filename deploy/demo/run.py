@@ -21,8 +21,8 @@ from verifier.commit import Request
 from verifier.program import Kind
 
 STAGES = 3
-TERMS = Terms(accept_seconds=60, serve_seconds=90, window=20, clock=15, grace=5)
-MUTE_TERMS = Terms(accept_seconds=25, serve_seconds=12, window=20, clock=15, grace=5)
+TERMS = Terms(accept_seconds=60, serve_seconds=90, window=20, clock=10, grace=5)
+MUTE_TERMS = Terms(accept_seconds=25, serve_seconds=12, window=20, clock=10, grace=5)
 SCENARIO_SECONDS = 240.0
 PROMPTS = (
     "The following functions",

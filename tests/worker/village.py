@@ -17,7 +17,7 @@ from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account, write_keystore
 from verifier.commit import Request, requests_root
-from verifier.tolerance import uniform_profile
+from verifier.tolerance import Profile, uniform_profile
 from verifier.weights import Weights, identify
 from worker import tls
 from worker.agent import Agent, build_worker
@@ -44,6 +44,7 @@ class Village:
     model_folder: Path
     parts: int = 2
     build: Callable[[int, WorkerConfig], Agent] = lambda index, config: build_worker(config)
+    profile: Profile | None = None  # None: a wide one, the same everywhere
     agents: list[Agent] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     configs: list[WorkerConfig] = field(default_factory=list)
@@ -55,7 +56,7 @@ class Village:
         """Contracts, money, registered and staked workers. Blocking."""
         self.addresses: Addresses = deploy(self.devnet.url, dev_account(0), withdrawal_seconds=1)
         weights = Weights.open(self.model_folder)
-        profile = uniform_profile(weights.shape, 1, 4, 1 << 20, 1 << 30)
+        profile = self.profile or uniform_profile(weights.shape, 1, 4, 1 << 20, 1 << 30)
         profile.save(self.model_folder)
         self.requester = self.chain(dev_account(10))
         self.challenger = self.chain(dev_account(11))
