@@ -37,7 +37,7 @@ demo: setup ## the whole protocol on this machine
 test: setup ## every test that needs Python and Node alone
 	@status=0; \
 	FORGE_SNAPSHOT_CHECK=true "$(FORGE)" test || status=1; \
-	$(RUN) -m pytest || status=1; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile || status=1; \
 	exit $$status
 
 check: setup ## style, types, and that what is generated is current

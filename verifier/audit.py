@@ -223,9 +223,7 @@ class Auditor:
 # ---- records
 
 
-def audit_stop(
-    stage: int, r: int, request: Request, output: Output, positions: int, vocabulary: int
-) -> Verdict | None:
+def audit_stop(stage: int, r: int, request: Request, output: Output, positions: int, vocabulary: int) -> Verdict | None:
     """The rule of STOP on one request (docs/protocol.md); None where it is kept. positions: T of the last stage."""
 
     def broken(unit: int, reason: str) -> Verdict:

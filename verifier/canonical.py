@@ -374,4 +374,3 @@ def _ints(values: Any) -> Ints:
 
 def _objects(values: Any) -> Wide:
     return np.array(list(values), dtype=object)
-

@@ -106,8 +106,7 @@ def _tile_product(tile: torch.Tensor, rows: Ints, cut: Callable[[int], list[torc
     if width < _NARROWEST_DIGIT:
         return matmul(tile.to(torch.int64).numpy(), np.ascontiguousarray(rows.T))
     return [
-        Part((tile @ digit).numpy().astype(np.int64), width * i)
-        for i, digit in enumerate(cut(min(width, _EXACT_BITS)))
+        Part((tile @ digit).numpy().astype(np.int64), width * i) for i, digit in enumerate(cut(min(width, _EXACT_BITS)))
     ]
 
 

@@ -79,11 +79,13 @@ contract Disputes is IDisputes {
     }
 
     /// @inheritdoc IDisputes
-    function challenge(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata openings, bytes calldata steps)
-        external
-        bounded
-        returns (bytes32 id)
-    {
+    function challenge(
+        Segment calldata segment,
+        bytes32 salt,
+        Model calldata model,
+        Opening[] calldata openings,
+        bytes calldata steps
+    ) external bounded returns (bytes32 id) {
         uint64 committedAt;
         (id, committedAt) = _reveal(segment, salt);
         (Game memory game, Terms memory terms) = evidence.charge(segment, model, openings);
@@ -292,10 +294,14 @@ contract Disputes is IDisputes {
     }
 
     /// @dev Posts the nodes beneath node `parent` of level `above`.
-    function _postNodes(Game memory game, uint256 leaves, uint256 above, uint256 parent, bytes32 disputed, bytes calldata list)
-        private
-        pure
-    {
+    function _postNodes(
+        Game memory game,
+        uint256 leaves,
+        uint256 above,
+        uint256 parent,
+        bytes32 disputed,
+        bytes calldata list
+    ) private pure {
         uint256 level = Descent.nextLevel(Tree.depth(leaves), above);
         uint256 length = Descent.children(leaves, level, above, parent);
         _requireLength(list, 32 * length);
@@ -312,7 +318,10 @@ contract Disputes is IDisputes {
         game.list = fold;
     }
 
-    function _postLeaf(Game memory game, Instruction memory ins, uint256 index, bytes32 disputed, bytes calldata list) private pure {
+    function _postLeaf(Game memory game, Instruction memory ins, uint256 index, bytes32 disputed, bytes calldata list)
+        private
+        pure
+    {
         _requireLength(list, Descent.leafBytes(_elements(game, ins), ins.wide != 0, index));
         bytes32 leaf = Tree.leaf(list);
         if (leaf == disputed) revert SameRoot();
@@ -324,7 +333,11 @@ contract Disputes is IDisputes {
     }
 
     /// @dev Entry `pick` of the opponent's list of elements or sums.
-    function _claimed(Game memory game, bytes calldata claim, uint256 pick, uint256 size) private pure returns (bytes memory) {
+    function _claimed(Game memory game, bytes calldata claim, uint256 pick, uint256 size)
+        private
+        pure
+        returns (bytes memory)
+    {
         if (Tree.leaf(claim) != game.list) revert ClaimMismatch();
         if (pick >= claim.length / size) revert PickOutOfRange(pick, claim.length / size);
         return claim[pick * size:(pick + 1) * size];

@@ -383,8 +383,9 @@ contract Escrow is IEscrow, EIP712 {
         } else if (claim.outputs != 0 || claim.tokens != 0) {
             revert OutputsFromWrongStage(stage);
         }
-        bytes32 structHash =
-            keccak256(abi.encode(COMMIT_TYPEHASH, id, stage, record.job.model, claim.root, claim.outputs, claim.tokens));
+        bytes32 structHash = keccak256(
+            abi.encode(COMMIT_TYPEHASH, id, stage, record.job.model, claim.root, claim.outputs, claim.tokens)
+        );
         _requireSigned(workers.pipelineStage(record.job.pipeline, stage).worker, stage, structHash, claim.signature);
 
         record.roots[stage] = claim.root;
@@ -400,7 +401,10 @@ contract Escrow is IEscrow, EIP712 {
     /// @dev Credits the winners against a convicted stage from what its lock holds beyond `toStages`; returns what is burned.
     /// SAFETY: a cheat may convict itself through friends to save its lock. The scheduled gas is therefore paid, oldest commitment first, out of
     /// at most half of what is left, and half of the rest burns: a quarter of it is lost whoever wins.
-    function _slashed(bytes32 id, Record storage record, uint8 stage, uint256 toStages) private returns (uint256 burned) {
+    function _slashed(bytes32 id, Record storage record, uint8 stage, uint256 toStages)
+        private
+        returns (uint256 burned)
+    {
         Winner[] memory list = record.winners[stage];
         _sortOldestFirst(list);
         uint256 rest = record.job.lock - toStages;
@@ -454,7 +458,8 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     function _price(Record storage record) private view returns (uint256) {
-        return uint256(record.job.promptPrice) * record.job.promptTokens + uint256(record.job.tokenPrice) * record.tokens;
+        return
+            uint256(record.job.promptPrice) * record.job.promptTokens + uint256(record.job.tokenPrice) * record.tokens;
     }
 
     function _maximumPrice(Job memory job_) private pure returns (uint256) {
@@ -480,7 +485,9 @@ contract Escrow is IEscrow, EIP712 {
         if (maximum > type(uint128).max) revert InvalidJob("price");
         if (job_.lock < 2 * (maximum + GAME_GAS * job_.gasRate)) revert InvalidJob("lock");
         if (job_.acceptBy < block.timestamp) revert InvalidJob("acceptBy");
-        if (job_.commitBy <= job_.acceptBy || job_.commitBy > block.timestamp + MAX_TERM_SECONDS) revert InvalidJob("commitBy");
+        if (job_.commitBy <= job_.acceptBy || job_.commitBy > block.timestamp + MAX_TERM_SECONDS) {
+            revert InvalidJob("commitBy");
+        }
         if (job_.window < MIN_WINDOW_SECONDS || job_.window > MAX_WINDOW_SECONDS) revert InvalidJob("window");
         if (job_.clock < MIN_CLOCK_SECONDS || job_.clock > MAX_CLOCK_SECONDS) revert InvalidJob("clock");
         if (job_.grace == 0 || job_.grace > job_.clock) revert InvalidJob("grace");

@@ -14,6 +14,7 @@ from rich.table import Table
 from deploy.demo.run import STAGES, Demo, Result, make_requests, report, write_report
 from deploy.demo.scenarios import select
 from deploy.demo.village import DemoError, Village
+from deploy.devnet import DevnetError
 from verifier.shape import UnsupportedModel
 from verifier.tolerance import InvalidProfile
 from verifier.weights import ModelFolderError, Weights
@@ -46,7 +47,7 @@ def demo(
         ):
             requests = make_requests(folder, shape.vocabulary)
             results = Demo(village, requests, lambda line: console.print(line, highlight=False)).play(scenarios)
-    except (DemoError, ModelFolderError, UnsupportedModel, InvalidProfile, ValueError) as error:
+    except (DemoError, DevnetError, ModelFolderError, UnsupportedModel, InvalidProfile, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     show(results)
@@ -66,6 +67,7 @@ def prepare_model(given: Path | None) -> Path:
     if given is None and not (folder / "model.safetensors").exists():
         console.print(f"training the demo model in {folder}, one to two minutes")
         tools.demo(folder)
+    Weights.open(folder)  # a folder that is none is refused here, as the caller expects it
     if not (folder / "tolerance.json").exists():
         console.print(f"calibrating {folder}")
         tools.calibrate(folder)

@@ -209,7 +209,7 @@ def report(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "scenarios": [result.row() for result in results],
         "margins": {
-            "worst_honest": max(honest, default=None),
+            "worst_honest": _json_number(max(honest, default=None)),
             "smallest_convicting": min(convicting, default=None),
         },
     }

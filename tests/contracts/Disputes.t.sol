@@ -91,9 +91,15 @@ abstract contract DisputesTable is Base {
         job.grace = GRACE;
     }
 
-    function _record(uint8 op, uint32 rows, uint32 cols, uint32 terms, uint8 stepOperand) internal pure returns (bytes memory) {
+    function _record(uint8 op, uint32 rows, uint32 cols, uint32 terms, uint8 stepOperand)
+        internal
+        pure
+        returns (bytes memory)
+    {
         bytes32 x = bytes32(abi.encodePacked(stepOperand > 0 ? uint8(1) : uint8(0), stepOperand));
-        return abi.encodePacked(op, uint8(0), rows, cols, uint32(0), terms, uint64(0), uint32(0), uint16(0), x, bytes32(0), bytes32(0));
+        return abi.encodePacked(
+            op, uint8(0), rows, cols, uint32(0), terms, uint64(0), uint32(0), uint16(0), x, bytes32(0), bytes32(0)
+        );
     }
 
     // ---- trees
@@ -176,12 +182,17 @@ abstract contract DisputesTable is Base {
     function _last() internal returns (Game memory game, bytes memory list) {
         Log[] memory logs = Logs(address(vm)).getRecordedLogs();
         for (uint256 i = logs.length; i > 0; --i) {
-            if (logs[i - 1].topics[0] == IDisputes.GameMoved.selector) return abi.decode(logs[i - 1].data, (Game, bytes));
+            if (logs[i - 1].topics[0] == IDisputes.GameMoved.selector) {
+                return abi.decode(logs[i - 1].data, (Game, bytes));
+            }
         }
         revert Untrue("a move was made");
     }
 
-    function _descend(address mover, bytes32 id, Game memory game, Move memory move) internal returns (Game memory next) {
+    function _descend(address mover, bytes32 id, Game memory game, Move memory move)
+        internal
+        returns (Game memory next)
+    {
         vm.recordLogs();
         vm.prank(mover);
         disputes.descend(id, game, move);
@@ -205,9 +216,14 @@ abstract contract DisputesTable is Base {
     }
 
     /// @dev As the parameters are already in memory, the call is the next one that the cheat codes see (sha256 is a call too).
-    function _challenge(address sender, Segment memory segment, bytes32 salt, Model memory model_, Opening[] memory evidence, bytes memory steps)
-        internal
-    {
+    function _challenge(
+        address sender,
+        Segment memory segment,
+        bytes32 salt,
+        Model memory model_,
+        Opening[] memory evidence,
+        bytes memory steps
+    ) internal {
         vm.prank(sender);
         disputes.challenge(segment, salt, model_, evidence, steps);
     }
@@ -226,7 +242,9 @@ abstract contract DisputesTable is Base {
         disputes.prove(id, game, proof);
     }
 
-    function _refuseProof(bytes memory expected, address sender, bytes32 id, Game memory game, Proof memory proof) internal {
+    function _refuseProof(bytes memory expected, address sender, bytes32 id, Game memory game, Proof memory proof)
+        internal
+    {
         if (expected.length > 0) vm.expectRevert(expected);
         else vm.expectRevert();
         vm.prank(sender);
@@ -279,7 +297,9 @@ contract DisputesOpeningTest is DisputesTable {
         _refuseChallenge("", CHALLENGER, salt, model);
     }
 
-    function _refused(bytes memory expected, Segment memory segment, Opening[] memory evidence, bytes memory steps) internal {
+    function _refused(bytes memory expected, Segment memory segment, Opening[] memory evidence, bytes memory steps)
+        internal
+    {
         (bytes32 salt,) = _commit(segment);
         vm.expectRevert(expected);
         vm.prank(CHALLENGER);
@@ -387,7 +407,9 @@ contract DisputesMoveTest is DisputesTable {
         assertEq(disputes.credit(CHALLENGER), BOND, "bond");
         vm.expectRevert(abi.encodeWithSelector(IDisputes.WrongState.selector, id));
         disputes.flag(id, stored);
-        _refuse(abi.encodeWithSelector(IDisputes.WrongState.selector, id), WORKER, id, stored, _pickStep(0, _workerNodes()));
+        _refuse(
+            abi.encodeWithSelector(IDisputes.WrongState.selector, id), WORKER, id, stored, _pickStep(0, _workerNodes())
+        );
         vm.expectRevert(abi.encodeWithSelector(IDisputes.CommitmentExists.selector, id));
         disputes.commit(id);
         vm.prank(CHALLENGER);
@@ -436,7 +458,9 @@ contract DisputesMoveTest is DisputesTable {
     function test_a_changed_state_is_refused() external {
         Game memory game = stored;
         game.workerSeconds += 1;
-        _refuse(abi.encodeWithSelector(IDisputes.WrongState.selector, id), WORKER, id, game, _pickStep(0, _workerNodes()));
+        _refuse(
+            abi.encodeWithSelector(IDisputes.WrongState.selector, id), WORKER, id, game, _pickStep(0, _workerNodes())
+        );
     }
 
     function test_steps_refusals() external {
@@ -451,15 +475,23 @@ contract DisputesMoveTest is DisputesTable {
         _refuse(abi.encodeWithSelector(IDisputes.RecordMismatch.selector), WORKER, id, stored, move);
         _refuse(abi.encodeWithSelector(IDisputes.SameRoot.selector), WORKER, id, stored, _pickStep(0, _zeroNodes()));
         _refuse(
-            abi.encodeWithSelector(IDisputes.WrongListLength.selector, 64, 96), WORKER, id, stored, _pickStep(0, new bytes(96))
+            abi.encodeWithSelector(IDisputes.WrongListLength.selector, 64, 96),
+            WORKER,
+            id,
+            stored,
+            _pickStep(0, new bytes(96))
         );
+        _refuse(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 8, 0), WORKER, id, stored, _pickStep(2, ""));
         _refuse(
-            abi.encodeWithSelector(IDisputes.WrongListLength.selector, 8, 0), WORKER, id, stored, _pickStep(2, "")
+            abi.encodeWithSelector(IDisputes.SameRoot.selector),
+            WORKER,
+            id,
+            stored,
+            _pickStep(2, abi.encodePacked(uint64(2)))
         );
-        _refuse(
-            abi.encodeWithSelector(IDisputes.SameRoot.selector), WORKER, id, stored, _pickStep(2, abi.encodePacked(uint64(2)))
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps), WORKER, id, stored, _proof(0, 0, "")
         );
-        _refuseProof(abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps), WORKER, id, stored, _proof(0, 0, ""));
         vm.expectRevert(abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps));
         vm.prank(WORKER);
         disputes.deflect(id, stored, HandoffProof(0, 1, 0, "", new bytes32[](0), ""));
@@ -514,7 +546,9 @@ contract DisputesMoveTest is DisputesTable {
         _refuse(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 32, 16 * 33), WORKER, id, game, move);
         move.list = abi.encodePacked(uint128(2), uint128(1)); // 1 and -1
         _refuse(abi.encodeWithSelector(IDisputes.SameRoot.selector), WORKER, id, game, move);
-        _refuseProof(abi.encodeWithSelector(IDisputes.MustDescend.selector), WORKER, id, game, _proof(0, 35, new bytes(288)));
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.MustDescend.selector), WORKER, id, game, _proof(0, 35, new bytes(288))
+        );
         move.list = sums;
         game = _descend(WORKER, id, game, move);
         assertTrue(game.phase == Phase.Sums, "sums");
@@ -542,8 +576,16 @@ contract DisputesMoveTest is DisputesTable {
         assertEq(game.endChunk, 32, "end chunk");
 
         referee.set(0);
-        _refuseProof(abi.encodeWithSelector(IDisputes.NotWrong.selector), WORKER, id, game, _proof(0, 3, new bytes(512)));
-        _refuseProof(abi.encodeWithSelector(IDisputes.PickOutOfRange.selector, 32, 32), WORKER, id, game, _proof(0, 32, new bytes(512)));
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.NotWrong.selector), WORKER, id, game, _proof(0, 3, new bytes(512))
+        );
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.PickOutOfRange.selector, 32, 32),
+            WORKER,
+            id,
+            game,
+            _proof(0, 32, new bytes(512))
+        );
         referee.set(-5);
         _prove(WORKER, id, game, _proof(0, 3, new bytes(512)));
         assertEq(uint256(escrow.convicted()), 255, "the challenger lied");
@@ -582,7 +624,9 @@ contract DisputesMoveTest is DisputesTable {
         bytes memory list = _claim(new bytes(512), 0, abi.encodePacked(uint64(4)));
         game = _descend(WORKER, opened, game, _pickStep(1, list));
         referee.set(3);
-        _refuseProof(abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, opened, game, _proof(1, 0, list));
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, opened, game, _proof(1, 0, list)
+        );
     }
 
     function _proof(uint256 record, uint64 pick, bytes memory claim) internal view returns (Proof memory) {

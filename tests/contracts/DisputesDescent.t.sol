@@ -19,7 +19,9 @@ contract DisputesDescentTest is Base {
             uint256 first = Descent.children(leaves, level, above, 0);
             uint256 last = Descent.children(leaves, level, above, nodes - 1);
             assertTrue(last > 0 && last <= 64, "the last node has children");
-            assertEq(nodes == 1 ? last : ((nodes - 1) << (above - level)) + last, Tree.nodes(leaves, level), "all nodes");
+            assertEq(
+                nodes == 1 ? last : ((nodes - 1) << (above - level)) + last, Tree.nodes(leaves, level), "all nodes"
+            );
             assertTrue(nodes == 1 || first == 1 << (above - level), "the first node is full");
             above = level;
         }

@@ -211,7 +211,9 @@ contract EscrowTest is Market {
         bytes memory refusal = abi.encodeWithSelector(IEscrow.OutputsFromWrongStage.selector, 1);
         _refuse(id, _claim(id, 1, _root(1), outputs, 0, _key(1)), refusal);
         _refuse(id, _claim(id, 1, _root(1), 0, 1, _key(1)), refusal);
-        _refuse(id, _claim(id, 2, _root(2), 0, 20, _key(2)), abi.encodeWithSelector(IEscrow.InvalidJob.selector, "outputs"));
+        _refuse(
+            id, _claim(id, 2, _root(2), 0, 20, _key(2)), abi.encodeWithSelector(IEscrow.InvalidJob.selector, "outputs")
+        );
         refusal = abi.encodeWithSelector(IEscrow.TooManyTokens.selector, 51, 50);
         _refuse(id, _claim(id, 2, _root(2), outputs, 51, _key(2)), refusal);
         _refuse(id, _claim(id, 3, _root(3), 0, 0, _key(2)), abi.encodeWithSelector(IEscrow.UnknownStage.selector, 3));

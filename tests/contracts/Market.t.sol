@@ -164,7 +164,8 @@ abstract contract Market is Base {
         view
         returns (Claim memory)
     {
-        bytes32 typehash = keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
+        bytes32 typehash =
+            keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
         bytes32 structHash = keccak256(abi.encode(typehash, id, stage, modelId, root, outputs, tokens));
         return Claim(stage, root, outputs, tokens, _sign(address(escrow), key, structHash));
     }

@@ -190,7 +190,9 @@ class Hamlet:
         quiet_since = end = time.monotonic()
         end += SCENARIO_SECONDS
         while time.monotonic() < end:
-            news = events_of(list(await asyncio.to_thread(lambda: list(self.village.requester.events(self._first_block)))), job)
+            news = events_of(
+                list(await asyncio.to_thread(lambda: list(self.village.requester.events(self._first_block)))), job
+            )
             if len(news) > len(story):
                 story, quiet_since = news, time.monotonic()
             if is_final(story):

@@ -18,7 +18,11 @@ library Descent {
     // ---- nodes
 
     /// @notice Root of a tree of `count` nodes, from one of them.
-    function rootOf(bytes32 node, uint256 index, uint256 count, bytes32[] memory siblings) internal pure returns (bytes32) {
+    function rootOf(bytes32 node, uint256 index, uint256 count, bytes32[] memory siblings)
+        internal
+        pure
+        returns (bytes32)
+    {
         bytes32[] memory nodes = new bytes32[](1);
         nodes[0] = node;
         return Tree.rootOfRange(nodes, index, count, siblings);

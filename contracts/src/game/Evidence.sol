@@ -133,10 +133,12 @@ contract Evidence {
 
     // ---- exact segments
 
-    function _findEmbed(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
-        private
-        view
-    {
+    function _findEmbed(
+        Segment calldata segment,
+        Docket memory docket,
+        Model calldata model,
+        Opening[] calldata evidence
+    ) private view {
         if (segment.stage != 0) revert IDisputes.WrongSegment("stage");
         if (segment.layer != 0) revert IDisputes.WrongSegment("layer");
         _requireAtLeast(evidence, 3);
@@ -167,10 +169,12 @@ contract Evidence {
         _judge(game, model, evidence, used);
     }
 
-    function _findLink(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
-        private
-        view
-    {
+    function _findLink(
+        Segment calldata segment,
+        Docket memory docket,
+        Model calldata model,
+        Opening[] calldata evidence
+    ) private view {
         Game memory game = docket.game;
         // LINK of layer l judges the input of layer l + 1, so at a boundary the receiver is accused.
         bool received = uint256(segment.layer) + 1 == docket.stage.firstLayer;
@@ -196,10 +200,12 @@ contract Evidence {
         game.list = Tree.leaf(docket.terms.block_);
     }
 
-    function _findStop(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
-        private
-        view
-    {
+    function _findStop(
+        Segment calldata segment,
+        Docket memory docket,
+        Model calldata model,
+        Opening[] calldata evidence
+    ) private view {
         if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
         bool token = segment.unit != NO_TOKEN;
         _requireCount(evidence, token ? 4 : 3);
@@ -215,10 +221,12 @@ contract Evidence {
         if (!Exact.tokenBroken(request, output, leaf, segment.unit, model.vocabulary)) revert IDisputes.NotWrong();
     }
 
-    function _findBill(Segment calldata segment, Docket memory docket, Model calldata model, Opening[] calldata evidence)
-        private
-        view
-    {
+    function _findBill(
+        Segment calldata segment,
+        Docket memory docket,
+        Model calldata model,
+        Opening[] calldata evidence
+    ) private view {
         if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
         uint32 requests = docket.job.requests;
         bool last = segment.request == requests - 1;
@@ -269,9 +277,8 @@ contract Evidence {
         Stage[] memory stages = workers.pipelineStages(escrow.job(game.segment.job).pipeline);
         index = game.segment.kind == EMBED ? uint8(stages.length - 1) : game.segment.stage - 1;
 
-        bytes32 domain = keccak256(
-            abi.encode(DOMAIN_TYPEHASH, keccak256("Plumb"), keccak256("1"), block.chainid, address(escrow))
-        );
+        bytes32 domain =
+            keccak256(abi.encode(DOMAIN_TYPEHASH, keccak256("Plumb"), keccak256("1"), block.chainid, address(escrow)));
         bytes32 content = keccak256(abi.encode(HANDOFF_TYPEHASH, game.segment.job, index, proof.root, proof.leaves));
         bytes32 digest = keccak256(abi.encodePacked(hex"1901", domain, content));
         (address signer,,) = ECDSA.tryRecoverCalldata(digest, proof.signature);
@@ -302,7 +309,11 @@ contract Evidence {
     // ---- openings
 
     /// @dev Leaf `index` of a committed tree of `count` leaves.
-    function _open(Opening calldata opening, bytes32 root, uint256 index, uint256 count) private pure returns (bytes memory data) {
+    function _open(Opening calldata opening, bytes32 root, uint256 index, uint256 count)
+        private
+        pure
+        returns (bytes memory data)
+    {
         data = opening.data;
         bytes32 actual = Descent.rootOf(Tree.leaf(data), index, count, opening.siblings);
         if (actual != root) revert RootMismatch(root, actual);
@@ -329,11 +340,13 @@ contract Evidence {
 
     /// @return id output token `place`
     /// @return count how many there are
-    function _outputToken(Segment calldata segment, Docket memory docket, Opening calldata record, Opening calldata leaf, uint256 place)
-        private
-        view
-        returns (uint256 id, uint256 count)
-    {
+    function _outputToken(
+        Segment calldata segment,
+        Docket memory docket,
+        Opening calldata record,
+        Opening calldata leaf,
+        uint256 place
+    ) private view returns (uint256 id, uint256 count) {
         (bytes32 outputs,) = escrow.outputs(segment.job);
         bytes memory output = _open(record, outputs, segment.request, docket.job.requests);
         count = Records.count(output);
@@ -357,7 +370,9 @@ contract Evidence {
     }
 
     function _requireLayer(Segment calldata segment, Stage memory stage) private pure {
-        if (segment.layer < stage.firstLayer || segment.layer >= stage.endLayer) revert IDisputes.WrongSegment("layer");
+        if (segment.layer < stage.firstLayer || segment.layer >= stage.endLayer) {
+            revert IDisputes.WrongSegment("layer");
+        }
     }
 
     function _requireCount(Opening[] calldata evidence, uint256 expected) private pure {

@@ -11,7 +11,11 @@ library Exact {
 
     /// @notice What STOP asks of a request's records without looking at a token.
     /// @param node the last stage's trace node
-    function stopBroken(bytes memory request, bytes memory output, bytes memory node, uint256 r) internal pure returns (bool) {
+    function stopBroken(bytes memory request, bytes memory output, bytes memory node, uint256 r)
+        internal
+        pure
+        returns (bool)
+    {
         uint256 count = Records.count(output);
         uint256 code = Records.code(output);
         if (output.length != Records.OUTPUT_BYTES || Records.index(output) != r) return true;
@@ -23,11 +27,13 @@ library Exact {
     }
 
     /// @notice What STOP asks of output token `place`, which `leaf` holds.
-    function tokenBroken(bytes memory request, bytes memory output, bytes memory leaf, uint256 place, uint256 vocabulary)
-        internal
-        pure
-        returns (bool)
-    {
+    function tokenBroken(
+        bytes memory request,
+        bytes memory output,
+        bytes memory leaf,
+        uint256 place,
+        uint256 vocabulary
+    ) internal pure returns (bool) {
         uint256 count = Records.count(output);
         uint256 held = count - place / Records.TOKENS_PER_LEAF * Records.TOKENS_PER_LEAF;
         if (held > Records.TOKENS_PER_LEAF) held = Records.TOKENS_PER_LEAF;

@@ -119,9 +119,13 @@ interface IDisputes {
 
     /// @param evidence trace node, segment header; for TOKEN also request record, output record, token leaf
     /// @param steps concatenated instruction roots
-    function challenge(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata evidence, bytes calldata steps)
-        external
-        returns (bytes32 id);
+    function challenge(
+        Segment calldata segment,
+        bytes32 salt,
+        Model calldata model,
+        Opening[] calldata evidence,
+        bytes calldata steps
+    ) external returns (bytes32 id);
 
     /// @param evidence by kind
     /// EMBED: trace node, request record, then (prompt token) prompt leaf or (output token) output record, token leaf; header, instruction, openings of SAME
@@ -129,7 +133,9 @@ interface IDisputes {
     /// STOP: request record, output record, trace node of the accused; if unit != 0xffffffff the token leaf that holds token `unit`
     /// BILL: output record r; unless r is the last, output record r + 1
     /// LENGTH: trace node of the accused, trace node of its predecessor; position = the predecessor's positions
-    function show(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata evidence) external returns (bytes32 id);
+    function show(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata evidence)
+        external
+        returns (bytes32 id);
 
     function descend(bytes32 id, Game calldata game, Move calldata move) external;
     function prove(bytes32 id, Game calldata game, Proof calldata proof) external;

@@ -56,7 +56,9 @@ interface IEscrow {
     event JobPaid(bytes32 indexed id, uint256 price, uint256 returned);
     event JobRefunded(bytes32 indexed id, uint256 refund, uint256 noShowFee);
     event JobReleased(bytes32 indexed id);
-    event StageSlashed(bytes32 indexed id, uint8 stage, uint256 toStages, uint256 toGas, uint256 burned, uint256 toChallenger);
+    event StageSlashed(
+        bytes32 indexed id, uint8 stage, uint256 toStages, uint256 toGas, uint256 burned, uint256 toChallenger
+    );
     event Credited(address indexed account, uint256 amount, bytes32 indexed id);
     event Withdrawn(address indexed account, uint256 amount);
 
@@ -86,7 +88,14 @@ interface IEscrow {
     /// @return alreadyOpen games open against the stage before this one
     function gameOpened(bytes32 id, uint8 stage) external returns (uint256 alreadyOpen);
     /// @notice Disputes only. `stage` is the one the game was opened against, `convicted` the one found guilty (255: nobody).
-    function gameClosed(bytes32 id, uint8 stage, uint8 convicted, address challenger, uint64 committedAt, uint256 gasUnits) external;
+    function gameClosed(
+        bytes32 id,
+        uint8 stage,
+        uint8 convicted,
+        address challenger,
+        uint64 committedAt,
+        uint256 gasUnits
+    ) external;
 
     function job(bytes32 id) external view returns (Job memory);
     function requester(bytes32 id) external view returns (address);

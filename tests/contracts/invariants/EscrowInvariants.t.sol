@@ -39,7 +39,9 @@ contract EscrowInvariants is Base {
         for (uint256 i; i < all.jobCount(); ++i) {
             bytes32 id = all.jobs(i);
             Status status = escrow.status(id);
-            if (status == Status.Open || status == Status.Accepted || status == Status.Committed) owed += all.priceEscrowed(id);
+            if (status == Status.Open || status == Status.Accepted || status == Status.Committed) {
+                owed += all.priceEscrowed(id);
+            }
         }
         assertEq(token.balanceOf(address(escrow)), owed, "balance of the escrow");
     }
@@ -78,7 +80,8 @@ contract EscrowInvariants is Base {
             bytes32 id = all.jobs(i);
             Status status = escrow.status(id);
             if (status == Status.Open) continue;
-            bool held = status == Status.Accepted || status == Status.Committed || (status == Status.Void && all.releases(id) == 0);
+            bool held = status == Status.Accepted || status == Status.Committed
+                || (status == Status.Void && all.releases(id) == 0);
             for (uint8 stage; stage < STAGES; ++stage) {
                 assertEq(escrow.lockHeld(id, stage), held, "lock held");
             }

@@ -88,7 +88,9 @@ contract Parties is Market {
         _try(id, abi.encodeCall(escrow.accept, (id, _acceptances(id, STAGES))));
         Claim[] memory claims = _claims(id, STAGES, uint64(seed % 51));
         for (uint256 i; i < STAGES; ++i) {
-            if (i != seed % STAGES && mask >> i & 1 == 1) _try(id, abi.encodeCall(escrow.commit, (id, _one(claims[i]))));
+            if (i != seed % STAGES && mask >> i & 1 == 1) {
+                _try(id, abi.encodeCall(escrow.commit, (id, _one(claims[i]))));
+            }
         }
     }
 
@@ -112,8 +114,9 @@ contract Parties is Market {
         // Half of the challengers lose; now and then a hand-off shifts the blame to another stage.
         uint8 convicted = verdict % 2 == 0 ? NOBODY : verdict % 8 == 7 ? uint8(verdict / 8 % STAGES) : game.stage;
         address challenger = _challenger(seed % CHALLENGERS);
-        bytes memory call =
-            abi.encodeCall(escrow.gameClosed, (game.id, game.stage, convicted, challenger, committedAt, gasUnits % 3_000_000));
+        bytes memory call = abi.encodeCall(
+            escrow.gameClosed, (game.id, game.stage, convicted, challenger, committedAt, gasUnits % 3_000_000)
+        );
         if (!_try(game.id, call)) ++wrongAnswers; // an open game can always be closed
         games[game.id][game.stage] -= 1;
         if (convicted != NOBODY) guilty[game.id][convicted] = true;

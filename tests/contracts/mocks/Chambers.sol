@@ -36,7 +36,14 @@ contract EscrowMock {
         alreadyOpen = games[stage]++;
     }
 
-    function gameClosed(bytes32, uint8 stage, uint8 convicted_, address challenger_, uint64 committedAt_, uint256 gasUnits_) external {
+    function gameClosed(
+        bytes32,
+        uint8 stage,
+        uint8 convicted_,
+        address challenger_,
+        uint64 committedAt_,
+        uint256 gasUnits_
+    ) external {
         games[stage]--;
         closed++;
         convicted = convicted_;
@@ -89,11 +96,15 @@ contract RefereeMock {
         answer = answer_;
     }
 
-    function step(Model calldata, Cell calldata, bytes32[] calldata, Instruction calldata, uint64, uint32, Opening[] calldata)
-        external
-        view
-        returns (int256)
-    {
+    function step(
+        Model calldata,
+        Cell calldata,
+        bytes32[] calldata,
+        Instruction calldata,
+        uint64,
+        uint32,
+        Opening[] calldata
+    ) external view returns (int256) {
         return answer;
     }
 
