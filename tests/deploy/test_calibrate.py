@@ -114,7 +114,10 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM and MistralForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act gelu; supported: silu"),
         ({"sliding_window": 4096}, "sliding_window 4096; supported: null"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn; supported: default, linear and llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type yarn; supported: default, linear and llama3",
+        ),
     ],
 )
 def test_an_unsupported_model_is_refused_with_what_is_supported(

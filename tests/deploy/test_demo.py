@@ -65,13 +65,14 @@ def opened(id: bytes = JOB) -> list[Event]:
 PAID = JobPaid(id=JOB, price=1, returned=0, **AT)
 VOIDED, RELEASED = JobVoided(id=JOB, refund=1, **AT), JobReleased(id=JOB, **AT)
 REFUNDED = JobRefunded(id=JOB, refund=1, no_show_fee=1, **AT)
+LINK = replace(SEGMENT, kind=int(Kind.LINK))
 LAST_STAGE = replace(SEGMENT, stage=2, kind=int(Kind.TOKEN))
 
 # What the chain tells of each scenario, in order.
 STORIES: dict[str, tuple[list[Event], Outcome]] = {
     "a": ([PAID], Outcome(Ending.PAID, None, None)),
     "b": ([moved(), ended(1, 1, PROVED), convicted(1), VOIDED, RELEASED], Outcome(Ending.SLASHED, 1, SEGMENT)),
-    "c": ([ended(1, 1, SHOWN), convicted(1), VOIDED, RELEASED], Outcome(Ending.SLASHED, 1, None)),
+    "c": ([moved(LINK), ended(1, 1, SHOWN), convicted(1), VOIDED, RELEASED], Outcome(Ending.SLASHED, 1, LINK)),
     "d": ([moved(LAST_STAGE), ended(2, 2, PROVED), convicted(2), VOIDED], Outcome(Ending.SLASHED, 2, LAST_STAGE)),
     "e": ([moved(), ended(1, 1, PROVED), convicted(1), VOIDED, RELEASED], Outcome(Ending.SLASHED, 1, SEGMENT)),
     "f": ([moved(), ended(1, 1, FLAG), convicted(1), VOIDED, RELEASED], Outcome(Ending.FLAGGED, 1, SEGMENT)),

@@ -18,7 +18,7 @@ from challenger.store import LIVE, JobState, Store
 from contracts.client import Chain
 from contracts.events import Event, GameEnded, GameMoved, JobAccepted, JobCommitted, StageCommitted
 from deploy.demo.outcome import events_of, is_final, outcome
-from deploy.demo.players import ROLES, FalseAccuser, Role
+from deploy.demo.players import ROLES, FalseAccuser, Role, SilentResponder
 from deploy.demo.run import Result
 from deploy.demo.scenarios import Scenario
 from deploy.devnet import Devnet
@@ -34,8 +34,9 @@ from worker.config import WorkerConfig
 
 STAGES = 3
 SERVING_SECONDS = 130  # beyond the jobs' commitBy
-PATIENCE_SECONDS = 1.5  # without an event, after which an accused worker is taken to stay silent
-SCENARIO_SECONDS = 60.0
+BLOCK_SECONDS = 1.0
+PATIENCE_SECONDS = 1.5  # without an event, after which a party that is not going to move is taken to be done
+SCENARIO_SECONDS = 120.0
 WATCHTOWER, ACCUSER = 12, 11  # development accounts
 NOTHING: frozenset[Kind] = frozenset()
 REQUESTS = (
@@ -187,8 +188,8 @@ class Hamlet:
     async def _follow(self, job: bytes, watches: Sequence[Watch]) -> list[Event]:
         """The job's events, once it is over. Moves the clock on where nothing but time is missing."""
         story: list[Event] = []
-        quiet_since = end = time.monotonic()
-        end += SCENARIO_SECONDS
+        quiet_since = last_block = time.monotonic()
+        end = quiet_since + SCENARIO_SECONDS
         while time.monotonic() < end:
             news = events_of(
                 list(await asyncio.to_thread(lambda: list(self.village.requester.events(self._first_block)))), job
@@ -201,6 +202,10 @@ class Hamlet:
             if seconds:
                 await asyncio.to_thread(self.devnet.pass_seconds, seconds)
                 quiet_since = time.monotonic()
+            if time.monotonic() - max(quiet_since, last_block) > BLOCK_SECONDS:
+                # A chain has blocks without transactions, and a challenge needs one after its commitment.
+                await asyncio.to_thread(self.devnet.mine)
+                last_block = time.monotonic()
             await asyncio.sleep(0.1)
         return story
 
@@ -216,8 +221,10 @@ class Hamlet:
             if isinstance(event, GameEnded):
                 games.pop(event.id, None)
         if games:
-            silent = quiet_seconds > PATIENCE_SECONDS and all(game.worker_turn for game in games.values())
-            return 2 * CLOCK_SECONDS if silent else 0
+            # Only who is not going to move: a false accuser at the end of its lies, a worker that plays dead.
+            dead = any(issubclass(role.responder, SilentResponder) for role in self.roles)
+            stuck = all(dead if game.worker_turn else self.scenario.accused for game in games.values())
+            return 2 * CLOCK_SECONDS if stuck and quiet_seconds > PATIENCE_SECONDS else 0
         over = all(watch.done_with(job) for watch in watches)
         return WINDOW_SECONDS + 5 if over and quiet_seconds > 0.2 else 0
 
