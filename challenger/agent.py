@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import IO
 
 from challenger.charge import Charge, charge, segment_of
@@ -18,8 +16,9 @@ from challenger.desk import Desk, Outcome, Task
 from challenger.evidence import Archive, Evidence, Unavailable, read_facts
 from challenger.fetch import Fetcher
 from challenger.judge import Findings, Judge
+from challenger.plan import plan, verdict_of
 from challenger.store import LIVE, GameRow, GameState, JobRow, JobState, Store
-from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status, challenge_id
+from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status
 from contracts.events import GameEnded, GameMoved, JobCommitted
 from contracts.play import NOBODY, GameLog, Player
 from verifier.audit import Verdict
@@ -193,12 +192,14 @@ class Agent:
     def _judged(self, evidence: Evidence, findings: Findings, seconds: float) -> None:
         job = evidence.id.hex()
         receipt = {"job": job, "seconds": round(seconds, 3), **findings.receipt(), "missing": list(evidence.missing)}
-        games = [self.plan(evidence, verdict) for verdict in findings.wrong]
+        games = [plan(self.chain.account, evidence.id, verdict, self._next_block) for verdict in findings.wrong]
         state = JobState.SUSPECT if games else JobState.UNJUDGED if evidence.missing else JobState.CLEAN
         if state == JobState.UNJUDGED:
             receipt["why"] = "; ".join(evidence.missing)
         self.store.judged(job, state, receipt, games)
         log.info("job %s: %s, worst %s", job, state, receipt["worst"])
+        for game in games:
+            log.warning("challenging %s of job %s: %s", game.segment, job, game.evidence)
         if not games:
             self._forget(evidence.id)
 
@@ -216,17 +217,6 @@ class Agent:
         Only pieces that canonical arithmetic confirms may come out of here: money is put on them.
         """
         return judge.audit(evidence)
-
-    def plan(self, evidence: Evidence, verdict: Verdict) -> GameRow:
-        """A challenge, to be stored before anything about it is sent."""
-        segment = segment_of(evidence.id, verdict)
-        salt = secrets.token_bytes(32)
-        id = challenge_id(self.chain.account, segment, salt)
-        facts = {"ratio": str(verdict.ratio), "token": verdict.token, "reason": verdict.reason}
-        plain = {**asdict(segment), "job": segment.job.hex()}
-        job = evidence.id.hex()
-        log.info("challenging %s of job %s, stage %d: %s", verdict.kind.name, job, verdict.stage, facts)
-        return GameRow(id=id.hex(), job=job, segment=plain, salt=salt, block=self._next_block, evidence=facts)
 
     # ---- playing
 
@@ -398,10 +388,3 @@ class Agent:
                 raise
             return False
         return True
-
-
-def verdict_of(row: GameRow) -> Verdict:
-    """The verdict that a stored game was planned on."""
-    place, evidence = row.segment, row.evidence
-    at = (place["request"], place["layer"], place["position"], place["unit"])
-    return Verdict(float(evidence["ratio"]), place["stage"], Kind(place["kind"]), *at, int(evidence["token"]))

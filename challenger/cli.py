@@ -43,6 +43,7 @@ def run(config: ConfigFile) -> None:
     from challenger.agent import Agent  # Rationale: torch, only where it is needed
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each tensor otherwise
     try:
         settings = load_config(config)
         agent = Agent.build(settings, open_chain(settings))

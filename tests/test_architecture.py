@@ -2,15 +2,14 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("verifier", "worker", "challenger", "requester", "contracts", "deploy", "bench")
 OURS = {*PACKAGES, "plumb", "tests"}
-PARTIES = {"worker", "challenger", "requester"}
+PARTIES = ("worker", "challenger", "requester")
 VERIFIER_MAY = {"numpy", "torch", "numba", "llvmlite", "safetensors", "verifier"} | set(sys.stdlib_module_names)
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
@@ -28,6 +27,7 @@ def sources(*folders: str) -> list[Path]:
 EVERYTHING = [*sources(*PACKAGES, "tests"), ROOT / "plumb.py"]
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -59,59 +59,70 @@ def ids(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", sources("verifier"), ids=ids)
-def test_verifier_imports_only_arithmetic(path: Path) -> None:
-    assert roots(path) - VERIFIER_MAY == set()
+def offenders(paths: Iterable[Path], judge: Callable[[Path], object]) -> dict[str, object]:
+    """What `judge` finds wrong, by file."""
+    found = {ids(path): judge(path) for path in paths}
+    return {path: wrong for path, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize("path", sources("verifier"), ids=ids)
-def test_verifier_sees_no_network_no_clock_no_chance(path: Path) -> None:
-    assert roots(path) & IMPURE_MODULES == set()
-    named = {name_of(node) for node in ast.walk(parse(path)) if isinstance(node, ast.Attribute)}
-    assert named & {"os.environ", "os.getenv", "os.urandom"} == set()
+def party(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
 
 
-@pytest.mark.parametrize("path", sources(*PARTIES), ids=ids)
-def test_parties_meet_only_on_the_wire_and_on_the_chain(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
-    assert roots(path) & (OURS - {own, "verifier", "contracts"}) == set()
+def test_verifier_imports_only_arithmetic() -> None:
+    assert offenders(sources("verifier"), lambda path: roots(path) - VERIFIER_MAY) == {}
 
 
-@pytest.mark.parametrize("path", sources(*PARTIES), ids=ids)
-def test_the_chain_has_one_door(path: Path) -> None:
-    assert "web3" not in roots(path)
+def test_verifier_sees_no_network_no_clock_no_chance() -> None:
+    def impure(path: Path) -> set[str]:
+        named = {name_of(node) for node in ast.walk(parse(path)) if isinstance(node, ast.Attribute)}
+        return roots(path) & IMPURE_MODULES | named & {"os.environ", "os.getenv", "os.urandom"}
+
+    assert offenders(sources("verifier"), impure) == {}
 
 
-@pytest.mark.parametrize("path", sources("contracts"), ids=ids)
-def test_contracts_knows_no_party(path: Path) -> None:
-    assert roots(path) & (OURS - {"contracts", "verifier"}) == set()
+def test_parties_meet_only_on_the_wire_and_on_the_chain() -> None:
+    assert offenders(sources(*PARTIES), lambda p: roots(p) & (OURS - {party(p), "verifier", "contracts"})) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in EVERYTHING if p.name != "plumb.py"], ids=ids)
-def test_nobody_imports_the_front_door(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
-    allowed = {"deploy", "bench", "tests"}
-    assert own in allowed or roots(path) & {"deploy", "bench", "plumb"} == set()
+def test_the_chain_has_one_door() -> None:
+    assert offenders(sources(*PARTIES), lambda path: roots(path) & {"web3"}) == {}
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=ids)
-def test_nothing_turns_data_into_code(path: Path) -> None:
-    assert roots(path) & FORBIDDEN_MODULES == set()
-    calls = {name_of(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
-    assert calls & FORBIDDEN_CALLS == set()
+def test_contracts_knows_no_party() -> None:
+    assert offenders(sources("contracts"), lambda path: roots(path) & (OURS - {"contracts", "verifier"})) == {}
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=ids)
-def test_files_can_be_read_in_one_sitting(path: Path) -> None:
+def test_nobody_imports_the_front_door() -> None:
+    paths = [path for path in EVERYTHING if party(path) not in {"deploy", "bench", "tests", "plumb.py"}]
+    assert offenders(paths, lambda path: roots(path) & {"deploy", "bench", "plumb"}) == {}
+
+
+def test_nothing_turns_data_into_code() -> None:
+    def dangerous(path: Path) -> set[str]:
+        calls = {name_of(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
+        return roots(path) & FORBIDDEN_MODULES | calls & FORBIDDEN_CALLS
+
+    assert offenders(EVERYTHING, dangerous) == {}
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
     """Above 400 lines the module's docstring says why (`Rationale:`); above 600 there is no why."""
-    lines = path.read_text(encoding="utf-8").count("\n")
-    reason = "Rationale:" in (ast.get_docstring(parse(path)) or "")
-    assert lines <= (LINES_WITH_REASON if reason else LINES)
+
+    def excess(path: Path) -> int:
+        reason = "Rationale:" in (ast.get_docstring(parse(path)) or "")
+        return max(0, lines(path) - (LINES_WITH_REASON if reason else LINES))
+
+    assert offenders(EVERYTHING, excess) == {}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "contracts" / "src").rglob("*.sol")), ids=ids)
-def test_contracts_can_be_read_in_one_sitting(path: Path) -> None:
-    assert path.read_text(encoding="utf-8").count("\n") <= LINES_WITH_REASON
+def test_contracts_can_be_read_in_one_sitting() -> None:
+    contracts = sorted((ROOT / "contracts" / "src").rglob("*.sol"))
+    assert offenders(contracts, lambda path: max(0, lines(path) - LINES_WITH_REASON)) == {}
+
+
+def lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
 
 
 def test_packages_say_what_they_are_and_tests_shadow_nobody() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface, LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
 
@@ -26,9 +26,9 @@ ATTENTION = "plumb"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # by the code in docs/canonical.md
 BITS = (np.uint16, np.uint16, np.uint32)
 
-FAMILIES: Mapping[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
-    "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
-    "mistral": (MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding),
+FAMILIES: Mapping[str, tuple[type[PreTrainedConfig], type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    "LlamaForCausalLM": (LlamaConfig, LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
+    "MistralForCausalLM": (MistralConfig, MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding),
 }
 
 Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last stage
@@ -66,8 +66,8 @@ class Stage:
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        layer_class, norm_class, rotary_class = FAMILIES[config.model_type]
+        config_class, layer_class, norm_class, rotary_class = FAMILIES[self.weights.config["architectures"][0]]
+        config = config_class.from_pretrained(folder, local_files_only=True)
         # Rationale: Mistral's sliding window is refused by verifier.program (UnsupportedModel), so the layers need no
         # mask beyond the causal one.
         config._attn_implementation = ATTENTION

@@ -202,7 +202,7 @@ contract Escrow is IEscrow, EIP712 {
             broken = 0;
             while (_contains(record.committedSet, broken)) ++broken; // at most 63 times: a full set is status Committed
         }
-        _credit(record.requester, refund + fee, id);
+        _credit(record.requester, refund, id);
         emit JobRefunded(id, refund, fee);
 
         Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
@@ -217,6 +217,8 @@ contract Escrow is IEscrow, EIP712 {
             // A lock is at least twice the price, so the fee never eats it up.
             workers.unlock(stages[i].worker, lock - part);
         }
+        // SAFETY: burned. Were it the requester's, it and one stage that gives up could take it from the honest stage that is charged.
+        if (fee != 0) token.safeTransfer(BURN_ADDRESS, fee);
     }
 
     /// @inheritdoc IEscrow

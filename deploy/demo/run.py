@@ -99,6 +99,7 @@ class Demo:
         self.honest = [village.worker("honest", *self.ranges[stage], f"stage-{stage}") for stage in range(STAGES)]
         self.watchtower = village.watcher("watchtower")
         village.ready(*self.honest)
+        village.watching(self.watchtower)
 
     def prepare(self, scenario: Scenario) -> list[Player]:
         """The line of a scenario. Its dishonest worker starts ahead of time: it loads during the scenario before."""
@@ -126,6 +127,8 @@ class Demo:
         village = self.village
         started = time.monotonic()
         accuser = village.watcher(f"{scenario.name}-accuser", "accuser") if scenario.accused else None
+        if accuser is not None:
+            village.watching(accuser)
         parties = {"requester": village.requester.account, "watchtower": self.watchtower.account}
         parties |= {f"stage {index}": player.account for index, player in enumerate(line)}
         if accuser is not None:

@@ -165,6 +165,15 @@ class Village:
                     raise DemoError(f"{player.name} does not answer at {player.url}: {_tail(player.log)}")
                 time.sleep(0.1)
 
+    def watching(self, player: Player) -> None:
+        """Waits until a watcher has loaded its models; its database comes last. Raises DemoError."""
+        deadline = time.monotonic() + START_SECONDS
+        while not (player.log.parent / "data" / "challenger.db").exists():
+            self.alive(player)
+            if time.monotonic() > deadline:
+                raise DemoError(f"{player.name} does not come up: {_tail(player.log)}")
+            time.sleep(0.1)
+
     def alive(self, player: Player) -> None:
         if player.process.poll() is not None:
             raise DemoError(f"{player.name} ended with status {player.process.returncode}: {_tail(player.log)}")

@@ -8,70 +8,24 @@ from typing import Any
 import pytest
 
 from challenger.agent import Agent
-from challenger.config import Config, ConfigError
+from challenger.config import ConfigError
 from challenger.evidence import Evidence, Unavailable
 from challenger.judge import Findings, Judge
-from challenger.store import LIVE, GameState, JobState, Store
+from challenger.store import GameState, JobState
 from contracts.client import Chain, ChainError, ChainUnreachable
 from contracts.events import ChallengeCommitted, GameEnded, GameMoved
 from contracts.keys import save_account
-from contracts.play import GameLog, Player
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
-from tests.challenger.town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
-from tests.verifier import tiny
-from verifier.canonical import Case
-from verifier.game import Game
-from verifier.trace import RequestTrace
+from tests.challenger.place import Defence, Place
+from tests.challenger.town import CLOCK_SECONDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
 
-STAGE, WORKER = 1, 2  # the spoilt stage and its account
+STAGE = 1  # the spoilt one
 
 
 class Killed(BaseException):
     """SIGKILL, as far as Python can act it: nothing catches it."""
-
-
-class Place:
-    """A chain with a town on it, and watchtowers that come and go."""
-
-    def __init__(self, devnet: Devnet, town: Town, folder: Path, home: Path) -> None:
-        self.devnet, self.town, self.home = devnet, town, home
-        self.judge = Judge(folder)
-        self.folder = folder
-        self.count = 0
-
-    def config(self, name: str) -> Config:
-        """For a watchtower that sees nothing of what was before."""
-        data = self.home / name
-        data.mkdir(exist_ok=True)
-        head = self.town.requester.block_number()
-        return Config(
-            "unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
-        )
-
-    def agent(self, config: Config, account: int = 4, agent_class: type[Agent] = Agent) -> Agent:
-        chain = self.town.chain(account)
-        if chain.token.balance(chain.account) < FUNDS:
-            chain.token.mint(chain.account, FUNDS)
-        return agent_class(config, chain, {self.judge.id: self.judge}, Store(config.database_url))
-
-    def judged(self, agent: Agent, job: bytes) -> str:
-        """The state of an audited job, and its receipt."""
-
-        def done() -> bool:
-            agent.tick()
-            row = agent.store.job(job.hex())
-            return row is not None and row.state != JobState.WATCHED
-
-        until(done)
-        row = agent.store.job(job.hex())
-        assert row is not None
-        return row.state
-
-    def events(self, kind: type[Any], job: bytes, config: Config) -> list[Any]:
-        found = self.town.requester.events(config.from_block)
-        return [event for event in found if isinstance(event, kind) and getattr(event, "job", job) == job]
 
 
 @pytest.fixture(scope="module")
@@ -98,31 +52,6 @@ def spoilt(place: Place) -> Served:
 def behave(place: Place) -> Iterator[None]:
     yield
     place.town.hall.misbehave = lambda handler, path: False
-
-
-class Defence:
-    """The convicted worker's side: denies everything, consistently."""
-
-    def __init__(self, place: Place, served: Served, config: Config) -> None:
-        self.place, self.served, self.log = place, served, GameLog()
-        self.from_block = config.from_block
-        self.player = Player(place.town.chain(WORKER), self.case, side_is_worker=True)
-        self._cases: dict[Any, Case] = {}
-
-    def case(self, game: Game) -> Case:
-        if game.segment not in self._cases:
-            judge, trace = self.place.judge, self.served.traces[game.segment.stage][game.segment.request]
-            truth = Case(judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token)
-            self._cases[game.segment] = tiny.Liar(truth, 7, 3, 1 << 20, 0, wrong=False)
-        return self._cases[game.segment]
-
-    def play(self) -> None:
-        self.log.feed(self.place.town.requester.events(self.from_block))
-        for followed in list(self.log.games.values()):
-            try:
-                self.player.step(followed, self.place.town.requester.block_timestamp())
-            except ChainError as error:  # even a liar has a last move, and it is refused
-                assert error.name == "NotWrong", error
 
 
 def test_an_honest_job_is_left_alone(place: Place, honest: Served) -> None:
@@ -410,25 +339,3 @@ def test_a_node_that_lags_turns_nothing_back(place: Place, monkeypatch: pytest.M
     monkeypatch.setattr(Chain, "events", lambda self, first, last: pytest.fail("asked a node that lags"))
     agent.read()
     assert agent._next_block == seen
-
-
-def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
-    from challenger.store import GameRow
-
-    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
-    assert store.next_block(7) == 7
-    store.advance(100, [("aa", 5)])
-    store.advance(100, [("aa", 5)])
-    assert store.next_block(7) == 100
-    game = GameRow(id="g", job="aa", segment={}, salt=bytes(32), block=40)
-    store.judged("aa", JobState.SUSPECT, {}, [game])
-    assert store.next_block(7) == 40 and [row.id for row in store.games(*LIVE)] == ["g"]
-    store.mark("g", GameState.LOST)
-    assert store.next_block(7) == 100
-    store.close()
-
-
-def test_the_spoilt_job_is_wrong_in_one_place(place: Place, spoilt: Served) -> None:
-    """What the other tests stand on: no exact rule is broken, so only the game can convict."""
-    trace = spoilt.traces[STAGE][0]
-    assert isinstance(trace, RequestTrace) and trace.positions > SPOILT_POSITION

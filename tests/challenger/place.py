@@ -1,0 +1,85 @@
+"""Watchtowers that come and go on a local chain, and the worker that defends itself against them."""
+
+from pathlib import Path
+from typing import Any
+
+from challenger.agent import Agent
+from challenger.config import Config
+from challenger.judge import Judge
+from challenger.store import JobState, Store
+from contracts.client import ChainError
+from contracts.play import GameLog, Player
+from deploy.devnet import Devnet
+from tests.challenger.town import FUNDS, Served, Town, until
+from tests.verifier import tiny
+from verifier.canonical import Case
+from verifier.game import Game
+
+WORKER = 2  # the account of stage 1
+
+
+class Place:
+    """A chain with a town on it, and watchtowers that come and go."""
+
+    def __init__(self, devnet: Devnet, town: Town, folder: Path, home: Path) -> None:
+        self.devnet, self.town, self.home = devnet, town, home
+        self.judge = Judge(folder)
+        self.folder = folder
+        self.count = 0
+
+    def config(self, name: str) -> Config:
+        """For a watchtower that sees nothing of what was before."""
+        data = self.home / name
+        data.mkdir(exist_ok=True)
+        head = self.town.requester.block_number()
+        return Config(
+            "unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
+        )
+
+    def agent(self, config: Config, account: int = 4, agent_class: type[Agent] = Agent) -> Agent:
+        chain = self.town.chain(account)
+        if chain.token.balance(chain.account) < FUNDS:
+            chain.token.mint(chain.account, FUNDS)
+        return agent_class(config, chain, {self.judge.id: self.judge}, Store(config.database_url))
+
+    def judged(self, agent: Agent, job: bytes) -> str:
+        """The state of an audited job, and its receipt."""
+
+        def done() -> bool:
+            agent.tick()
+            row = agent.store.job(job.hex())
+            return row is not None and row.state != JobState.WATCHED
+
+        until(done)
+        row = agent.store.job(job.hex())
+        assert row is not None
+        return row.state
+
+    def events(self, kind: type[Any], job: bytes, config: Config) -> list[Any]:
+        found = self.town.requester.events(config.from_block)
+        return [event for event in found if isinstance(event, kind) and getattr(event, "job", job) == job]
+
+
+class Defence:
+    """The convicted worker's side: denies everything, consistently."""
+
+    def __init__(self, place: Place, served: Served, config: Config) -> None:
+        self.place, self.served, self.log = place, served, GameLog()
+        self.from_block = config.from_block
+        self.player = Player(place.town.chain(WORKER), self.case, side_is_worker=True)
+        self._cases: dict[Any, Case] = {}
+
+    def case(self, game: Game) -> Case:
+        if game.segment not in self._cases:
+            judge, trace = self.place.judge, self.served.traces[game.segment.stage][game.segment.request]
+            truth = Case(judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token)
+            self._cases[game.segment] = tiny.Liar(truth, 7, 3, 1 << 20, 0, wrong=False)
+        return self._cases[game.segment]
+
+    def play(self) -> None:
+        self.log.feed(self.place.town.requester.events(self.from_block))
+        for followed in list(self.log.games.values()):
+            try:
+                self.player.step(followed, self.place.town.requester.block_timestamp())
+            except ChainError as error:  # even a liar has a last move, and it is refused
+                assert error.name == "NotWrong", error

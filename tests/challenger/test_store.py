@@ -1,0 +1,37 @@
+"""What a watchtower remembers."""
+
+from pathlib import Path
+
+from challenger.plan import plan, verdict_of
+from challenger.store import LIVE, GameRow, GameState, JobState, Store
+from deploy.keys import dev_account
+from verifier.audit import Verdict
+from verifier.program import Kind
+
+
+def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    assert store.next_block(7) == 7
+    store.advance(100, [("aa", 5)])
+    store.advance(100, [("aa", 5)])
+    assert store.next_block(7) == 100
+    game = GameRow(id="g", job="aa", segment={}, salt=bytes(32), block=40)
+    store.judged("aa", JobState.SUSPECT, {}, [game])
+    assert store.next_block(7) == 40 and [row.id for row in store.games(*LIVE)] == ["g"]
+    store.mark("g", GameState.LOST)
+    assert store.next_block(7) == 100
+    store.close()
+
+
+def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    store.advance(5, [("11" * 32, 9)])
+    for ratio, kind in ((1.25, Kind.MLP), (float("inf"), Kind.STOP)):
+        verdict = Verdict(ratio, 2, kind, 3, 4, 5, 0xFFFFFFFF, 7, reason="because")
+        row = plan(dev_account(0).address, b"\x11" * 32, verdict, 5)
+        store.judged("11" * 32, JobState.SUSPECT, {}, [row])
+    again = store.games(GameState.PLANNED)
+    assert {verdict_of(game).ratio for game in again} == {1.25, float("inf")}
+    assert all(verdict_of(game).unit == 0xFFFFFFFF and len(game.salt) == 32 for game in again)
+    assert len({game.id for game in again}) == 2
+    store.close()
