@@ -196,10 +196,10 @@ class Agent:
         state = JobState.SUSPECT if games else JobState.UNJUDGED if evidence.missing else JobState.CLEAN
         if state == JobState.UNJUDGED:
             receipt["why"] = "; ".join(evidence.missing)
-        self.store.judged(job, state, receipt, games)
-        log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         for game in games:
             log.warning("challenging %s of job %s: %s", game.segment, job, game.evidence)
+        self.store.judged(job, state, receipt, games)
+        log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         if not games:
             self._forget(evidence.id)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from contracts.client import Chain, Stage
+from contracts.client import Chain, ChainError, Stage
 from worker.errors import Refused
 
 ANSWER_BYTES = 64 * 2**10
@@ -40,7 +40,12 @@ def propose(chain: Chain, accounts: Sequence[str], shares: Sequence[int] = (), n
         if chain.recover_join(name, signature) != signer:
             raise Refused(f"{account}: expected a signature of {signer}, its signer on chain")
         signatures.append(signature)
-    return chain.workers.create_pipeline(model, stages, chosen, signatures)
+    try:
+        return chain.workers.create_pipeline(model, stages, chosen, signatures)
+    except ChainError as error:
+        if error.name != "PipelineExists":  # somebody sent the same signatures first: it is there, under the same id
+            raise
+        return name
 
 
 def plan(

@@ -165,7 +165,7 @@ class Hall:
             case ["trace", request, key]:
                 given = dict(item.split("=") for item in query.split("&"))
                 first = int(given["first"])
-                say(handler, job.traces[stage][int(request)].arrays[key][first : first + 2].tobytes())  # two at most
+                say(handler, job.traces[stage][int(request)].arrays[key][first : first + 4].tobytes())  # four at most
             case _:
                 say(handler, b"{}", 404)
 
@@ -279,4 +279,4 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "expected it to happen by now"
-        time.sleep(0.01)
+        time.sleep(0.1)
