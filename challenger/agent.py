@@ -105,8 +105,8 @@ class Agent:
     def tick(self) -> bool:
         """One look around. Games come first: they have clocks. Returns whether anything was done."""
         if not self._tidied:
+            self._tidied = True  # before: what fails here must not keep games waiting
             self.tidy()
-            self._tidied = True
         self.read()
         now = self.chain.block_timestamp()
         acted = self.play(now)
@@ -125,6 +125,8 @@ class Agent:
         """Takes in new events."""
         last = self.chain.block_number()
         if last < self._next_block - 1:
+            if last < self._next_block - OVERLAP_BLOCKS:
+                log.warning("the node is at block %d, this watchtower has read up to %d", last, self._next_block - 1)
             return  # this node lags behind another one; what it knows would turn games back
         first = max(self._next_block - OVERLAP_BLOCKS, self.config.from_block, 0)
         while first <= last:

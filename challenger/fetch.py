@@ -9,8 +9,10 @@ downloaded stays on disk: the next attempt goes on from there.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import httpx
@@ -57,6 +59,7 @@ class Fetcher:
             timeout=SILENCE_SECONDS,
             follow_redirects=False,
             trust_env=False,
+            verify=_certificates(),
             headers={"Accept-Encoding": "identity"},  # nothing to inflate: what is counted is what comes
         ) as http:
             return await _Collector(facts, shape, self.archive, self.max_stage_bytes, http, end).collect()
@@ -213,6 +216,12 @@ class _Collector:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a URL that no parser takes
             raise Unavailable(f"{url}: {type(error).__name__}: {error}") from error
         return bytes(data)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """The usual roots, read once: it takes longer than a small download."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _check(count: int, root: bytes, actual_count: int, actual_root: bytes) -> None:

@@ -59,7 +59,7 @@ def calibrate(
         numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0], row.threshold)
         table.add_row(kind.name.lower(), str(row.pieces), *(f"{number:.5f}" for number in numbers))
     console.print(table)
-    console.print(f"token margin {profile.margin / 2**30:.5f}; wrote {path}")
+    console.print(f"token margin {profile.margin / 2**30:.5f}; wrote {path}", soft_wrap=True)
 
 
 @app.command()
