@@ -18,7 +18,7 @@ from deploy.keys import DEV_PHRASE
 
 _ROOT = Path(__file__).resolve().parent.parent
 _ARCHITECTURES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; without it httpx reads all root certificates each time
 

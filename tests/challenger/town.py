@@ -41,7 +41,7 @@ from verifier.weights import Weights, identify
 REQUESTS = (Request((5, 6, 7), 3), Request((1, 2), 2, stops=(299,)))
 SPOILT_REQUEST, SPOILT_POSITION = 0, 1
 WORKERS, REQUESTER = (1, 2), 3  # development accounts
-FUNDS, CLOCK_SECONDS = 10**24, 30
+FUNDS, CLOCK_SECONDS = 10**24, 100
 
 
 def model(folder: Path) -> tuple[Weights, Profile]:
@@ -274,7 +274,7 @@ class Town:
         chain.escrow.commit(id, claims)
 
 
-def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 300.0) -> None:
     """Waits for something that other threads do."""
     end = time.monotonic() + seconds
     while not true():

@@ -33,10 +33,10 @@ from worker.agent import Agent, build_worker
 from worker.config import WorkerConfig
 
 STAGES = 3
-SERVING_SECONDS = 130  # beyond the jobs' commitBy
+SERVING_SECONDS = 620  # beyond the jobs' commitBy
 BLOCK_SECONDS = 1.0
 PATIENCE_SECONDS = 1.5  # without an event, after which a party that is not going to move is taken to be done
-SCENARIO_SECONDS = 120.0
+SCENARIO_SECONDS = 600.0
 WATCHTOWER, ACCUSER = 12, 11  # development accounts
 NOTHING: frozenset[Kind] = frozenset()
 REQUESTS = (

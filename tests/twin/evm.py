@@ -24,7 +24,7 @@ SOURCES = (
     _HARNESS,
 )
 _PANIC = bytes.fromhex("4e487b71")  # Panic(uint256): a division by zero, from a program that is none
-_DEPLOY_SECONDS = 20.0
+_DEPLOY_SECONDS = 120.0
 _BATCH = 200  # calls a request: small enough for anvil's limit on a request's bytes at the widest arguments
 
 

@@ -96,6 +96,6 @@ def serve(
             runs = wire(data, stages, requests, chosen, compute)
             for run in runs:
                 run.start()
-            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in runs)), 60))
+            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in runs)), 900))
 
     return asyncio.run(work())

@@ -57,7 +57,7 @@ def test_a_job_is_served_committed_settled_and_paid(
         village.devnet.pass_seconds(WINDOW_SECONDS + 2)
         await village.reaches(id, Status.PAID)
         accounts = [agent.account for agent in village.agents]
-        for _ in range(100):
+        for _ in range(3000):
             if not any(village.requester.escrow.credit(account) for account in accounts):
                 break
             await asyncio.sleep(0.1)
@@ -67,7 +67,7 @@ def test_a_job_is_served_committed_settled_and_paid(
         assert all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents)
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 120))
+    asyncio.run(asyncio.wait_for(story(), 900))
 
 
 def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, requests_batch: list[Request]) -> None:
@@ -100,4 +100,4 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
         assert (await village.get(0, "/jobs/xyz")).status_code == 409
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 120))
+    asyncio.run(asyncio.wait_for(story(), 900))

@@ -272,6 +272,6 @@ def test_a_sealed_stage_finishes_after_a_restart(tiny: Tiny, requests_batch: lis
             again[0]._successor.target, again[1]._successor.target = again[1], again[0]  # type: ignore[union-attr]
             for run in again:
                 run.start()
-            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in again)), 20))
+            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in again)), 900))
 
     assert asyncio.run(work()) == before

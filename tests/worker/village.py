@@ -24,8 +24,8 @@ from worker.agent import Agent, build_worker
 from worker.config import ChainConfig, Contracts, Policy, Serving, WorkerConfig
 from worker.job import request_json
 
-WINDOW_SECONDS = 60
-CLOCK_SECONDS = 30
+WINDOW_SECONDS = 600
+CLOCK_SECONDS = 300
 STAKE = 10**24
 
 
@@ -164,11 +164,11 @@ class Village:
             token_price=2000,
             lock=0,
             gas_rate=1,
-            accept_by=now + 60,
-            commit_by=now + 120,
+            accept_by=now + 300,
+            commit_by=now + 600,
             window=WINDOW_SECONDS,
             clock=CLOCK_SECONDS,
-            grace=5,
+            grace=60,
             nonce=self.nonce,
         )
         lock = 2 * (prompts * job.prompt_price + limits * job.token_price + 2_000_000)
@@ -190,7 +190,7 @@ class Village:
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             return await client.get(f"{self.configs[stage].url}{path}")
 
-    async def reaches(self, id: bytes, status: Status, seconds: float = 40.0) -> None:
+    async def reaches(self, id: bytes, status: Status, seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             actual = await asyncio.to_thread(self.requester.escrow.status, id)
