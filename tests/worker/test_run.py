@@ -235,7 +235,7 @@ def test_a_wrong_signature_fails_the_job_naming_the_sender(
             for run in runs:
                 run.start()
             with pytest.raises(BadHandoff, match="stage 0: its hand-off is not signed with its key"):
-                await asyncio.wait_for(runs[1].finished, 20)
+                await asyncio.wait_for(runs[1].finished, 300)
             assert runs[1].folder.load_state().phase is Phase.FAILED
             await runs[0].close("the test is over")
 
