@@ -26,7 +26,7 @@ from worker import tls
 from worker.errors import Refused
 from worker.pipeline import propose
 
-START_SECONDS = 90.0
+START_SECONDS = 300.0
 STOP_SECONDS = 10.0
 MONEY = 10**15  # base units given to every party: more than all jobs cost
 STAKE = 10**14
