@@ -37,6 +37,7 @@ abstract contract DisputesTable is Base {
     uint32 internal constant GRACE = 100;
     uint128 internal constant GAS_RATE = 3;
     uint256 internal constant BOND = 6_000_000;
+    uint256 internal constant MOVE_GAS = 350_000;
     uint64 internal constant START = 1_800_000_000;
 
     Disputes internal disputes;
@@ -401,7 +402,7 @@ contract DisputesMoveTest is DisputesTable {
         vm.prank(STRANGER);
         disputes.flag(id, stored);
         assertEq(uint256(escrow.convicted()), 0, "the worker is convicted");
-        assertEq(escrow.gasUnits(), 250_000, "one move of the challenger");
+        assertEq(escrow.gasUnits(), MOVE_GAS, "one move of the challenger");
         assertEq(escrow.challenger(), CHALLENGER, "challenger");
         assertEq(escrow.committedAt(), START, "commitment");
         assertEq(disputes.credit(CHALLENGER), BOND, "bond");
@@ -425,9 +426,9 @@ contract DisputesMoveTest is DisputesTable {
         vm.warp(START + CLOCK + 1);
         disputes.flag(id, game);
         assertEq(uint256(escrow.convicted()), 255, "nobody is convicted");
-        assertEq(disputes.credit(WORKER), 250_000 * GAS_RATE, "one move");
+        assertEq(disputes.credit(WORKER), MOVE_GAS * GAS_RATE, "one move");
         assertEq(disputes.credit(CHALLENGER), 0, "nothing back");
-        assertEq(token.balanceOf(disputes.BURN()), BOND - 250_000 * GAS_RATE, "burned");
+        assertEq(token.balanceOf(disputes.BURN()), BOND - MOVE_GAS * GAS_RATE, "burned");
         assertEq(token.balanceOf(address(disputes)), disputes.credit(WORKER), "holds what it owes");
     }
 
@@ -589,7 +590,7 @@ contract DisputesMoveTest is DisputesTable {
         referee.set(-5);
         _prove(WORKER, id, game, _proof(0, 3, new bytes(512)));
         assertEq(uint256(escrow.convicted()), 255, "the challenger lied");
-        assertEq(disputes.credit(WORKER), 3 * 250_000 * GAS_RATE, "three moves");
+        assertEq(disputes.credit(WORKER), 3 * MOVE_GAS * GAS_RATE, "three moves");
     }
 
     function test_an_element_at_once_is_proved() external {
@@ -612,7 +613,7 @@ contract DisputesMoveTest is DisputesTable {
         referee.set(3);
         _prove(CHALLENGER, id, game, _proof(1, 63, list));
         assertEq(uint256(escrow.convicted()), 0, "the worker lied");
-        assertEq(escrow.gasUnits(), 500_000, "two moves");
+        assertEq(escrow.gasUnits(), 2 * MOVE_GAS, "two moves");
     }
 
     function test_a_step_reads_only_earlier_ones() external {

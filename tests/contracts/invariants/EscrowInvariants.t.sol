@@ -8,7 +8,7 @@ import {Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Base} from "../Base.t.sol";
 import {Parties} from "./Parties.sol";
 
-/// forge-config: default.invariant.runs = 24
+/// forge-config: default.invariant.runs = 8
 /// @title The laws of money and stake, whoever does what in whatever order
 contract EscrowInvariants is Base {
     uint256 private constant STAGES = 3;
