@@ -59,6 +59,8 @@ class Court:
             chain = self.chain(index)
             chain.token.mint(chain.account, FUNDS)
             chain.token.approve(spender, (1 << 256) - 1)
+        challenger = self.chain(CHALLENGER)
+        challenger.disputes.deposit(FUNDS // 2)  # as a watchtower would: bonds come from it
         return self
 
     def __exit__(
@@ -123,8 +125,7 @@ class Court:
     ) -> Played:
         """To the end: who has nothing true to say, or a proof that is refused, runs out of time.
 
-        The requester's credit is emptied first and the burn address is used: the accounts stand as at a job's first
-        game. The challenger keeps what earlier games returned.
+        The requester's credit is emptied first. Challenger and worker keep theirs, as whoever plays often does.
         """
         self._empty_requester()
         plaintiff, defendant = self.chain(CHALLENGER), self.worker(segment.stage)

@@ -108,14 +108,11 @@ library Floats {
 
     /// @dev bfloat16, the dtype of nearly every model, without a list of raw bits: sixteen lanes of a word are taken apart side by side where all
     /// are normal numbers that lose nothing to truncation, and one by one where any is not.
-    function _bfloats(
-        bytes memory data,
-        uint256 first,
-        uint256 count,
-        uint256 fraction,
-        uint256 limit,
-        int256 instead
-    ) private pure returns (int256[] memory values) {
+    function _bfloats(bytes memory data, uint256 first, uint256 count, uint256 fraction, uint256 limit, int256 instead)
+        private
+        pure
+        returns (int256[] memory values)
+    {
         unchecked {
             // Whole words are decoded, then the length is set right.
             values = new int256[](count + 16);
@@ -132,14 +129,10 @@ library Floats {
     }
 
     /// @dev Decodes words from `source` on to `target` .. `end`, and what the last word holds besides.
-    function _bfloatWords(
-        uint256 source,
-        uint256 target,
-        uint256 end,
-        uint256 base,
-        uint256 beyond,
-        int256 instead
-    ) private pure {
+    function _bfloatWords(uint256 source, uint256 target, uint256 end, uint256 base, uint256 beyond, int256 instead)
+        private
+        pure
+    {
         assembly ("memory-safe") {
             function one(magnitude, shift, negative) -> value {
                 value := mul(sub(1, negative), shl(shift, magnitude))

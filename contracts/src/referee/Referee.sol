@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Cell, Instruction, IReferee, Model, Opening, Operand, Trace} from "../interfaces/IReferee.sol";
+import {Cell, Instruction, IReferee, Model, Opening, Operand, Proof, Trace} from "../interfaces/IReferee.sol";
 import {Codec} from "./Codec.sol";
 import {Floats} from "./Floats.sol";
 import {Op, Ops} from "./Ops.sol";
@@ -80,8 +80,26 @@ contract Referee is IReferee {
         uint32 chunk,
         Opening[] calldata openings
     ) external pure returns (int256) {
-        Place memory place = Place(model, cell, steps);
-        Instruction memory ins = instruction;
+        return _step(Place(model, cell, steps), instruction, element, chunk, openings);
+    }
+
+    /// @inheritdoc IReferee
+    function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
+        external
+        pure
+        returns (int256)
+    {
+        Place memory place = Place(proof.model, cell, proof.steps);
+        return _step(place, Codec.instruction(proof.record), element, chunk, proof.openings);
+    }
+
+    function _step(
+        Place memory place,
+        Instruction memory ins,
+        uint256 element,
+        uint256 chunk,
+        Opening[] calldata openings
+    ) private pure returns (int256) {
         uint256 elements = Codec.elementCount(ins, place.cell.position, place.cell.unit);
         if (element >= elements) revert ElementOutOfRange(element, elements);
         uint256 chunks = Codec.chunkCount(ins, place.cell.position);
@@ -92,7 +110,7 @@ contract Referee is IReferee {
 
         int256[][] memory args = new int256[][](reads.length);
         for (uint256 i = 0; i < args.length; ++i) {
-            args[i] = _read(place, reads[i], openings[i]);
+            args[i] = _read(place, reads[i], Opening(openings[i].data, openings[i].siblings));
             if (reads[i].ends) args[i] = _pair(args[i][0], args[i][args[i].length - 1]);
         }
         if (ins.op == uint8(Op.ROPE)) {
@@ -384,8 +402,8 @@ contract Referee is IReferee {
             // One column: all its rows lie in one tile, `wide` elements apart.
             uint256 wide = _part(width, tile, TILE);
             int256[] memory whole = _seen(place, read, opening.data, 0, height * wide);
-            for (uint256 at = read.row % TILE * wide + column % TILE; done < read.rows; at += wide) {
-                values[done++] = whole[at];
+            for (uint256 next = read.row % TILE * wide + column % TILE; done < read.rows; next += wide) {
+                values[done++] = whole[next];
             }
             return values;
         }

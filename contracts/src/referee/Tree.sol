@@ -11,11 +11,11 @@ library Tree {
     error ProofLength(uint256 expected, uint256 actual);
 
     function leaf(bytes memory data) internal pure returns (bytes32) {
-        uint256 at;
+        uint256 start;
         assembly ("memory-safe") {
-            at := add(data, 32)
+            start := add(data, 32)
         }
-        return _pure(_leafAt)(at, data.length);
+        return _pure(_leafAt)(start, data.length);
     }
 
     /// @notice As `leaf`, of bytes that are still in calldata.
@@ -29,14 +29,14 @@ library Tree {
         unchecked {
             uint256 length = data.length;
             hashes = new bytes32[]((length + size - 1) / size);
-            uint256 at;
+            uint256 start;
             assembly ("memory-safe") {
-                at := add(data, 32)
+                start := add(data, 32)
             }
             for (uint256 i = 0; i < hashes.length; ++i) {
                 uint256 bytesHere = length < size ? length : size;
-                hashes[i] = _pure(_leafAt)(at, bytesHere);
-                (at, length) = (at + bytesHere, length - bytesHere);
+                hashes[i] = _pure(_leafAt)(start, bytesHere);
+                (start, length) = (start + bytesHere, length - bytesHere);
             }
         }
     }
@@ -81,13 +81,11 @@ library Tree {
     /// @notice As `rootOfRange`, taking its siblings from `siblings[from]` on and leaving the rest to the next tree.
     /// @return root the root that the nodes and siblings imply
     /// @return used how many siblings are used so far, `from` included
-    function climb(
-        bytes32[] memory hashes,
-        uint256 first,
-        uint256 count,
-        bytes32[] memory siblings,
-        uint256 from
-    ) internal pure returns (bytes32 root, uint256 used) {
+    function climb(bytes32[] memory hashes, uint256 first, uint256 count, bytes32[] memory siblings, uint256 from)
+        internal
+        pure
+        returns (bytes32 root, uint256 used)
+    {
         uint256 length = hashes.length;
         if (length == 0 || count < length || first > count - length) revert IndexOutOfRange(first, length, count);
         used = _pure(_climb)(hashes, first, count, siblings, from);
@@ -151,11 +149,11 @@ library Tree {
     }
 
     /// @dev SHA-256 by the precompile, of a leaf's bytes in memory. Rationale: the built-in function copies its argument first.
-    function _leafAt(uint256 at, uint256 length) private view returns (bytes32 hash) {
+    function _leafAt(uint256 start, uint256 length) private view returns (bytes32 hash) {
         assembly ("memory-safe") {
             let preimage := mload(0x40)
             mstore8(preimage, 0)
-            mcopy(add(preimage, 1), at, length)
+            mcopy(add(preimage, 1), start, length)
             if iszero(staticcall(gas(), 2, preimage, add(length, 1), 0, 32)) { revert(0, 0) }
             hash := mload(0)
         }
@@ -173,9 +171,8 @@ library Tree {
         }
     }
 
-    function _pure(
-        function(bytes32[] memory, uint256, uint256, bytes32[] memory, uint256) view returns (uint256) called
-    )
+    function _pure(function(bytes32[] memory, uint256, uint256, bytes32[] memory, uint256)
+            view returns (uint256) called)
         private
         pure
         returns (function(bytes32[] memory, uint256, uint256, bytes32[] memory, uint256) pure returns (uint256) typed)
