@@ -82,15 +82,16 @@ def deploy(
     typer.echo(addresses.read_text(encoding="utf-8"), nl=False)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="The benchmark; none: list them.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="key=value, handed to the benchmark; may be repeated.")
     ] = None,
 ) -> None:
-    """Run one benchmark and show what it measured."""
+    """Run one benchmark and show what it measured. `--key value` is short for `--option key=value`."""
     import bench as benchmarks
 
     if name is None:
@@ -98,7 +99,7 @@ def bench(
             typer.echo(f"{known:24} {first_line}")
         return
     try:
-        result = benchmarks.run(name, benchmarks.parse_options(option or []))
+        result = benchmarks.run(name, benchmarks.parse_options((option or []) + benchmarks.pairs(context.args)))
     except benchmarks.BenchError as error:
         _refuse(str(error))
     benchmarks.show(name, result)

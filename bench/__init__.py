@@ -49,6 +49,22 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def pairs(arguments: list[str]) -> list[str]:
+    """["--layers", "3", "--model=tiny"] -> ["layers=3", "model=tiny"]."""
+    found: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        key, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not key:
+            raise BenchError(f"expected --key value, got {argument!r}")
+        if not separator:
+            value = next(waiting, "")
+            if not value:
+                raise BenchError(f"expected a value behind {argument}")
+        found.append(f"{key.replace('-', '_')}={value}")
+    return found
+
+
 def run(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The benchmark's result, with "machine" and "options" added."""
     if name not in names():

@@ -36,7 +36,7 @@ def type_of(parameter: Parameter) -> str:
 
 
 def to_abi(parameter: Parameter, value: Any) -> Any:
-    """A dataclass (or list of them, or a plain value) as eth_abi wants it."""
+    """A dataclass (or list of them, or a plain value) as eth_abi wants it. Where bytes are wanted, its own `encode`."""
     kind: str = parameter["type"]
     if kind.endswith("[]"):
         element = {**parameter, "type": kind[:-2]}
@@ -47,6 +47,8 @@ def to_abi(parameter: Parameter, value: Any) -> Any:
         return to_checksum_address(value)
     if kind.startswith("uint") or kind.startswith("int"):
         return int(value)
+    if kind == "bytes" and is_dataclass(value):
+        return typing.cast(Any, value).encode()
     return value
 
 
@@ -68,6 +70,8 @@ def from_abi(parameter: Parameter, value: Any, hint: Any) -> Any:
         return to_checksum_address(value)
     if isinstance(hint, type) and issubclass(hint, IntEnum):
         return hint(value)
+    if kind == "bytes" and is_dataclass(hint):
+        return typing.cast(Any, hint).decode(value)
     return value
 
 

@@ -224,9 +224,17 @@ class DisputesDoor(Door):
     def flag(self, game_id: bytes, game: Game) -> TxReceipt:
         return self._send("flag", game_id, game)
 
+    def deposit(self, amount: int) -> TxReceipt:
+        """Adds to the credit from which bonds are taken first. Disputes must be approved for it."""
+        return self._send("deposit", amount)
+
     def withdraw(self) -> TxReceipt:
         """Collects bonds that came back."""
         return self._send("withdraw")
+
+    def burn(self) -> TxReceipt:
+        """Sends what lost bonds left to the burn address."""
+        return self._send("burn")
 
     def credit(self, account: str) -> int:
         return int(self._read("credit", account))

@@ -63,7 +63,7 @@ def challenge_id(challenger: str, segment: Segment, salt: bytes) -> bytes:
 
 def game_hash(game: Game) -> bytes:
     """What Disputes stores of a game."""
-    return keccak(encode_struct("Game", game))
+    return keccak(game.encode())
 
 
 # ---- signatures

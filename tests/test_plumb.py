@@ -56,6 +56,13 @@ def test_a_deployment_without_its_keystore_is_refused_in_one_line(tmp_path: Path
     assert answer.stderr.startswith("plumb: no keystore at ")
 
 
+def test_a_benchmarks_options_may_be_plain_ones() -> None:
+    assert bench.pairs(["--shape", "demo", "--max-rows=3"]) == ["shape=demo", "max_rows=3"]
+    for wrong in (["shape"], ["--shape"], ["--"]):
+        with pytest.raises(bench.BenchError):
+            bench.pairs(wrong)
+
+
 def test_options_of_a_benchmark_are_json_where_they_can_be() -> None:
     assert bench.parse_options(["layers=3", "model=tiny", "sizes=[1, 2]", "fast=true"]) == {
         "layers": 3,

@@ -301,7 +301,7 @@ class Case:
             case Op.WSUM:
                 head, column = divmod(e, ins.cols)
                 p = self._values(ins.x, (head + 1) * padded(t))[head * padded(t) :][:terms]
-                v = self._past(ins.y, t)[:, head // ins.b * ins.cols + column]
+                v = self._past(ins.y, t, head // ins.b * ins.cols + column)[:, 0]
                 return vectors.chunk_sums(p, v, size)
         # No long sum: its only chunk is the element itself.
         return [int(self.vector(self.instructions.index(ins))[e])]
@@ -326,10 +326,11 @@ class Case:
         tensor = self.trace.arrays[tensor_key(self.cell.layer, Tensor(operand.id))]
         return np.asarray(tensor[self.cell.position, first : first + count])
 
-    def _past(self, operand: Operand, t: int) -> Ints:
-        """Rows 0 .. t of a served tensor, Q30."""
+    def _past(self, operand: Operand, t: int, column: int | None = None) -> Ints:
+        """Rows 0 .. t of a served tensor, Q30; all columns or one."""
         tensor = self.trace.arrays[tensor_key(self.cell.layer, Tensor(operand.id))]
-        return vectors.served(np.asarray(tensor[: t + 1]), Dtype(self.model.served_dtype))
+        columns = slice(None) if column is None else slice(column, column + 1)
+        return vectors.served(np.asarray(tensor[: t + 1, columns]), Dtype(self.model.served_dtype))
 
     def _raw(self, read: Read) -> Bits:
         operand = read.operand

@@ -5,11 +5,14 @@ own checks have their twin in `verifier.rules`. `solve` serves both sides: it fi
 list that differs from the truth, and answers with the true list beneath it, or with the proof where one step decides.
 """
 
+import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from verifier.keccak import checksummed
 from verifier.referee.codec import VECTOR_LEAF_BYTES, Model, Opening, Trace, encode_vector, slices
+from verifier.referee.errors import DataLength
 from verifier.referee.tree import Tree, depth, leaf, nodes_at
 
 if TYPE_CHECKING:  # Rationale: the chain's client needs the structs without loading torch
@@ -48,19 +51,23 @@ class Segment:
 
 @dataclass(frozen=True)
 class Game:
-    """A game's whole state. Addresses are as the chain's client writes them; hashes 32 bytes; times in seconds."""
+    """A game's whole state. Addresses are as the chain's client writes them; hashes 32 bytes; times in seconds.
+
+    Calls and events carry its bytes: each field in its own width (docs/protocol.md, "A game's state").
+    """
 
     segment: Segment
     challenger: str
     worker: str
     committed_at: int
     bond: int
+    gas_rate: int
+    grace: int
     model_id: bytes
     program_root: bytes
     program_leaves: int
     token: int
     trace: Trace
-    next: Trace
     first_instruction: int
     steps: bytes
     phase: Phase
@@ -77,6 +84,64 @@ class Game:
     challenger_seconds: int
     worker_moves: int
     challenger_moves: int
+
+    _FORMAT = ">32sBBIIII20sQ20sIII16s16s32s32s32s32sIIIIIIHHBBB?QQII32s32s"
+
+    def encode(self) -> bytes:
+        """390 bytes. Raises struct.error, OverflowError or ValueError for what a field cannot hold."""
+        s, t = self.segment, self.trace
+        return struct.pack(
+            self._FORMAT,
+            *(s.job, s.stage, s.kind, s.request, s.layer, s.position, s.unit),
+            *(_account(self.challenger), self.committed_at, _account(self.worker)),
+            *(self.grace, self.token, self.program_leaves, self.bond.to_bytes(16, "big")),
+            *(self.gas_rate.to_bytes(16, "big"), self.model_id, self.program_root, t.root, self.steps),
+            *(t.positions, t.first_layer, t.end_layer, self.first_instruction),
+            *(self.worker_seconds, self.challenger_seconds, self.worker_moves, self.challenger_moves),
+            *(self.phase, self.step, self.level, self.worker_turn, self.turn_started),
+            *(self.index, self.first_chunk, self.end_chunk, self.instruction, self.list),
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Game":
+        """The state of 390 bytes. Raises DataLength; ValueError for a phase that there is none of."""
+        if len(data) != struct.calcsize(cls._FORMAT):
+            raise DataLength(f"expected a game of {struct.calcsize(cls._FORMAT)} bytes, got {len(data)}")
+        values = struct.unpack(cls._FORMAT, data)
+        challenger, committed_at, worker, grace, token, program_leaves, bond, gas_rate = values[7:15]
+        model_id, program_root, root, steps, positions, first_layer, end_layer, first_instruction = values[15:23]
+        worker_seconds, challenger_seconds, worker_moves, challenger_moves, phase, step, level = values[23:30]
+        worker_turn, turn_started, index, first_chunk, end_chunk, instruction, posted = values[30:]
+        return cls(
+            segment=Segment(*values[:7]),
+            challenger=checksummed(challenger),
+            worker=checksummed(worker),
+            committed_at=committed_at,
+            bond=int.from_bytes(bond, "big"),
+            gas_rate=int.from_bytes(gas_rate, "big"),
+            grace=grace,
+            model_id=model_id,
+            program_root=program_root,
+            program_leaves=program_leaves,
+            token=token,
+            trace=Trace(root, positions, first_layer, end_layer),
+            first_instruction=first_instruction,
+            steps=steps,
+            phase=Phase(phase),
+            step=step,
+            instruction=instruction,
+            level=level,
+            index=index,
+            first_chunk=first_chunk,
+            end_chunk=end_chunk,
+            list=posted,
+            worker_turn=worker_turn,
+            turn_started=turn_started,
+            worker_seconds=worker_seconds,
+            challenger_seconds=challenger_seconds,
+            worker_moves=worker_moves,
+            challenger_moves=challenger_moves,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +181,10 @@ class HandoffProof:
 
 class NothingWrong(ValueError):
     """The opponent's list is true, or the served piece is: there is no honest move."""
+
+
+def _account(address: str) -> bytes:
+    return bytes.fromhex(address.removeprefix("0x"))
 
 
 # ---- shapes of lists
@@ -257,8 +326,9 @@ def may_flag(game: Game, now: int) -> bool:
     return remaining_seconds(game, now) < 0
 
 
-def pass_turn(game: Game, now: int, grace: int) -> Game:
+def pass_turn(game: Game, now: int) -> Game:
     """The state after a move: the mover's clock charged, the other side's turn begun with `grace` seconds at least."""
+    grace = game.grace
     left = remaining_seconds(game, now)
     if game.worker_turn:
         charged = replace(game, worker_seconds=left, worker_moves=game.worker_moves + 1)

@@ -40,6 +40,13 @@ def keccak256(data: bytes) -> bytes:
     return b"".join(lane.to_bytes(8, "little") for lane in state[:4])
 
 
+def checksummed(account: bytes) -> str:
+    """An account's 20 bytes as EIP-55 writes them: a letter is large where its digit of the hash is 8 or more."""
+    digits = account.hex()
+    told = keccak256(digits.encode()).hex()
+    return "0x" + "".join(d.upper() if int(h, 16) >= 8 else d for d, h in zip(digits, told, strict=False))
+
+
 def _rotated(lane: int, by: int) -> int:
     return ((lane << by) | (lane >> (64 - by))) & _MASK
 

@@ -99,8 +99,8 @@ def check_opening(steps: bytes, count: int) -> None:
         raise VerdictNotWrong(f"expected the last root {WRONG.hex()}, got {steps[-HASH_BYTES:].hex()}")
 
 
-def apply(game: Game, move: Move, now: int, grace: int) -> Game:
-    """The state after a descent at time `now` (seconds). grace: the job's. Raises RuleError."""
+def apply(game: Game, move: Move, now: int) -> Game:
+    """The state after a descent at time `now` (seconds). Raises RuleError."""
     _in_time(game, now)
     match game.phase:
         case Phase.STEPS:
@@ -113,7 +113,7 @@ def apply(game: Game, move: Move, now: int, grace: int) -> Game:
             moved = _pick_sum(game, move)
         case _:
             raise WrongPhase(f"expected a phase that descends, got {game.phase.name}")
-    return pass_turn(moved, now, grace)
+    return pass_turn(moved, now)
 
 
 def decide(game: Game, proof: Proof, now: int) -> bool:
@@ -141,7 +141,7 @@ def decide(game: Game, proof: Proof, now: int) -> bool:
         if end - chunk > 1:
             raise MustDescend("expected a descent into a partial sum of several chunks")
     segment = game.segment
-    cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next)
+    cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.trace)
     value = step(proof.model, cell, proof.steps, ins, element, chunk, proof.openings)
     if game.phase == Phase.ELEMENTS:
         value = finish(ins.op, value, ins.a)

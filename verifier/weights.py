@@ -24,6 +24,7 @@ from verifier.referee.codec import BLOCK, Model
 from verifier.referee.floats import WEIGHT_LIMIT_BITS, Dtype
 from verifier.safetensors_file import Bits, MalformedFile, SafetensorsFile, parse_object
 from verifier.sha256 import HASH_BYTES, Bytes, HashTree, climb, prove_range, row_leaf_hashes
+from verifier.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -242,7 +243,20 @@ class HasRoot(Protocol):
     def root(self) -> bytes: ...
 
 
-def identify(weights: Weights, profile: HasRoot) -> Model:
+class HasTree(Protocol):
+    """What identify needs of the weights."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def program(self) -> Program: ...
+    @property
+    def root(self) -> bytes: ...
+    @property
+    def leaves(self) -> int: ...
+
+
+def identify(weights: HasTree, profile: HasRoot) -> Model:
     """The model as the chain knows it. profile: its tolerance profile for this shape. Raises InvalidWeight."""
     shape, program = weights.shape, weights.program
     return Model(

@@ -7,11 +7,13 @@ import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 
 import {Descent} from "./game/Descent.sol";
 import {Evidence, Terms} from "./game/Evidence.sol";
-import {Game, HandoffProof, IDisputes, Move, Phase, Proof, Segment} from "./interfaces/IDisputes.sol";
+import {Games} from "./game/Games.sol";
+import {Game, HandoffProof, IDisputes, Move, Phase, Segment} from "./interfaces/IDisputes.sol";
 import {IEscrow} from "./interfaces/IEscrow.sol";
-import {Cell, Instruction, IReferee, Model, Opening} from "./interfaces/IReferee.sol";
+import {Cell, Instruction, IReferee, Model, Opening, Proof} from "./interfaces/IReferee.sol";
 import {IWorkers} from "./interfaces/IWorkers.sol";
 import {Codec} from "./referee/Codec.sol";
+import {Ops} from "./referee/Ops.sol";
 import {Tree} from "./referee/Tree.sol";
 
 /// @title Disputes: the game that convicts a wrong segment
@@ -36,6 +38,7 @@ contract Disputes is IDisputes {
     uint256 private constant GAMES_PER_DOUBLING = 4;
     uint256 private constant MAX_DOUBLINGS = 107;
     uint8 private constant NOBODY = 255;
+    uint256 private constant MODEL_WORDS = 14;
 
     // Reasons in GameEnded.
     uint8 private constant PROVED = 1;
@@ -118,7 +121,7 @@ contract Disputes is IDisputes {
         } else {
             game.challenger = msg.sender;
             game.challengerMoves = 1;
-            emit GameMoved(id, segment.job, msg.sender, game, "");
+            emit GameMoved(id, segment.job, msg.sender, Games.pack(game), "");
             escrow.gameOpened(segment.job, segment.stage);
             _end(id, game, segment.stage, SHOWN);
         }
@@ -127,23 +130,25 @@ contract Disputes is IDisputes {
     /// @dev The worker is to move. It has `grace` more for each game already open against its stage.
     function _start(bytes32 id, Game memory game, Terms memory terms, bytes memory list) private {
         uint256 alreadyOpen = escrow.gameOpened(game.segment.job, game.segment.stage);
-        uint256 workerSeconds = uint256(terms.clock) + alreadyOpen * terms.grace;
+        uint256 workerSeconds = uint256(terms.clock) + alreadyOpen * game.grace;
         game.workerSeconds = workerSeconds > type(uint32).max ? type(uint32).max : uint32(workerSeconds);
         game.challengerSeconds = terms.clock;
         game.challenger = msg.sender;
         game.challengerMoves = 1;
         game.workerTurn = true;
         game.turnStarted = uint64(block.timestamp);
-        game.bond = _bond(terms.gasRate, alreadyOpen);
+        game.bond = _bond(game.gasRate, alreadyOpen);
+        uint256 held = credit[msg.sender];
+        if (held >= game.bond) credit[msg.sender] = held - game.bond;
         _store(id, game, list);
 
-        token.safeTransferFrom(msg.sender, address(this), game.bond);
+        if (held < game.bond) token.safeTransferFrom(msg.sender, address(this), game.bond);
     }
 
     // ---- moves
 
     /// @inheritdoc IDisputes
-    function descend(bytes32 id, Game calldata posted, Move calldata move) external bounded {
+    function descend(bytes32 id, bytes calldata posted, Move calldata move) external bounded {
         Game memory game = _resume(id, posted);
         if (game.phase == Phase.Steps) _pickStep(game, move);
         else if (game.phase == Phase.Nodes) _pickNode(game, move);
@@ -156,12 +161,12 @@ contract Disputes is IDisputes {
     }
 
     /// @inheritdoc IDisputes
-    function prove(bytes32 id, Game calldata posted, Proof calldata proof) external bounded {
+    function prove(bytes32 id, bytes calldata posted, Proof calldata proof) external bounded {
         Game memory game = _resume(id, posted);
         if (game.phase != Phase.Elements && game.phase != Phase.Sums) revert WrongPhase(game.phase);
         Instruction memory ins = _instruction(game, proof.record);
         if (!Descent.readsEarlier(ins, game.step)) revert RecordMismatch();
-        bytes32 modelId = keccak256(abi.encode(proof.model));
+        bytes32 modelId = _hash(proof.model);
         if (modelId != game.modelId) revert WrongModel(game.modelId, modelId);
         if (keccak256(abi.encodePacked(proof.steps)) != game.steps) revert ClaimMismatch();
 
@@ -180,15 +185,15 @@ contract Disputes is IDisputes {
             (chunk, end) = Descent.sumRange(game.firstChunk, game.endChunk, proof.pick);
             if (end - chunk > 1) revert MustDescend();
         }
-        int256 value = _step(game, proof, ins, element, chunk);
-        if (game.phase == Phase.Elements) value = referee.finish(ins.op, value, ins.a);
+        int256 value = _step(game, proof, element, chunk);
+        if (game.phase == Phase.Elements) value = Ops.finish(ins.op, value, ins.a);
         if (_equal(Codec.encodeValue(value, wide), claimed)) revert NotWrong();
 
         _end(id, game, game.workerTurn ? NOBODY : game.segment.stage, PROVED);
     }
 
     /// @inheritdoc IDisputes
-    function deflect(bytes32 id, Game calldata posted, HandoffProof calldata proof) external bounded {
+    function deflect(bytes32 id, bytes calldata posted, HandoffProof calldata proof) external bounded {
         Game memory game = _resume(id, posted);
         if (game.phase != Phase.Handoff) revert WrongPhase(game.phase);
 
@@ -196,7 +201,7 @@ contract Disputes is IDisputes {
     }
 
     /// @inheritdoc IDisputes
-    function flag(bytes32 id, Game calldata posted) external bounded {
+    function flag(bytes32 id, bytes calldata posted) external bounded {
         Game memory game = _load(id, posted);
         if (block.timestamp - game.turnStarted <= _seconds(game)) revert FlagNotFallen();
 
@@ -204,14 +209,31 @@ contract Disputes is IDisputes {
     }
 
     /// @inheritdoc IDisputes
+    function deposit(uint256 amount) external {
+        credit[msg.sender] += amount;
+        emit Credited(msg.sender, amount, 0);
+
+        token.safeTransferFrom(msg.sender, address(this), amount);
+    }
+
+    /// @inheritdoc IDisputes
     function withdraw() external {
-        uint256 amount = credit[msg.sender];
+        _pay(msg.sender);
+    }
+
+    /// @inheritdoc IDisputes
+    function burn() external {
+        _pay(BURN);
+    }
+
+    function _pay(address account) private {
+        uint256 amount = credit[account];
         if (amount == 0) revert NothingToWithdraw();
 
-        credit[msg.sender] = 0;
-        emit Withdrawn(msg.sender, amount);
+        credit[account] = 0;
+        emit Withdrawn(account, amount);
 
-        token.safeTransfer(msg.sender, amount);
+        token.safeTransfer(account, amount);
     }
 
     // ---- views
@@ -352,14 +374,42 @@ contract Disputes is IDisputes {
         return Codec.elementCount(ins, game.segment.position, game.segment.unit);
     }
 
-    function _step(Game memory game, Proof calldata proof, Instruction memory ins, uint256 element, uint256 chunk)
+    /// @dev Hands the proof on as it stands in calldata. Its hashes were checked, so nothing of it needs to be decoded here.
+    function _step(Game memory game, Proof calldata proof, uint256 element, uint256 chunk)
         private
         view
-        returns (int256)
+        returns (int256 value)
     {
         Segment memory segment = game.segment;
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next);
-        return referee.step(proof.model, cell, proof.steps, ins, uint64(element), uint32(chunk), proof.openings);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.trace);
+        bytes memory head = abi.encode(cell, element, chunk);
+        bytes4 selector = IReferee.judge.selector;
+        address to = address(referee);
+        assembly ("memory-safe") {
+            let length := mload(head)
+            let size := sub(calldatasize(), proof)
+            let call_ := mload(0x40)
+            mstore(call_, selector)
+            mcopy(add(call_, 4), add(head, 32), length)
+            mstore(add(call_, add(4, length)), add(length, 32))
+            calldatacopy(add(call_, add(36, length)), proof, size)
+            let done := staticcall(gas(), to, call_, add(add(36, length), size), 0, 32)
+            if iszero(done) {
+                returndatacopy(call_, 0, returndatasize())
+                revert(call_, returndatasize())
+            }
+            value := mload(0)
+        }
+    }
+
+    /// @dev A model's id, of the bytes as they came: one with a value too large for its field is no model's.
+    function _hash(Model calldata model) private pure returns (bytes32 hash) {
+        uint256 size = MODEL_WORDS * 32;
+        assembly ("memory-safe") {
+            let copy := mload(0x40)
+            calldatacopy(copy, model, size)
+            hash := keccak256(copy, size)
+        }
     }
 
     function _requireLength(bytes calldata list, uint256 expected) private pure {
@@ -381,13 +431,13 @@ contract Disputes is IDisputes {
         committedAt = uint64(slot);
     }
 
-    function _load(bytes32 id, Game calldata posted) private view returns (Game memory) {
-        if (_slots[id] != keccak256(abi.encode(posted))) revert WrongState(id);
-        return posted;
+    function _load(bytes32 id, bytes calldata posted) private view returns (Game memory) {
+        if (_slots[id] != keccak256(posted)) revert WrongState(id);
+        return Games.read(posted);
     }
 
     /// @dev Checks state, mover and clock, and charges the clock for the move.
-    function _resume(bytes32 id, Game calldata posted) private view returns (Game memory game) {
+    function _resume(bytes32 id, bytes calldata posted) private view returns (Game memory game) {
         game = _load(id, posted);
         bool mayMove = game.workerTurn
             ? msg.sender == game.worker || msg.sender == workers.signerOf(game.worker)
@@ -406,11 +456,10 @@ contract Disputes is IDisputes {
 
     /// @dev Hands the turn over; whoever is to move has at least `grace`.
     function _passTurn(Game memory game) private view {
-        uint32 grace = escrow.job(game.segment.job).grace;
         game.workerTurn = !game.workerTurn;
         game.turnStarted = uint64(block.timestamp);
-        if (game.workerTurn && game.workerSeconds < grace) game.workerSeconds = grace;
-        if (!game.workerTurn && game.challengerSeconds < grace) game.challengerSeconds = grace;
+        if (game.workerTurn && game.workerSeconds < game.grace) game.workerSeconds = game.grace;
+        if (!game.workerTurn && game.challengerSeconds < game.grace) game.challengerSeconds = game.grace;
     }
 
     function _seconds(Game memory game) private pure returns (uint256) {
@@ -418,8 +467,9 @@ contract Disputes is IDisputes {
     }
 
     function _store(bytes32 id, Game memory game, bytes memory list) private {
-        _slots[id] = keccak256(abi.encode(game));
-        emit GameMoved(id, game.segment.job, msg.sender, game, list);
+        bytes memory packed = Games.pack(game);
+        _slots[id] = keccak256(packed);
+        emit GameMoved(id, game.segment.job, msg.sender, packed, list);
     }
 
     // ---- money
@@ -435,19 +485,18 @@ contract Disputes is IDisputes {
     /// @param convicted stage found guilty, or NOBODY: the challenger lost
     function _end(bytes32 id, Game memory game, uint8 convicted, uint8 reason) private {
         Segment memory segment = game.segment;
-        uint256 burned = 0;
         _slots[id] = ENDED;
         if (convicted != NOBODY) {
             _credit(game.challenger, game.bond, id);
         } else {
-            uint256 moves = game.workerMoves * MOVE_GAS * escrow.job(segment.job).gasRate;
+            uint256 moves = game.workerMoves * MOVE_GAS * game.gasRate;
             if (moves > game.bond) moves = game.bond;
-            burned = game.bond - moves;
             _credit(game.worker, moves, id);
+            // Burned later, and for many games at once: that the money is out of reach is what counts.
+            _credit(BURN, game.bond - moves, id);
         }
         emit GameEnded(id, segment.job, segment.stage, convicted, reason);
 
-        if (burned > 0) token.safeTransfer(BURN, burned);
         escrow.gameClosed(
             segment.job, segment.stage, convicted, game.challenger, game.committedAt, game.challengerMoves * MOVE_GAS
         );

@@ -33,7 +33,7 @@ class Rules:
     def descend(self, id: bytes, game: Game, move: Move) -> None:
         self._same(game)
         try:
-            self.game = apply(game, move, self.now, GRACE_SECONDS)
+            self.game = apply(self.game, move, self.now)
         except RuleError as error:
             raise ChainError(type(error).__name__, {}) from error
         self._tell(move.list)
@@ -69,7 +69,7 @@ class Rules:
 def opened(case: Case, steps: bytes, now: int) -> Game:
     """The state after `challenge`."""
     zero: dict[str, Any] = dict.fromkeys(
-        ("step", "level", "index", "first_chunk", "end_chunk", "worker_moves", "committed_at", "bond"), 0
+        ("step", "level", "index", "first_chunk", "end_chunk", "worker_moves", "committed_at", "bond", "gas_rate"), 0
     )
     return Game(
         segment=tiny.segment(Kind.MLP, case.cell.layer, case.cell.position, case.cell.unit),
@@ -80,7 +80,6 @@ def opened(case: Case, steps: bytes, now: int) -> Game:
         program_leaves=case.model.program_leaves,
         token=case.cell.token,
         trace=case.cell.trace,
-        next=case.cell.next,
         first_instruction=case.first_instruction,
         steps=keccak256(steps),
         phase=Phase.STEPS,
@@ -91,6 +90,7 @@ def opened(case: Case, steps: bytes, now: int) -> Game:
         worker_seconds=CLOCK_SECONDS,
         challenger_seconds=CLOCK_SECONDS,
         challenger_moves=1,
+        grace=GRACE_SECONDS,
         **zero,
     )
 

@@ -6,6 +6,7 @@ import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {Disputes} from "../../contracts/src/Disputes.sol";
 import {Token} from "../../contracts/src/dev/Token.sol";
 import {Evidence} from "../../contracts/src/game/Evidence.sol";
+import {Games} from "../../contracts/src/game/Games.sol";
 import {Game, HandoffProof, IDisputes, Move, Phase, Proof, Segment} from "../../contracts/src/interfaces/IDisputes.sol";
 import {IEscrow, Job} from "../../contracts/src/interfaces/IEscrow.sol";
 import {IReferee, Model, Opening} from "../../contracts/src/interfaces/IReferee.sol";
@@ -176,7 +177,7 @@ abstract contract DisputesTable is Base {
         vm.recordLogs();
         _challenge(CHALLENGER, _segment(), salt, model, _evidence(), steps);
         (game,) = _last();
-        assertEq(disputes.stateOf(id), keccak256(abi.encode(game)), "state");
+        assertEq(disputes.stateOf(id), keccak256(Games.pack(game)), "state");
     }
 
     /// @dev State and list of the last GameMoved.
@@ -184,10 +185,16 @@ abstract contract DisputesTable is Base {
         Log[] memory logs = Logs(address(vm)).getRecordedLogs();
         for (uint256 i = logs.length; i > 0; --i) {
             if (logs[i - 1].topics[0] == IDisputes.GameMoved.selector) {
-                return abi.decode(logs[i - 1].data, (Game, bytes));
+                bytes memory state;
+                (state, list) = abi.decode(logs[i - 1].data, (bytes, bytes));
+                return (this.read(state), list);
             }
         }
         revert Untrue("a move was made");
+    }
+
+    function read(bytes calldata state) external pure returns (Game memory) {
+        return Games.read(state);
     }
 
     function _descend(address mover, bytes32 id, Game memory game, Move memory move)
@@ -196,9 +203,9 @@ abstract contract DisputesTable is Base {
     {
         vm.recordLogs();
         vm.prank(mover);
-        disputes.descend(id, game, move);
+        disputes.descend(id, Games.pack(game), move);
         (next,) = _last();
-        assertEq(disputes.stateOf(id), keccak256(abi.encode(next)), "state");
+        assertEq(disputes.stateOf(id), keccak256(Games.pack(next)), "state");
     }
 
     function _pickStep(uint64 pick, bytes memory list) internal view returns (Move memory) {
@@ -213,7 +220,7 @@ abstract contract DisputesTable is Base {
     function _refuse(bytes memory expected, address mover, bytes32 id, Game memory game, Move memory move) internal {
         vm.expectRevert(expected);
         vm.prank(mover);
-        disputes.descend(id, game, move);
+        disputes.descend(id, Games.pack(game), move);
     }
 
     /// @dev As the parameters are already in memory, the call is the next one that the cheat codes see (sha256 is a call too).
@@ -240,7 +247,7 @@ abstract contract DisputesTable is Base {
 
     function _prove(address sender, bytes32 id, Game memory game, Proof memory proof) internal {
         vm.prank(sender);
-        disputes.prove(id, game, proof);
+        disputes.prove(id, Games.pack(game), proof);
     }
 
     function _refuseProof(bytes memory expected, address sender, bytes32 id, Game memory game, Proof memory proof)
@@ -249,7 +256,7 @@ abstract contract DisputesTable is Base {
         if (expected.length > 0) vm.expectRevert(expected);
         else vm.expectRevert();
         vm.prank(sender);
-        disputes.prove(id, game, proof);
+        disputes.prove(id, Games.pack(game), proof);
     }
 
     function _claim(bytes memory list, uint256 index, bytes memory value) internal pure returns (bytes memory changed) {
@@ -290,6 +297,20 @@ contract DisputesOpeningTest is DisputesTable {
             assertEq(game.bond, expected, "bond noted");
             assertEq(game.workerSeconds, CLOCK + open * GRACE, "the worker's clock");
         }
+    }
+
+    function test_a_bond_is_taken_from_credit_where_that_covers_it() external {
+        token.mint(CHALLENGER, BOND);
+        vm.prank(CHALLENGER);
+        disputes.deposit(BOND);
+        assertEq(disputes.credit(CHALLENGER), BOND, "deposited");
+        uint256 before = token.balanceOf(CHALLENGER);
+        _open();
+        assertEq(disputes.credit(CHALLENGER), 0, "taken from the credit");
+        assertEq(token.balanceOf(CHALLENGER), before, "not from the account");
+        _open();
+        assertEq(before - token.balanceOf(CHALLENGER), BOND, "what the credit can't cover comes from the account");
+        assertEq(token.balanceOf(address(disputes)), 2 * BOND, "both held");
     }
 
     function test_challenge_refuses_bonds_beyond_128_bits_without_wrapping() external {
@@ -391,7 +412,7 @@ contract DisputesMoveTest is DisputesTable {
     function test_move_exactly_at_remaining_is_in_time() external {
         vm.warp(START + CLOCK);
         vm.expectRevert(abi.encodeWithSelector(IDisputes.FlagNotFallen.selector));
-        disputes.flag(id, stored);
+        disputes.flag(id, Games.pack(stored));
         Game memory next = _descend(WORKER, id, stored, _pickStep(0, _workerNodes()));
         assertEq(next.workerSeconds, 0, "all of its time is used");
     }
@@ -400,14 +421,14 @@ contract DisputesMoveTest is DisputesTable {
         vm.warp(START + CLOCK + 1);
         _refuse(abi.encodeWithSelector(IDisputes.FlagFallen.selector), WORKER, id, stored, _pickStep(0, _workerNodes()));
         vm.prank(STRANGER);
-        disputes.flag(id, stored);
+        disputes.flag(id, Games.pack(stored));
         assertEq(uint256(escrow.convicted()), 0, "the worker is convicted");
         assertEq(escrow.gasUnits(), MOVE_GAS, "one move of the challenger");
         assertEq(escrow.challenger(), CHALLENGER, "challenger");
         assertEq(escrow.committedAt(), START, "commitment");
         assertEq(disputes.credit(CHALLENGER), BOND, "bond");
         vm.expectRevert(abi.encodeWithSelector(IDisputes.WrongState.selector, id));
-        disputes.flag(id, stored);
+        disputes.flag(id, Games.pack(stored));
         _refuse(
             abi.encodeWithSelector(IDisputes.WrongState.selector, id), WORKER, id, stored, _pickStep(0, _workerNodes())
         );
@@ -424,10 +445,11 @@ contract DisputesMoveTest is DisputesTable {
     function test_a_silent_challenger_pays_the_moves_and_the_rest_burns() external {
         Game memory game = _descend(WORKER, id, stored, _pickStep(0, _workerNodes()));
         vm.warp(START + CLOCK + 1);
-        disputes.flag(id, game);
+        disputes.flag(id, Games.pack(game));
         assertEq(uint256(escrow.convicted()), 255, "nobody is convicted");
         assertEq(disputes.credit(WORKER), MOVE_GAS * GAS_RATE, "one move");
         assertEq(disputes.credit(CHALLENGER), 0, "nothing back");
+        disputes.burn();
         assertEq(token.balanceOf(disputes.BURN()), BOND - MOVE_GAS * GAS_RATE, "burned");
         assertEq(token.balanceOf(address(disputes)), disputes.credit(WORKER), "holds what it owes");
     }
@@ -495,7 +517,7 @@ contract DisputesMoveTest is DisputesTable {
         );
         vm.expectRevert(abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps));
         vm.prank(WORKER);
-        disputes.deflect(id, stored, HandoffProof(0, 1, 0, "", new bytes32[](0), ""));
+        disputes.deflect(id, Games.pack(stored), HandoffProof(0, 1, 0, "", new bytes32[](0), ""));
     }
 
     function test_nodes_refusals_and_the_short_last_leaf() external {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench._liar import WrongAt
 from contracts.client import Chain, ChainError, challenge_id, game_hash
 from contracts.events import GameEnded, GameMoved
 from deploy.deployment import deploy
@@ -24,55 +25,15 @@ from tests.twin.market import (
     serve,
     write_model,
 )
-from verifier.canonical import Case, Vector
+from verifier.canonical import Case
 from verifier.game import WRONG, Game, Move, NothingWrong, Proof, Segment, solve
 from verifier.program import Kind
-from verifier.referee.ops import Op
 from verifier.weights import Weights
 
 NOBODY = 255
 PROVED, FLAGGED = 1, 2
 GAME_GAS, MOVE_GAS = 2_000_000, 350_000
 POSITION = 597  # WSUM has 38 chunks here, MAX and SUM three
-
-
-class Liar(Case):
-    """A case that differs from the truth in one element, and in one chunk of its sum, and is consistent otherwise.
-
-    A lying challenger also claims the verdict.
-    """
-
-    def __init__(self, truth: Case, step: int, element: int, chunk: int, accuses: bool) -> None:
-        judged = (truth.model, truth.weights, truth.profile, truth.segment)
-        super().__init__(*judged, truth.trace, truth.next_trace, truth.token)
-        self._lie = (step, element, chunk)
-        self._accuses = accuses
-        self._truth = truth
-
-    def vector(self, i: int) -> Vector:
-        step, element, _ = self._lie
-        if i < step:
-            return self._truth.vector(i)
-        if i not in self._vectors:
-            last = i == len(self.instructions) - 1
-            value = super().vector(i).copy()
-            if last and (self._accuses or i == step):
-                value[0] = int(self._accuses)
-            elif i == step:
-                value[element] += 1
-            self._vectors[i] = value
-        return self._vectors[i]
-
-    def chunk_sums(self, i: int, e: int) -> list[int]:
-        sums = list(self._truth.chunk_sums(i, e) if i == self._lie[0] else super().chunk_sums(i, e))
-        if (i, e) == self._lie[:2]:
-            ins = self.instructions[i]
-            # finish(sum + 2^a) = finish(sum) + 1; a maximum must move all its chunks' maximum.
-            if ins.op == Op.MAX:
-                sums[self._lie[2]] = max(sums) + 1
-            else:
-                sums[self._lie[2]] += 1 << ins.a if ins.op in (Op.LINEAR, Op.LOGIT) else 1
-        return sums
 
 
 @dataclass
@@ -210,10 +171,10 @@ def test_a_guilty_worker_is_convicted_whatever_it_denies(table: Table, kind: Kin
     segment, truth = truth_of(table.guilty, kind, tight=True)
     assert truth.verdict()
     steps = b"".join(truth.steps())
-    liar = Liar(truth, step, *lie_at(truth, step), accuses=False)
+    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=False)
     chain = table.market.chain(CHALLENGER)
-    bond, before = chain.disputes.bond_for(segment.job, segment.stage), chain.disputes.credit(chain.account)
-    assert bond == GAME_GAS * GAS_RATE
+    before = chain.disputes.credit(chain.account) + chain.token.balance(chain.account)
+    assert chain.disputes.bond_for(segment.job, segment.stage) == GAME_GAS * GAS_RATE
 
     game_id = table.open(table.guilty, segment, steps)
     name = f"{kind.name} step {step} {truth.instructions[step].op} (worker lies)"
@@ -222,14 +183,15 @@ def test_a_guilty_worker_is_convicted_whatever_it_denies(table: Table, kind: Kin
     assert end.convicted == segment.stage
     assert chain.escrow.convicted(segment.job, segment.stage)
     assert chain.escrow.open_games(segment.job, segment.stage) == 0
-    assert chain.disputes.credit(chain.account) == before + bond
+    # The bond, taken from credit or account, returned as credit.
+    assert chain.disputes.credit(chain.account) + chain.token.balance(chain.account) == before
 
 
 @pytest.mark.parametrize(("kind", "step"), LIES, ids=names)
 def test_an_innocent_worker_wins_whatever_is_claimed(table: Table, kind: Kind, step: int) -> None:
     segment, truth = truth_of(table.innocent, kind, tight=False)
     assert not truth.verdict()
-    liar = Liar(truth, step, *lie_at(truth, step), accuses=True)
+    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=True)
     steps = b"".join(liar.steps())
     assert steps[-32:] == WRONG
     worker = table.market.chain(WORKERS[segment.stage])
@@ -249,7 +211,7 @@ def test_an_innocent_worker_wins_whatever_is_claimed(table: Table, kind: Kind, s
 def test_a_silent_worker_loses_and_a_silent_challenger_too(table: Table) -> None:
     for batch, tight, convicted in ((table.guilty, True, 0), (table.innocent, False, NOBODY)):
         segment, truth = truth_of(batch, Kind.Q, tight)
-        liar = Liar(truth, 0, 0, 0, accuses=not tight)
+        liar = WrongAt(truth, 0, 0, 0, accuses=not tight)
         steps = b"".join(truth.steps() if tight else liar.steps())
         game_id = table.open(batch, segment, steps)
         game, posted = table.state(game_id)

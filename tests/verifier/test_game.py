@@ -63,12 +63,13 @@ def opened(case: Case, steps: bytes, now: int = 100, seconds: int = 600) -> Game
         worker=WORKER,
         committed_at=now - 10,
         bond=1,
+        gas_rate=1,
+        grace=GRACE,
         model_id=keccak256(model.abi_words()),
         program_root=model.program_root,
         program_leaves=model.program_leaves,
         token=cell.token,
         trace=cell.trace,
-        next=cell.next,
         first_instruction=case.first_instruction,
         steps=keccak256(steps),
         phase=Phase.STEPS,
@@ -99,7 +100,7 @@ def play(worker: Case, challenger: Case) -> tuple[bool, int]:
             moves += 1
             if isinstance(answer, Proof):
                 return decide(game, answer, now), moves
-            game, posted = apply(game, answer, now, GRACE), answer.list
+            game, posted = apply(game, answer, now), answer.list
         except (NothingWrong, NotWrong, SameRoot):
             return game.worker_turn, moves
 
@@ -253,7 +254,7 @@ def test_garbage_loses_from_either_side(long: tiny.Tiny, seed: int) -> None:
                 assert decide(game, answer, now) == liar_works
                 break
             assert isinstance(answer, Move)
-            game, posted = apply(game, answer, now, GRACE), answer.list
+            game, posted = apply(game, answer, now), answer.list
 
 
 def test_a_worker_who_admits_nothing_wrong_has_no_move(model: tiny.Tiny) -> None:
@@ -297,14 +298,14 @@ def test_an_opening_must_end_in_the_constant(long: tiny.Tiny) -> None:
 def test_a_false_first_move_is_refused(long: tiny.Tiny, changes: dict[str, Any], error: type[Exception]) -> None:
     game, move, _, _ = started(long, 0)
     with pytest.raises(error):
-        apply(game, replace(move, **changes), 101, GRACE)
+        apply(game, replace(move, **changes), 101)
 
 
 def test_agreeing_with_what_is_disputed_is_refused(long: tiny.Tiny) -> None:
     game, move, liar, _ = started(long, 0)
     nodes = liar.tree(0).nodes(next_level(6, 6))
     with pytest.raises(SameRoot):
-        apply(game, replace(move, list=nodes.tobytes()), 101, GRACE)
+        apply(game, replace(move, list=nodes.tobytes()), 101)
 
 
 def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
@@ -313,12 +314,12 @@ def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
     proof = Proof(truth.model, move.record, 0, move.claim, (), ())
     with pytest.raises(WrongPhase):
         decide(game, proof, 101)
-    game = apply(game, move, 101, GRACE)
+    game = apply(game, move, 101)
     while game.phase != Phase.ELEMENTS:
         side = truth if game.worker_turn else liar
         answer = solve(game, move.list, side, steps)
         assert isinstance(answer, Move)
-        game, move = apply(game, answer, 102, GRACE), answer
+        game, move = apply(game, answer, 102), answer
     roots = tuple(steps[i : i + 32] for i in range(0, len(steps), 32))
     proof = Proof(truth.model, move.record, 3, move.list, roots, ())
     with pytest.raises(MustDescend):
@@ -334,14 +335,14 @@ def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
 def test_one_step_must_be_proved_and_a_true_value_cannot_be(long: tiny.Tiny) -> None:
     truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
     game, move, liar, steps = started(long, 1)  # MAX: one leaf, three chunks
-    game = apply(game, move, 101, GRACE)
+    game = apply(game, move, 101)
     answer = solve(game, move.list, liar, steps)
     assert isinstance(answer, Move)
-    game = apply(game, answer, 102, GRACE)
+    game = apply(game, answer, 102)
     final = solve(game, answer.list, truth, steps)
     assert isinstance(final, Proof)
     with pytest.raises(MustProve):
-        apply(game, Move(final.record, (), final.pick, final.claim, bytes(16)), 103, GRACE)
+        apply(game, Move(final.record, (), final.pick, final.claim, bytes(16)), 103)
     other = 1 - final.pick
     with pytest.raises(NotWrong):
         decide(game, replace(final, pick=other, openings=tuple(truth.openings(1, 3, other))), 103)
@@ -378,8 +379,8 @@ def test_a_clock_is_charged_and_never_below_grace(long: tiny.Tiny) -> None:
     game = replace(game, challenger_seconds=2)
     assert remaining_seconds(game, 700) == 0 and not may_flag(game, 700) and may_flag(game, 701)
     with pytest.raises(FlagFallen):
-        apply(game, move, 701, GRACE)
-    moved = apply(game, move, 700, GRACE)
+        apply(game, move, 701)
+    moved = apply(game, move, 700)
     assert (moved.worker_seconds, moved.challenger_seconds, moved.turn_started) == (0, GRACE, 700)
     assert (moved.worker_moves, moved.challenger_moves, moved.worker_turn) == (1, 1, False)
 

@@ -15,9 +15,7 @@ import {Records} from "./Records.sol";
 
 /// @notice What opening a game needs to know of the job.
 struct Terms {
-    uint128 gasRate;
     uint32 clock;
-    uint32 grace;
     uint32 steps; // instructions of the segment's program
     bool deflectable; // a signed hand-off may shift the blame
     bytes block_; // the judged block of LINK
@@ -79,7 +77,6 @@ contract Evidence {
         Game memory game = docket.game;
         _requireLayer(segment, docket.stage);
         game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-        game.next = game.trace;
         if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
         SegmentHeader memory header = _header(segment, model, evidence[1]);
         game.firstInstruction = header.first;
@@ -126,9 +123,9 @@ contract Evidence {
         docket.game.modelId = modelId;
         docket.game.programRoot = model.programRoot;
         docket.game.programLeaves = model.programLeaves;
-        docket.terms.gasRate = docket.job.gasRate;
+        docket.game.gasRate = docket.job.gasRate;
+        docket.game.grace = docket.job.grace;
         docket.terms.clock = docket.job.clock;
-        docket.terms.grace = docket.job.grace;
     }
 
     // ---- exact segments
@@ -144,7 +141,6 @@ contract Evidence {
         _requireAtLeast(evidence, 3);
         Game memory game = docket.game;
         game.trace = _trace(segment, 0, docket.job, docket.stage, evidence[0]);
-        game.next = game.trace;
         if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
 
         bytes memory request = _open(evidence[1], docket.job.requestsRoot, segment.request, docket.job.requests);
@@ -166,7 +162,7 @@ contract Evidence {
             // Where one worker holds all layers, there is no other to blame.
             docket.terms.deflectable = docket.stage.endLayer != model.layers;
         }
-        _judge(game, model, evidence, used);
+        _judge(game, game.trace, model, evidence, used);
     }
 
     function _findLink(
@@ -180,21 +176,22 @@ contract Evidence {
         bool received = uint256(segment.layer) + 1 == docket.stage.firstLayer;
         uint256 used = received ? 2 : 1;
         _requireAtLeast(evidence, used);
+        Trace memory next;
         if (received) {
             Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
             game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[0]);
-            game.next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[1]);
+            next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[1]);
         } else {
             _requireLayer(segment, docket.stage);
             bool last = segment.layer + 1 == docket.stage.endLayer && docket.stage.endLayer != model.layers;
             if (last) revert IDisputes.WrongSegment("stage");
             game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-            game.next = game.trace;
+            next = game.trace;
         }
-        if (segment.position >= game.trace.positions || segment.position >= game.next.positions) {
+        if (segment.position >= game.trace.positions || segment.position >= next.positions) {
             revert IDisputes.WrongSegment("position");
         }
-        _judge(game, model, evidence, used);
+        _judge(game, next, model, evidence, used);
         docket.terms.deflectable = received;
         docket.terms.block_ = evidence[evidence.length - 1].data;
         game.list = Tree.leaf(docket.terms.block_);
@@ -243,15 +240,21 @@ contract Evidence {
         _requireCount(evidence, 2);
         Game memory game = docket.game;
         Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
-        game.next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+        Trace memory next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
         game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[1]);
         if (segment.position != game.trace.positions) revert IDisputes.WrongSegment("position");
-        if (game.next.positions <= game.trace.positions) revert IDisputes.NotWrong();
+        if (next.positions <= game.trace.positions) revert IDisputes.NotWrong();
         docket.terms.deflectable = true;
     }
 
     /// @dev Runs the single instruction of an exact program on the openings that follow its header and record.
-    function _judge(Game memory game, Model calldata model, Opening[] calldata evidence, uint256 used) private view {
+    function _judge(
+        Game memory game,
+        Trace memory next,
+        Model calldata model,
+        Opening[] calldata evidence,
+        uint256 used
+    ) private view {
         _requireAtLeast(evidence, used + 3);
         Segment memory segment = game.segment;
         SegmentHeader memory header = _header(segment, model, evidence[used]);
@@ -262,7 +265,7 @@ contract Evidence {
         for (uint256 i = 0; i < openings.length; ++i) {
             openings[i] = evidence[used + 2 + i];
         }
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, next);
         // No step comes before the first, so an operand that names one finds no root.
         if (referee.step(model, cell, new bytes32[](0), ins, 0, 0, openings) != 1) revert IDisputes.NotWrong();
     }
@@ -270,7 +273,7 @@ contract Evidence {
     // ---- hand-offs
 
     /// @notice The stage that signed a hand-off which contradicts its own commitment, about the very place that was shown.
-    function sender(Game calldata game, HandoffProof calldata proof) external view returns (uint8 index) {
+    function sender(Game memory game, HandoffProof calldata proof) external view returns (uint8 index) {
         bytes32 root = Descent.rootOf(Tree.leaf(proof.record), proof.index, proof.leaves, proof.siblings);
         if (root != proof.root) revert IDisputes.BadHandoff("root");
         _requireContradiction(game, proof.record);
@@ -286,8 +289,8 @@ contract Evidence {
         if (signer != workers.signerOf(stages[index].worker)) revert IDisputes.BadHandoff("signature");
     }
 
-    function _requireContradiction(Game calldata game, bytes calldata record) private pure {
-        Segment calldata segment = game.segment;
+    function _requireContradiction(Game memory game, bytes calldata record) private pure {
+        Segment memory segment = game.segment;
         uint256 head = Records.HANDOFF_HEAD_BYTES;
         if (Records.index(record) != segment.request) revert IDisputes.BadHandoff("request");
         uint256 place = Records.read(record, 4, 4);

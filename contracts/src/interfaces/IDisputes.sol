@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Model, Opening, Trace} from "./IReferee.sol";
+import {Model, Opening, Proof, Trace} from "./IReferee.sol";
 
 struct Segment {
     bytes32 job;
@@ -22,19 +22,20 @@ enum Phase {
     Handoff // an exact segment was shown; the accused may deflect
 }
 
-/// @notice A game's whole state. Storage holds keccak256(abi.encode(game)); every call carries the state itself.
+/// @notice A game's whole state. Storage holds the hash of its bytes (docs/protocol.md, "A game's state"); every call carries those.
 struct Game {
     Segment segment;
     address challenger;
     address worker; // account of the accused
     uint64 committedAt; // when the challenger committed
     uint128 bond;
+    uint128 gasRate; // the job's, as `grace`: a move reads no storage but the game's slot
+    uint32 grace;
     bytes32 modelId;
     bytes32 programRoot;
     uint32 programLeaves;
     uint32 token; // served token (TOKEN), committed output token (EMBED)
     Trace trace;
-    Trace next;
     uint32 firstInstruction; // leaf index in the program tree
     bytes32 steps; // keccak256 of the challenger's concatenated instruction roots
     Phase phase;
@@ -61,15 +62,6 @@ struct Move {
     bytes list; // the mover's own list for the picked child: 32-byte nodes, a leaf's bytes, or i128 sums
 }
 
-struct Proof {
-    Model model;
-    bytes record;
-    uint64 pick; // place within the opponent's list of elements or sums
-    bytes claim; // that list
-    bytes32[] steps; // the challenger's instruction roots
-    Opening[] openings;
-}
-
 struct HandoffProof {
     bytes32 root;
     uint32 leaves;
@@ -84,11 +76,12 @@ struct HandoffProof {
 interface IDisputes {
     event ChallengeCommitted(bytes32 indexed id, address indexed sender);
     /// @notice `game` is the state after the move: whoever follows the events can make the next one. `list` is what was posted.
-    event GameMoved(bytes32 indexed id, bytes32 indexed job, address indexed mover, Game game, bytes list);
+    event GameMoved(bytes32 indexed id, bytes32 indexed job, address indexed mover, bytes game, bytes list);
     /// @notice convicted = 255: the challenger lost.
     event GameEnded(bytes32 indexed id, bytes32 indexed job, uint8 stage, uint8 convicted, uint8 reason); // reason: 1 proved, 2 flag, 3 shown, 4 deflected
 
-    event Credited(address indexed account, uint256 amount, bytes32 indexed id); // a bond returned, or a worker's moves
+    /// @notice A bond returned, a worker's moves, what is to be burned; id = 0: a deposit.
+    event Credited(address indexed account, uint256 amount, bytes32 indexed id);
     event Withdrawn(address indexed account, uint256 amount);
 
     error CommitmentExists(bytes32 id);
@@ -137,12 +130,16 @@ interface IDisputes {
         external
         returns (bytes32 id);
 
-    function descend(bytes32 id, Game calldata game, Move calldata move) external;
-    function prove(bytes32 id, Game calldata game, Proof calldata proof) external;
-    function deflect(bytes32 id, Game calldata game, HandoffProof calldata proof) external;
-    function flag(bytes32 id, Game calldata game) external;
+    /// @param game the state's bytes, as the last GameMoved told them
+    function descend(bytes32 id, bytes calldata game, Move calldata move) external;
+    function prove(bytes32 id, bytes calldata game, Proof calldata proof) external;
+    function deflect(bytes32 id, bytes calldata game, HandoffProof calldata proof) external;
+    function flag(bytes32 id, bytes calldata game) external;
 
+    /// @notice Adds to the caller's credit, from which bonds are taken first: a slot costs less than two balances and an allowance.
+    function deposit(uint256 amount) external;
     function withdraw() external; // the caller's credit
+    function burn() external; // sends what lost bonds left to the burn address
 
     function credit(address account) external view returns (uint256);
     function stateOf(bytes32 id) external view returns (bytes32);

@@ -68,6 +68,16 @@ struct Cell {
     Trace next;
 }
 
+/// @notice What decides a game: the inputs of one step.
+struct Proof {
+    Model model;
+    bytes record; // the instruction's
+    uint64 pick; // place within the opponent's list of elements or sums
+    bytes claim; // that list
+    bytes32[] steps; // the challenger's instruction roots
+    Opening[] openings;
+}
+
 /// @notice Computes one step of a canonical program from opened inputs. Stateless; the Python twin is verifier/referee/.
 interface IReferee {
     /// @notice `run` of one chunk (chunk 0 where the instruction is no long sum), before `finish`.
@@ -81,6 +91,12 @@ interface IReferee {
         uint32 chunk,
         Opening[] calldata openings
     ) external pure returns (int256);
+
+    /// @notice As `step`, from a game's proof as it stands in calldata: what is not copied into another shape costs nothing.
+    function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
+        external
+        pure
+        returns (int256);
 
     /// @notice The pure arithmetic of an op on lists of integers.
     function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external pure returns (int256);

@@ -83,6 +83,108 @@ library Floats {
         }
     }
 
+    /// @notice The elements first .. first+count-1 of little-endian served `data`, in Q30.
+    /// @param instead what to read NaN, infinities and |v| >= 2^20 as
+    function served(bytes memory data, uint256 first, uint256 count, uint256 dtype, int256 instead)
+        internal
+        pure
+        returns (int256[] memory values)
+    {
+        if (dtype == BFLOAT16) return _bfloats(data, first, count, SERVED_FRACTION, SERVED_LIMIT, instead);
+        values = rawBits(data, first, count, dtype);
+        decodeServed(values, dtype, instead);
+    }
+
+    /// @notice The elements first .. first+count-1 of little-endian weights, in QG; NaN, infinities and |v| >= 2^8 read as 0.
+    function weights(bytes memory data, uint256 first, uint256 count, uint256 dtype)
+        internal
+        pure
+        returns (int256[] memory values)
+    {
+        if (dtype == BFLOAT16) return _bfloats(data, first, count, weightFraction(dtype), WEIGHT_LIMIT, 0);
+        values = rawBits(data, first, count, dtype);
+        decodeWeights(values, dtype);
+    }
+
+    /// @dev bfloat16, the dtype of nearly every model, without a list of raw bits: sixteen lanes of a word are taken apart side by side where all
+    /// are normal numbers that lose nothing to truncation, and one by one where any is not.
+    function _bfloats(bytes memory data, uint256 first, uint256 count, uint256 fraction, uint256 limit, int256 instead)
+        private
+        pure
+        returns (int256[] memory values)
+    {
+        unchecked {
+            // Whole words are decoded, then the length is set right.
+            values = new int256[](count + 16);
+        }
+        uint256 source;
+        uint256 target;
+        assembly ("memory-safe") {
+            source := add(add(data, 32), shl(1, first))
+            target := add(values, 32)
+            mstore(values, count)
+        }
+        // The exponent field of a number whose lowest mantissa bit is 2^-fraction: below it bits are lost; and the lowest that is invalid.
+        _bfloatWords(source, target, target + 32 * count, 134 - fraction, 127 + limit, instead);
+    }
+
+    /// @dev Decodes words from `source` on to `target` .. `end`, and what the last word holds besides.
+    function _bfloatWords(uint256 source, uint256 target, uint256 end, uint256 base, uint256 beyond, int256 instead)
+        private
+        pure
+    {
+        assembly ("memory-safe") {
+            function one(magnitude, shift, negative) -> value {
+                value := mul(sub(1, negative), shl(shift, magnitude))
+            }
+            // A lane that may be anything.
+            function any(raw, low, tooHigh, other) -> value {
+                let exponent := and(shr(7, raw), 255)
+                // Zeros and subnormals: no hidden bit, and the exponent of the lowest normal numbers.
+                value := or(and(raw, 127), shl(7, gt(exponent, 0)))
+                value := shr(low, shl(or(exponent, iszero(exponent)), value))
+                if shr(15, raw) { value := sub(0, value) }
+                if iszero(lt(exponent, tooHigh)) { value := other }
+            }
+            let lanes := 0x0001000100010001000100010001000100010001000100010001000100010001
+            for {} lt(target, end) { source := add(source, 32) } {
+                let word := mload(source)
+                word := or(
+                    shl(8, and(word, 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)),
+                    and(shr(8, word), 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)
+                )
+                let magnitude := and(word, mul(lanes, 0x7fff))
+                // A lane's sum reaches bit 15 exactly if its exponent field is at least `beyond`; or, in the second, at least `base`.
+                let odd := add(magnitude, mul(lanes, sub(0x8000, shl(7, beyond))))
+                odd := or(odd, not(add(magnitude, mul(lanes, sub(0x8000, shl(7, base))))))
+                switch and(odd, mul(lanes, 0x8000))
+                case 0 {
+                    let shift := sub(and(shr(7, magnitude), mul(lanes, 255)), mul(lanes, base))
+                    magnitude := or(and(word, mul(lanes, 127)), mul(lanes, 128))
+                    // Twice the sign bit, taken from 1, is the factor.
+                    let negative := and(shr(14, word), mul(lanes, 2))
+                    for { let lane := 1 } lt(lane, 32) { lane := add(lane, 2) } {
+                        mstore(target, one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        lane := add(lane, 2)
+                        mstore(add(target, 32), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        lane := add(lane, 2)
+                        mstore(add(target, 64), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        lane := add(lane, 2)
+                        mstore(add(target, 96), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        target := add(target, 128)
+                    }
+                }
+                default {
+                    for { let lane := 256 } lane {} {
+                        lane := sub(lane, 16)
+                        mstore(target, any(and(shr(lane, word), 0xffff), base, beyond, instead))
+                        target := add(target, 32)
+                    }
+                }
+            }
+        }
+    }
+
     /// @notice Decodes raw bits of served values in place, to Q30.
     /// @param instead what to read NaN, infinities and |v| >= 2^20 as
     function decodeServed(int256[] memory bits, uint256 dtype, int256 instead) internal pure {

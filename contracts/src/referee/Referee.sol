@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Cell, Instruction, IReferee, Model, Opening, Operand, Trace} from "../interfaces/IReferee.sol";
+import {Cell, Instruction, IReferee, Model, Opening, Operand, Proof, Trace} from "../interfaces/IReferee.sol";
 import {Codec} from "./Codec.sol";
 import {Floats} from "./Floats.sol";
 import {Op, Ops} from "./Ops.sol";
@@ -80,8 +80,26 @@ contract Referee is IReferee {
         uint32 chunk,
         Opening[] calldata openings
     ) external pure returns (int256) {
-        Place memory place = Place(model, cell, steps);
-        Instruction memory ins = instruction;
+        return _step(Place(model, cell, steps), instruction, element, chunk, openings);
+    }
+
+    /// @inheritdoc IReferee
+    function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
+        external
+        pure
+        returns (int256)
+    {
+        Place memory place = Place(proof.model, cell, proof.steps);
+        return _step(place, Codec.instruction(proof.record), element, chunk, proof.openings);
+    }
+
+    function _step(
+        Place memory place,
+        Instruction memory ins,
+        uint256 element,
+        uint256 chunk,
+        Opening[] calldata openings
+    ) private pure returns (int256) {
         uint256 elements = Codec.elementCount(ins, place.cell.position, place.cell.unit);
         if (element >= elements) revert ElementOutOfRange(element, elements);
         uint256 chunks = Codec.chunkCount(ins, place.cell.position);
@@ -92,7 +110,7 @@ contract Referee is IReferee {
 
         int256[][] memory args = new int256[][](reads.length);
         for (uint256 i = 0; i < args.length; ++i) {
-            args[i] = _read(place, reads[i], openings[i]);
+            args[i] = _read(place, reads[i], Opening(openings[i].data, openings[i].siblings));
             if (reads[i].ends) args[i] = _pair(args[i][0], args[i][args[i].length - 1]);
         }
         if (ins.op == uint8(Op.ROPE)) {
@@ -264,16 +282,8 @@ contract Referee is IReferee {
         if (source == STEP) return _readStep(place, read, opening);
         if (source == TABLE) return _readTable(place, read, opening);
         if (source == PROFILE) return _readProfile(place, read, opening);
-        if (source == WEIGHT) {
-            values = _readWeight(place, read, opening);
-            if (read.view_ != View.RAW) Floats.decodeWeights(values, place.model.weightDtype);
-        } else {
-            values = read.operand.id == V ? _readTiles(place, read, opening) : _readServed(place, read, opening);
-            if (read.view_ == View.RAW) return values;
-            Floats.decodeServed(
-                values, place.model.servedDtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0)
-            );
-        }
+        if (source == WEIGHT) return _readWeight(place, read, opening);
+        return read.operand.id == V ? _readTiles(place, read, opening) : _readServed(place, read, opening);
     }
 
     function _readStep(Place memory place, Read memory read, Opening memory opening)
@@ -332,7 +342,7 @@ contract Referee is IReferee {
         cell[2] = int256((word >> 128) & type(uint64).max);
     }
 
-    /// @dev Raw bits of a part of a weight's row.
+    /// @dev A part of a weight's row.
     function _readWeight(Place memory place, Read memory read, Opening memory opening)
         private
         pure
@@ -344,10 +354,12 @@ contract Referee is IReferee {
         uint256 row = uint256(place.cell.unit) * from.unitStride + read.row;
         uint256 index = _layerBase(place, from) + row * _parts(from.width, BLOCK) + leaf;
         _inTree(place.model.weightsRoot, opening, BLOCK * size, index, place.model.weightsLeaves);
-        return Floats.rawBits(opening.data, read.first - leaf * BLOCK, read.count, place.model.weightDtype);
+        uint256 skipped = read.first - leaf * BLOCK;
+        if (read.view_ == View.RAW) return Floats.rawBits(opening.data, skipped, read.count, place.model.weightDtype);
+        return Floats.weights(opening.data, skipped, read.count, place.model.weightDtype);
     }
 
-    /// @dev Raw bits of a part of one position's row of a served tensor.
+    /// @dev A part of one position's row of a served tensor.
     function _readServed(Place memory place, Read memory read, Opening memory opening)
         private
         pure
@@ -361,10 +373,10 @@ contract Referee is IReferee {
         uint256 leaf = _row(opening.data, column, read.count, width, BLOCK, size);
         uint256 first = read.row * _parts(width, BLOCK) + leaf;
         _inTrace(place, read, opening, BLOCK * size, first, positions * _parts(width, BLOCK));
-        return Floats.rawBits(opening.data, column - leaf * BLOCK, read.count, place.model.servedDtype);
+        return _seen(place, read, opening.data, column - leaf * BLOCK, read.count);
     }
 
-    /// @dev Raw bits of a part of one row, or of one column within a tile, of a tensor in tiles.
+    /// @dev A part of one row, or of one column within a tile, of a tensor in tiles.
     function _readTiles(Place memory place, Read memory read, Opening memory opening)
         private
         pure
@@ -385,13 +397,38 @@ contract Referee is IReferee {
             _inTrace(place, read, opening, TILE * size, first, _parts(positions, TILE) * _parts(width, TILE));
         }
         values = new int256[](read.rows * read.count);
-        for (uint256 i = 0; i < values.length; ++i) {
-            uint256 c = column + i % read.count;
-            // All tiles between the first and the one of this column are full.
-            uint256 element = (c / TILE - tile) * TILE * height + (read.row % TILE + i / read.count)
-                * _part(width, c / TILE, TILE) + c % TILE;
-            values[i] = Floats.rawBits(opening.data, element, 1, place.model.servedDtype)[0];
+        uint256 done = 0;
+        if (read.count == 1) {
+            // One column: all its rows lie in one tile, `wide` elements apart.
+            uint256 wide = _part(width, tile, TILE);
+            int256[] memory whole = _seen(place, read, opening.data, 0, height * wide);
+            for (uint256 next = read.row % TILE * wide + column % TILE; done < read.rows; next += wide) {
+                values[done++] = whole[next];
+            }
+            return values;
         }
+        while (done < read.count) {
+            // All tiles between the first and the one of this column are full.
+            uint256 c = column + done;
+            uint256 wide = _part(width, c / TILE, TILE);
+            uint256 element = (c / TILE - tile) * TILE * height + read.row % TILE * wide + c % TILE;
+            uint256 here = wide - c % TILE < read.count - done ? wide - c % TILE : read.count - done;
+            int256[] memory part = _seen(place, read, opening.data, element, here);
+            for (uint256 i = 0; i < here; ++i) {
+                values[done++] = part[i];
+            }
+        }
+    }
+
+    /// @dev Elements of served data, as the op sees them.
+    function _seen(Place memory place, Read memory read, bytes memory data, uint256 first, uint256 count)
+        private
+        pure
+        returns (int256[] memory)
+    {
+        uint256 dtype = place.model.servedDtype;
+        if (read.view_ == View.RAW) return Floats.rawBits(data, first, count, dtype);
+        return Floats.served(data, first, count, dtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0));
     }
 
     // ---- what the reads share

@@ -11,7 +11,17 @@ library Tree {
     error ProofLength(uint256 expected, uint256 actual);
 
     function leaf(bytes memory data) internal pure returns (bytes32) {
-        return sha256(bytes.concat(bytes1(0x00), data));
+        uint256 start;
+        assembly ("memory-safe") {
+            start := add(data, 32)
+        }
+        return _pure(_leafAt)(start, data.length);
+    }
+
+    /// @notice As `leaf`, of bytes that are still in calldata.
+    function leafOf(bytes calldata data) internal pure returns (bytes32) {
+        bytes memory copy = data;
+        return leaf(copy);
     }
 
     /// @notice Hashes of concatenated leaves of `size` bytes each; the last may be shorter.
@@ -19,15 +29,14 @@ library Tree {
         unchecked {
             uint256 length = data.length;
             hashes = new bytes32[]((length + size - 1) / size);
-            bytes memory prefixed = new bytes(size + 1);
+            uint256 start;
+            assembly ("memory-safe") {
+                start := add(data, 32)
+            }
             for (uint256 i = 0; i < hashes.length; ++i) {
-                uint256 start = i * size;
-                uint256 bytesHere = length - start < size ? length - start : size;
-                assembly ("memory-safe") {
-                    mstore(prefixed, add(bytesHere, 1))
-                    mcopy(add(prefixed, 33), add(add(data, 32), start), bytesHere)
-                }
-                hashes[i] = _sha256(prefixed);
+                uint256 bytesHere = length < size ? length : size;
+                hashes[i] = _pure(_leafAt)(start, bytesHere);
+                (start, length) = (start + bytesHere, length - bytesHere);
             }
         }
     }
@@ -79,61 +88,97 @@ library Tree {
     {
         uint256 length = hashes.length;
         if (length == 0 || count < length || first > count - length) revert IndexOutOfRange(first, length, count);
-        used = from;
-        // One buffer for all nodes' preimages.
-        bytes memory preimage = new bytes(65);
-        preimage[0] = 0x01;
-        unchecked {
-            for (; count > 1; (first, count) = (first >> 1, (count + 1) >> 1)) {
-                // INVARIANT: right is the index in the list of a pair's right half, and right >> 1 that of its parent, which never overtakes its
-                // children. The first pair's left half is a sibling where the list starts at an odd node.
-                uint256 right = 1 - (first & 1);
-                for (; right <= length; right += 2) {
-                    bytes32 l;
-                    bytes32 r;
-                    if (right == 0) l = _sibling(siblings, used++);
-                    else l = hashes[right - 1];
-                    if (right < length) {
-                        r = hashes[right];
-                    } else if (first + right < count) {
-                        r = _sibling(siblings, used++);
-                    } else {
-                        hashes[right >> 1] = l;
-                        continue;
-                    }
-                    assembly ("memory-safe") {
-                        mstore(add(preimage, 33), l)
-                        mstore(add(preimage, 65), r)
-                    }
-                    hashes[right >> 1] = _sha256(preimage);
-                }
-                length = right >> 1;
-            }
-        }
+        used = _pure(_climb)(hashes, first, count, siblings, from);
+        if (used > siblings.length) revert ProofLength(used, siblings.length);
         root = hashes[0];
     }
 
-    /// @dev SHA-256 by the precompile, read in place. Rationale: the built-in function copies its argument first and costs twice as much on a
-    /// node; calling the precompile is as pure, but the compiler lets no pure function do it, so the function's type is changed.
-    function _sha256(bytes memory preimage) private pure returns (bytes32) {
-        function(bytes memory) view returns (bytes32) called = _precompile;
-        function(bytes memory) pure returns (bytes32) typed;
+    /// @dev Pairs up level by level, in place. Stops at the first sibling that is missing, and counts it.
+    function _climb(bytes32[] memory hashes, uint256 first, uint256 count, bytes32[] memory siblings, uint256 used)
+        private
+        view
+        returns (uint256)
+    {
+        // Assembly because a list of 64 nodes is 63 hashes, and a proof from a vocabulary 25: a loop of checked accesses would cost four times
+        // the hashing itself.
         assembly ("memory-safe") {
-            typed := called
+            let list := add(hashes, 32)
+            let length := mload(hashes)
+            // One preimage for all nodes, behind what is allocated: prefix, left half, right half.
+            let preimage := mload(0x40)
+            let left := add(preimage, 1)
+            mstore8(preimage, 1)
+            for {} gt(count, 1) {} {
+                // INVARIANT: a parent is written where its children have been read, so the place written never overtakes the place read.
+                let read := list
+                let write := list
+                let end := add(list, shl(5, length))
+                if and(first, 1) {
+                    used := add(used, 1)
+                    if gt(used, mload(siblings)) { break }
+                    mstore(left, mload(add(siblings, shl(5, used))))
+                    mstore(add(left, 32), mload(read))
+                    // SAFETY: fails for lack of gas alone; then nothing must be taken for the hash.
+                    if iszero(staticcall(gas(), 2, preimage, 65, write, 32)) { revert(0, 0) }
+                    read := add(read, 32)
+                    write := add(write, 32)
+                }
+                for {} lt(add(read, 32), end) { read := add(read, 64) } {
+                    mcopy(left, read, 64)
+                    if iszero(staticcall(gas(), 2, preimage, 65, write, 32)) { revert(0, 0) }
+                    write := add(write, 32)
+                }
+                if lt(read, end) {
+                    switch lt(add(first, length), count)
+                    case 0 { mstore(write, mload(read)) } // unpaired: carried up
+                    default {
+                        used := add(used, 1)
+                        if gt(used, mload(siblings)) { break }
+                        mstore(left, mload(read))
+                        mstore(add(left, 32), mload(add(siblings, shl(5, used))))
+                        if iszero(staticcall(gas(), 2, preimage, 65, write, 32)) { revert(0, 0) }
+                    }
+                    write := add(write, 32)
+                }
+                length := shr(5, sub(write, list))
+                first := shr(1, first)
+                count := shr(1, add(count, 1))
+            }
         }
-        return typed(preimage);
+        return used;
     }
 
-    function _precompile(bytes memory preimage) private view returns (bytes32 hash) {
+    /// @dev SHA-256 by the precompile, of a leaf's bytes in memory. Rationale: the built-in function copies its argument first.
+    function _leafAt(uint256 start, uint256 length) private view returns (bytes32 hash) {
         assembly ("memory-safe") {
-            // SAFETY: fails for lack of gas alone; then nothing must be taken for the hash.
-            if iszero(staticcall(gas(), 2, add(preimage, 32), mload(preimage), 0, 32)) { revert(0, 0) }
+            let preimage := mload(0x40)
+            mstore8(preimage, 0)
+            mcopy(add(preimage, 1), start, length)
+            if iszero(staticcall(gas(), 2, preimage, add(length, 1), 0, 32)) { revert(0, 0) }
             hash := mload(0)
         }
     }
 
-    function _sibling(bytes32[] memory siblings, uint256 index) private pure returns (bytes32) {
-        if (index >= siblings.length) revert ProofLength(index + 1, siblings.length);
-        return siblings[index];
+    /// @dev Calling the precompile is as pure as the built-in function, but the compiler lets no pure function do it: the functions' types are
+    /// changed.
+    function _pure(function(uint256, uint256) view returns (bytes32) called)
+        private
+        pure
+        returns (function(uint256, uint256) pure returns (bytes32) typed)
+    {
+        assembly ("memory-safe") {
+            typed := called
+        }
+    }
+
+    function _pure(function(bytes32[] memory, uint256, uint256, bytes32[] memory, uint256)
+            view returns (uint256) called)
+        private
+        pure
+        returns (function(bytes32[] memory, uint256, uint256, bytes32[] memory, uint256) pure returns (uint256) typed)
+    {
+        assembly ("memory-safe") {
+            typed := called
+        }
     }
 }

@@ -2,7 +2,7 @@
 pragma solidity 0.8.37;
 
 import {Job} from "../../../contracts/src/interfaces/IEscrow.sol";
-import {Cell, Instruction, Model, Opening} from "../../../contracts/src/interfaces/IReferee.sol";
+import {Cell, Instruction, Model, Opening, Proof} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
 
 /// @title What Disputes asks of Escrow, with answers that a test sets
@@ -105,6 +105,10 @@ contract RefereeMock {
         uint32,
         Opening[] calldata
     ) external view returns (int256) {
+        return answer;
+    }
+
+    function judge(Cell calldata, uint64, uint32, Proof calldata) external view returns (int256) {
         return answer;
     }
 

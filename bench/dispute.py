@@ -1,0 +1,152 @@
+"""Disputes at real sizes: whole games about one layer, every instruction in turn made wrong, on a real EVM.
+
+Each instruction is played twice: denied by a guilty worker, and alleged by a lying challenger. Gas is that of all
+transactions of both sides, from the commitment to the end; `moves` counts those behind the commitment.
+"""
+
+import resource
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from bench._court import JUDGED, Batch, Court, Played
+from bench._layer import STAGES, LayerWeights, served, shape_named
+from bench._liar import WrongAt
+from verifier.canonical import Case
+from verifier.game import Segment
+from verifier.program import Kind
+from verifier.referee.ops import Op
+from verifier.tolerance import uniform_profile
+from verifier.weights import identify
+
+SEGMENTS = {
+    "q": (Kind.Q,),
+    "k": (Kind.K,),
+    "v": (Kind.V,),
+    "qkv": (Kind.Q, Kind.K, Kind.V),
+    "attend": (Kind.ATTEND,),
+    "mlp": (Kind.MLP,),
+    "token": (Kind.TOKEN,),
+}
+ALL = "all"
+TIGHT, LOOSE = (1, 1000, 1 << 10, 1 << 10), ((1 << 32) - 1, 1, 1 << 49, 1 << 49)  # num, den, floor, margin
+SERVED_TOKEN = 5
+FIGURES = (
+    *("moves", "gas_total", "gas_worker", "gas_challenger", "max_tx_gas", "max_calldata_bytes"),
+    *("trace_seconds", "solve_seconds", "peak_memory_bytes"),
+)
+
+
+def run(
+    shape: str = "demo",
+    segment: str = ALL,
+    position: int = 8191,
+    instruction: int | str = ALL,
+    liar: str = ALL,
+) -> dict[str, Any]:
+    """segment: q, k, v, qkv, attend, mlp, token or all; instruction: its number or all; liar: worker, challenger, all.
+
+    Returns {"results": one row a game, "worst": the dearest of each figure}. Raises ValueError.
+    """
+    model_shape = shape_named(shape)
+    if segment not in (*SEGMENTS, ALL):
+        raise ValueError(f"expected a segment of {', '.join((*SEGMENTS, ALL))}, got {segment!r}")
+    if not 0 <= position < model_shape.max_positions - 1:
+        raise ValueError(f"expected a position below {model_shape.max_positions - 1}, got {position}")
+    kinds = SEGMENTS["qkv"] + SEGMENTS["attend"] + SEGMENTS["mlp"] + SEGMENTS["token"]
+    rows: list[dict[str, Any]] = []
+    with Court(model_shape.layers, STAGES) as court:
+        for kind in kinds if segment == ALL else SEGMENTS[segment]:
+            for row in _games(court, shape, kind, position, instruction, liar):
+                rows.append(row)
+                print(f"  {row}", flush=True)
+    return {"results": rows, "worst": {figure: max(row[figure] for row in rows) for figure in FIGURES}}
+
+
+def _games(
+    court: Court, shape_name: str, kind: Kind, position: int, instruction: int | str, liar: str
+) -> Iterator[dict[str, Any]]:
+    shape = shape_named(shape_name)
+    _reset_peak()
+    last = kind == Kind.TOKEN
+    layer = shape.layers - 1 if last else 0
+    with tempfile.TemporaryDirectory() as folder:
+        weights = LayerWeights(shape, kind, layer, Path(folder))
+        trace = served(weights.program, shape, kind, layer, position + 1)
+        batch = Batch(trace, SERVED_TOKEN)
+        units = {Kind.TOKEN: shape.vocabulary, Kind.ATTEND: shape.blocks, Kind.MLP: shape.blocks, Kind.Q: shape.heads}
+        segment = Segment(bytes(32), STAGES - 1 if last else 0, kind, JUDGED, layer, position, 0)
+        segment = replace(segment, unit=units.get(kind, shape.kv_heads) - 1)
+        token = SERVED_TOKEN if last else 0
+        cases: dict[bool, Case] = {}
+        started = perf_counter()
+        for tight in (True, False):
+            profile = uniform_profile(shape, *(TIGHT if tight else LOOSE))
+            case = Case(identify(weights, profile), weights, profile, segment, trace, None, token)
+            if tight:
+                weights_seconds, started = perf_counter() - started, perf_counter()
+                while not case.verdict():  # TOKEN: random logits; the other pieces are wrong wherever one looks
+                    segment = replace(segment, unit=segment.unit - 1)
+                    case = Case(case.model, weights, profile, segment, trace, None, token)
+                case.steps()
+                seconds = perf_counter() - started
+            else:
+                verdict = len(case.instructions) - 1
+                case._vectors = {i: v for i, v in cases[True]._vectors.items() if i != verdict}
+                case._trees = {i: t for i, t in cases[True]._trees.items() if i != verdict}
+            cases[tight] = case
+        print(f"{kind.name}: {weights_seconds:.1f} s for the weights' tree, {seconds:.2f} s for the trace", flush=True)
+        chosen = range(len(case.instructions)) if instruction == ALL else [int(instruction)]
+        for step in chosen:
+            for accuses in (False, True):
+                if liar not in (ALL, "challenger" if accuses else "worker"):
+                    continue
+                truth = cases[not accuses]
+                elements = len(truth.vector(step))
+                lie = WrongAt(truth, step, elements - 1 - elements // 3, truth.chunks(step) - 1, accuses)
+                at = replace(segment, job=court.job(truth.model, batch))
+                worker, challenger = (truth, lie) if accuses else (lie, truth)
+                played = court.play(at, truth.model, batch.evidence(weights, kind), worker, challenger)
+                place = {"shape": shape_name, "segment": kind.name.lower(), "position": position}
+                op = f"{step} {Op(truth.instructions[step].op).name}"
+                yield place | {"instruction": op} | _row(played, "challenger" if accuses else "worker", seconds)
+
+
+def _row(played: Played, liar: str, trace_seconds: float) -> dict[str, Any]:
+    receipts = [receipt for receipt, _ in played.sent]
+    own = sum(receipt.gas for receipt, by_worker in played.sent if by_worker)
+    total = sum(receipt.gas for receipt in receipts)
+    return {
+        "outcome": played.outcome,
+        "liar": liar,
+        "moves": len(receipts) - 1,
+        "gas_total": total,
+        "gas_worker": own,
+        "gas_challenger": total - own,
+        "max_tx_gas": max(receipt.gas for receipt in receipts),
+        "max_calldata_bytes": max(receipt.calldata_bytes for receipt in receipts),
+        "trace_seconds": round(trace_seconds, 3),
+        "solve_seconds": round(played.solve_seconds, 3),
+        "peak_memory_bytes": _peak(),
+        "transactions": [[r.method.removeprefix("Disputes."), r.gas, r.calldata_bytes] for r in receipts],
+    }
+
+
+def _reset_peak() -> None:
+    """Linux starts its high-water mark again; elsewhere the whole run's counts."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _peak() -> int:
+    """Bytes of memory held at most, mapped weights included."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
