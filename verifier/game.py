@@ -61,6 +61,7 @@ class Game:
     token: int
     trace: Trace
     next: Trace
+    sampling: bytes
     first_instruction: int
     steps: bytes
     phase: Phase

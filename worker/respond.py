@@ -133,7 +133,7 @@ class Responder:
             return following.case
         folder = self.folder_of(game.segment.job)
         trace = RequestTrace.load(trace_path(folder.path, game.segment.request), self.weights.shape)
-        case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token)
+        case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token, game.sampling)
         if following is not None:
             following.case = case
         return case

@@ -358,7 +358,8 @@ contract Disputes is IDisputes {
         returns (int256)
     {
         Segment memory segment = game.segment;
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next);
+        Cell memory cell =
+            Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.next, game.sampling);
         return referee.step(proof.model, cell, proof.steps, ins, uint64(element), uint32(chunk), proof.openings);
     }
 

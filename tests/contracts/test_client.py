@@ -62,6 +62,7 @@ def sample_game() -> Game:
         token=3,
         trace=trace,
         next=dataclasses.replace(trace, positions=8),
+        sampling=bytes(32),
         first_instruction=12,
         steps=b"\x08" * 32,
         phase=Phase.NODES,
