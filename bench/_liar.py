@@ -13,7 +13,7 @@ class WrongAt(Case):
 
     def __init__(self, truth: Case, step: int, element: int, chunk: int, accuses: bool) -> None:
         judged = (truth.model, truth.weights, truth.profile, truth.segment)
-        super().__init__(*judged, truth.trace, truth.next_trace, truth.token)
+        super().__init__(*judged, truth.trace, truth.next_trace, truth.token, truth.sampling_word)
         self._lie = (step, element, chunk)
         self._accuses = accuses
         self._truth = truth

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verifier import linear, vectors
+from verifier import linear, sampling, vectors
 from verifier.game import span
 from verifier.linear import Bits, Ints
 from verifier.program import Kind
 from verifier.referee.codec import (
     ALL_POSITIONS,
-    BLOCK,
-    TILE,
+    GREEDY,
     VECTOR_LEAF_BYTES,
     Cell,
     Instruction,
@@ -31,15 +30,8 @@ from verifier.referee.codec import (
 from verifier.referee.errors import ChunkOutOfRange, ElementOutOfRange, UnknownOp, UnknownSource
 from verifier.referee.floats import Dtype
 from verifier.referee.ops import Op, combine, finish, run
-from verifier.referee.referee import (
-    Place,
-    Read,
-    chunk_count,
-    element_count,
-    padded,
-    place_of,
-    reads_of,
-)
+from verifier.referee.referee import Place, Read, chunk_count, chunk_terms, element_count, padded, place_of, reads_of
+from verifier.referee.sampling import Draw, draw_list
 from verifier.sha256 import HashTree, leaf_hashes
 from verifier.sources import Judged, ModelWeights, ProfileCells, ServedTensors
 from verifier.trace import tensor_key
@@ -60,8 +52,12 @@ class Case:
         trace: ServedTensors,
         next_trace: ServedTensors | None = None,
         token: int = 0,
+        sampling_word: bytes = GREEDY,
     ) -> None:
-        """next_trace: holds the next layer's input, where another stage does; token: the served or embedded one."""
+        """next_trace: holds the next layer's input, where another stage does; token: the served or embedded one.
+
+        sampling_word: the request's parameters, for SAMPLE.
+        """
         self.model = model
         self.weights = weights
         self.profile = profile
@@ -69,6 +65,7 @@ class Case:
         self.trace = trace
         self.next_trace = next_trace or trace
         self.token = token
+        self.sampling_word = sampling_word
         self._vectors: dict[int, Vector] = {}
         self._trees: dict[int, HashTree] = {}
         self._sums: dict[tuple[int, int], list[int]] = {}
@@ -78,7 +75,7 @@ class Case:
     @cached_property
     def cell(self) -> Cell:
         place = (self.segment.layer, self.segment.position, self.segment.unit, self.token)
-        return Cell(*place, trace=_header(self.trace), next=_header(self.next_trace))
+        return Cell(*place, trace=_header(self.trace), next=_header(self.next_trace), sampling=self.sampling_word)
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
@@ -222,7 +219,9 @@ class Case:
             case Op.SCORE:
                 return self._score(ins)
             case Op.MAX | Op.SUM:
-                table = self._values(ins.x, n * padded(t)).reshape(n, -1)[:, : t + 1]
+                terms = _term_count(ins, t)
+                row = padded(t) if ins.terms == ALL_POSITIONS else terms
+                table = self._values(ins.x, n * row).reshape(n, -1)[:, :terms]
                 return np.asarray(table.max(axis=1) if ins.op == Op.MAX else table.sum(axis=1))
             case Op.EXP:
                 heads = n // padded(t)
@@ -243,6 +242,11 @@ class Case:
                 return _ints([run(ins.op, [self._list(ins.x, 2), self._cell(ins.z)], ins.a, ins.b)])
             case Op.SAME | Op.JOIN:
                 return _ints([self._exact(ins)])
+            case Op.RANK | Op.MASS:
+                total = sum(self._chunk_sums(ins, 0))
+                return _objects([total]) if ins.wide else _ints([total])
+            case Op.STANDING | Op.CHOICE:
+                return _ints([self._folded(ins)])
         raise UnknownOp(f"expected an op from 1 to {len(Op)}, got {ins.op}")
 
     def _rope(self, ins: Instruction, n: int) -> Ints:
@@ -284,8 +288,21 @@ class Case:
         total = vectors.add_bits(dtype, vectors.add_bits(dtype, blocks[0], blocks[1]), blocks[2])
         return int(not np.array_equal(total, blocks[3]))
 
+    def _draw(self) -> list[int]:
+        return draw_list(self.cell.sampling, self.cell.position, self.cell.token, self.cell.unit, 0)
+
+    def _folded(self, ins: Instruction) -> int:
+        """STANDING and CHOICE: what the folds decide."""
+        (y,) = self._list(ins.y, 1)
+        draw = self._draw()
+        if ins.op == Op.STANDING:
+            return run(ins.op, [self._list(ins.x, 1), [y], draw], ins.a, ins.b)
+        logits = self.vector(ins.x.id)
+        pair = [[int(logits[token])] for token in (self.cell.token, self.cell.unit)]
+        return run(ins.op, [*pair, [y], self._cell(ins.z), draw], ins.a, ins.b)
+
     def _chunk_sums(self, ins: Instruction, e: int) -> list[int]:
-        t, terms, size = self.cell.position, _term_count(ins, self.cell.position), _chunk_terms(ins)
+        t, terms, size = self.cell.position, _term_count(ins, self.cell.position), chunk_terms(ins)
         match ins.op:
             case Op.SUMSQ:
                 x = self._values(ins.x, terms)
@@ -295,7 +312,8 @@ class Case:
                 w = vectors.weights(self._weight_rows(ins.y, row, 1)[0, :terms], self._weight_dtype)
                 return vectors.chunk_sums(self._values(ins.x, terms), w, size)
             case Op.MAX | Op.SUM:
-                x = self._values(ins.x, (e + 1) * padded(t))[e * padded(t) :][:terms]
+                row = padded(t) if ins.terms == ALL_POSITIONS else terms
+                x = self._values(ins.x, (e + 1) * row)[e * row :][:terms]
                 parts = [x[c : c + size] for c in range(0, terms, size)]
                 return [int(part.max() if ins.op == Op.MAX else part.sum()) for part in parts]
             case Op.WSUM:
@@ -303,6 +321,12 @@ class Case:
                 p = self._values(ins.x, (head + 1) * padded(t))[head * padded(t) :][:terms]
                 v = self._past(ins.y, t, head // ins.b * ins.cols + column)[:, 0]
                 return vectors.chunk_sums(p, v, size)
+            case Op.RANK | Op.MASS:
+                logits, margin = self._values(ins.x, terms), self._cell(ins.z)[2]
+                draw = Draw(*self._draw())
+                if ins.op == Op.RANK:
+                    return sampling.rank_chunks(logits, margin, draw)
+                return sampling.mass_chunks(logits, int(self._values(ins.y, 1)[0]), margin, draw)
         # No long sum: its only chunk is the element itself.
         return [int(self.vector(self.instructions.index(ins))[e])]
 
@@ -359,10 +383,6 @@ def _header(trace: ServedTensors) -> Trace:
 
 def _term_count(ins: Instruction, position: int) -> int:
     return position + 1 if ins.terms == ALL_POSITIONS else ins.terms
-
-
-def _chunk_terms(ins: Instruction) -> int:
-    return TILE if ins.op == Op.WSUM else BLOCK
 
 
 def _element_bytes(ins: Instruction) -> int:

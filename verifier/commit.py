@@ -15,7 +15,9 @@ from verifier.sha256 import HashTree
 
 STOPPED = 1  # output code: ended at a stop id
 LIMITED = 2  # output code: reached its limit
-GREEDY_TOP_P = 65536
+WHOLE_TOP_P = 65536  # top_p that filters nothing
+MAX_TEMPERATURE = 100 << 16
+# Far above it a draw is uniform, whatever the model says.
 U64 = 1 << 64
 
 
@@ -44,13 +46,25 @@ class Request:
     stops: tuple[int, ...] = ()
     temperature: int = 0
     top_k: int = 0
-    top_p: int = GREEDY_TOP_P
+    top_p: int = WHOLE_TOP_P
     seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether its tokens are the model's first choices: judged by TOKEN, else by SAMPLE."""
+        return self.temperature == 0
 
     def record(self, r: int) -> bytes:
         """Its 100 bytes as request r of a batch. Raises ValueError for what the record cannot hold."""
-        head = (r, len(self.prompt), self.limit, self.seed, self.stops)
-        return codec.Request(*head, _tokens_tree(self.prompt).root, self.temperature, self.top_k, self.top_p).encode()
+        return self._record(r, _tokens_tree(self.prompt).root).encode()
+
+    def sampling(self, r: int) -> bytes:
+        """What SAMPLE knows of it as request r: 32 bytes, zeros if it is greedy."""
+        return self._record(r, bytes(32)).sampling()
+
+    def _record(self, r: int, prompt_root: bytes) -> codec.Request:
+        head = (r, len(self.prompt), self.limit, self.seed, self.stops, prompt_root)
+        return codec.Request(*head, self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -94,11 +108,21 @@ def validate_request(request: Request, shape: Limits) -> None:
                 raise InvalidRequest(f"expected {name} ids below {shape.vocabulary}, got {token} at {i}")
     if len(request.stops) > STOPS:
         raise InvalidRequest(f"expected at most {STOPS} stop ids, got {len(request.stops)}")
-    if (request.temperature, request.top_k, request.top_p) != (0, 0, GREEDY_TOP_P):
-        sampling = f"temperature {request.temperature}, top_k {request.top_k}, top_p {request.top_p}"
-        raise InvalidRequest(f"expected greedy sampling (0, 0, {GREEDY_TOP_P}), got {sampling}")
+    _check_sampling(request, shape)
     if not 0 <= request.seed < U64:
         raise InvalidRequest(f"expected a seed below 2^64, got {request.seed}")
+
+
+def _check_sampling(request: Request, shape: Limits) -> None:
+    sampling = (request.temperature, request.top_k, request.top_p)
+    if request.greedy and sampling != (0, 0, WHOLE_TOP_P):
+        raise InvalidRequest(f"expected a greedy request to filter nothing (0, 0, {WHOLE_TOP_P}), got {sampling}")
+    if not 0 <= request.temperature <= MAX_TEMPERATURE:
+        raise InvalidRequest(f"expected a temperature of 0 .. {MAX_TEMPERATURE} / 65536, got {request.temperature}")
+    if not 0 <= request.top_k <= shape.vocabulary:
+        raise InvalidRequest(f"expected a top_k of 0 .. {shape.vocabulary}, got {request.top_k}")
+    if not 1 <= request.top_p <= WHOLE_TOP_P:
+        raise InvalidRequest(f"expected a top_p of 1 .. {WHOLE_TOP_P} / 65536, got {request.top_p}")
 
 
 def positions(request: Request, output: Output) -> int:

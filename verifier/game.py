@@ -68,6 +68,7 @@ class Game:
     program_leaves: int
     token: int
     trace: Trace
+    sampling: bytes
     first_instruction: int
     steps: bytes
     phase: Phase
@@ -85,10 +86,10 @@ class Game:
     worker_moves: int
     challenger_moves: int
 
-    _FORMAT = ">32sBBIIII20sQ20sIII16s16s32s32s32s32sIIIIIIHHBBB?QQII32s32s"
+    _FORMAT = ">32sBBIIII20sQ20sIII16s16s32s32s32s32sIIIIIIHHBBB?QQII32s32s32s"
 
     def encode(self) -> bytes:
-        """390 bytes. Raises struct.error, OverflowError or ValueError for what a field cannot hold."""
+        """422 bytes. Raises struct.error, OverflowError or ValueError for what a field cannot hold."""
         s, t = self.segment, self.trace
         return struct.pack(
             self._FORMAT,
@@ -99,19 +100,19 @@ class Game:
             *(t.positions, t.first_layer, t.end_layer, self.first_instruction),
             *(self.worker_seconds, self.challenger_seconds, self.worker_moves, self.challenger_moves),
             *(self.phase, self.step, self.level, self.worker_turn, self.turn_started),
-            *(self.index, self.first_chunk, self.end_chunk, self.instruction, self.list),
+            *(self.index, self.first_chunk, self.end_chunk, self.instruction, self.list, self.sampling),
         )
 
     @classmethod
     def decode(cls, data: bytes) -> "Game":
-        """The state of 390 bytes. Raises DataLength; ValueError for a phase that there is none of."""
+        """The state of 422 bytes. Raises DataLength; ValueError for a phase that there is none of."""
         if len(data) != struct.calcsize(cls._FORMAT):
             raise DataLength(f"expected a game of {struct.calcsize(cls._FORMAT)} bytes, got {len(data)}")
         values = struct.unpack(cls._FORMAT, data)
         challenger, committed_at, worker, grace, token, program_leaves, bond, gas_rate = values[7:15]
         model_id, program_root, root, steps, positions, first_layer, end_layer, first_instruction = values[15:23]
         worker_seconds, challenger_seconds, worker_moves, challenger_moves, phase, step, level = values[23:30]
-        worker_turn, turn_started, index, first_chunk, end_chunk, instruction, posted = values[30:]
+        worker_turn, turn_started, index, first_chunk, end_chunk, instruction, posted, sampling = values[30:]
         return cls(
             segment=Segment(*values[:7]),
             challenger=checksummed(challenger),
@@ -125,6 +126,7 @@ class Game:
             program_leaves=program_leaves,
             token=token,
             trace=Trace(root, positions, first_layer, end_layer),
+            sampling=sampling,
             first_instruction=first_instruction,
             steps=steps,
             phase=Phase(phase),

@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Kind(IntEnum):
-    """Segment kinds. The last three judge records and have no program."""
+    """Segment kinds. STOP, BILL and LENGTH judge records and have no program."""
 
     EMBED = 0
     Q = 1
@@ -53,6 +53,7 @@ class Kind(IntEnum):
     STOP = 8
     BILL = 9
     LENGTH = 10
+    SAMPLE = 11
 
 
 def score_scale(shape: ModelShape) -> int:
@@ -146,17 +147,18 @@ class Program:
 
     @cached_property
     def headers(self) -> tuple[SegmentHeader, ...]:
-        """One header a kind, by kind."""
-        out, first = [], len(self.segments)
-        for kind in sorted(self.segments):
-            out.append(SegmentHeader(first, len(self.segments[kind]), self.units[kind]))
-            first += len(self.segments[kind])
+        """One header a kind, by kind; zeros for those without a program."""
+        out, first = [], len(Kind)
+        for kind in Kind:
+            steps = len(self.segments.get(kind, ()))
+            out.append(SegmentHeader(first, steps, self.units[kind]) if steps else SegmentHeader(0, 0, 0))
+            first += steps
         return tuple(out)
 
     @cached_property
     def table_base(self) -> int:
         """The first leaf of the RoPE table."""
-        return self.headers[-1].first + self.headers[-1].steps
+        return len(Kind) + sum(map(len, self.segments.values()))
 
     def leaves(self) -> list[bytes]:
         """The program tree's leaves: headers, instructions, table."""
@@ -176,7 +178,7 @@ def build_program(shape: ModelShape) -> Program:
     check_shape(shape)
     segments = _Builder(shape).segments()
     heads, kv, blocks = shape.heads, shape.kv_heads, shape.blocks
-    counts = (blocks, heads, kv, kv, blocks, blocks, blocks, shape.vocabulary)
+    counts = (blocks, heads, kv, kv, blocks, blocks, blocks, shape.vocabulary, shape.vocabulary)
     return Program(segments, dict(zip(segments, counts, strict=True)), tuple(rope_table(shape.rope, shape.head_dim)))
 
 
@@ -200,9 +202,10 @@ class _Builder:
             Kind.MLP: self._mlp(),
             Kind.LINK: (self._link(),),
             Kind.TOKEN: self._token(),
+            Kind.SAMPLE: self._sample(),
         }
         # The table follows all instructions, so its first leaf is known only now.
-        base = len(out) + sum(map(len, out.values()))
+        base = len(Kind) + sum(map(len, out.values()))
         table = Operand(Source.TABLE, base=base, width=shape.head_dim // 2)
         for kind in (Kind.Q, Kind.K):
             out[kind] = tuple(replace(step, y=table) if step.op == Op.ROPE else step for step in out[kind])
@@ -262,8 +265,22 @@ class _Builder:
         steps = self._normed(self._served(Tensor.OUT), "model.norm.weight")
         head = self._weight("lm_head.weight")
         steps.append(Instruction(Op.LOGIT, cols=2, terms=self.shape.hidden, a=self.fraction, x=_last(steps), y=head))
-        margin = Operand(Source.PROFILE, base=profile_cells(self.shape) - 1)
-        return (*steps, Instruction(Op.COMPARE, x=_last(steps), z=margin))
+        return (*steps, Instruction(Op.COMPARE, x=_last(steps), z=self._margin()))
+
+    def _sample(self) -> tuple[Instruction, ...]:
+        """A drawn token against a competitor, or its own membership: folds over the logits of the whole vocabulary."""
+        vocabulary, margin = self.shape.vocabulary, self._margin()
+        steps = self._normed(self._served(Tensor.OUT), "model.norm.weight")
+        steps.append(self._linear(steps, self._weight("lm_head.weight"), cols=vocabulary))
+        logits = _last(steps)
+        steps.append(Instruction(Op.MAX, terms=vocabulary, x=logits))
+        steps.append(Instruction(Op.RANK, terms=vocabulary, x=logits, z=margin))
+        steps.append(Instruction(Op.MASS, wide=1, terms=vocabulary, x=logits, y=_step(steps, 4), z=margin))
+        steps.append(Instruction(Op.STANDING, x=_step(steps, 5), y=_step(steps, 6)))
+        return (*steps, Instruction(Op.CHOICE, x=logits, y=_last(steps), z=margin))
+
+    def _margin(self) -> Operand:
+        return Operand(Source.PROFILE, base=profile_cells(self.shape) - 1)
 
     def _normed(self, x: Operand, weight: str, first: int = 0) -> list[Instruction]:
         """SUMSQ, RSQRT, NORM of x, as instructions first .. first + 2 of their list."""
@@ -339,8 +356,11 @@ def profile_cells(shape: ModelShape) -> int:
 
 
 def profile_index(shape: ModelShape, kind: Kind, layer: int = 0, unit: int = 0) -> int:
-    """The profile leaf that judges a cell; TOKEN is the margin's. Raises ValueError for a kind without tolerance."""
-    if kind == Kind.TOKEN:
+    """The profile leaf that judges a cell; TOKEN's and SAMPLE's is the margin's.
+
+    Raises ValueError for a kind without tolerance.
+    """
+    if kind in (Kind.TOKEN, Kind.SAMPLE):
         return profile_cells(shape) - 1
     return layer * _profile_stride(shape) + _profile_base(shape, kind) + unit
 

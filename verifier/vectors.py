@@ -158,6 +158,12 @@ def chunk_sums(x: npt.NDArray[np.int64] | Wide, y: npt.NDArray[np.int64] | Wide,
     return [int(products[i : i + size].sum()) for i in range(0, len(products), size)]
 
 
+def masses(x: Ints, largest: int, scale: int) -> Ints:
+    """2^((x - largest) scale) of logits (Q30) under a scale (Q40), Q40: the weights that MASS folds."""
+    exponents = (x.astype(object) - largest) * scale >> 40
+    return exp2(np.clip(exponents, -64 << 30, 0).astype(np.int64))
+
+
 def encode(values: npt.NDArray[np.int64] | Wide, wide: bool) -> bytes:
     """The elements' bytes: zigzag, big-endian, 8 bytes each or 16 if wide (docs/canonical.md, "Integer vectors")."""
     if not wide:

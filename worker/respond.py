@@ -88,7 +88,7 @@ class Responder(Player):
         if case is None:
             folder = self.folder_of(game.segment.job)
             trace = RequestTrace.load(trace_path(folder.path, game.segment.request), self.weights.shape)
-            case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token)
+            case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token, game.sampling)
             self._cases[piece] = case
         return case
 

@@ -28,6 +28,7 @@ from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
 from worker.recorder import Recorder, Summary
+from worker.sampler import Draw
 from worker.scheduler import Scheduler, stopped
 from worker.stage import Stage
 
@@ -391,11 +392,12 @@ class Run:
 
         def work() -> tuple[torch.Tensor, list[int]]:
             out, captured = stage.forward(hidden(), batch, self._cache)
-            ids = stage.tokens(out[[row for _, row in sampled]]) if sampled else []
+            ids = stage.tokens(out[[row for _, row in sampled]], draws) if sampled else []
             recorder.rows(batch, captured, None if stage.is_last else out)
             return out, ids
 
         sampled = sampling(batch, counts) if stage.is_last else []
+        draws = [Draw(self.requests[piece.request], piece.request, piece.end - 1) for piece, _ in sampled]
         out, ids = await asyncio.get_running_loop().run_in_executor(self._compute, work)
         for piece in batch.pieces:
             self._positions[piece.request] = piece.end

@@ -5,7 +5,7 @@ outputs of attention and MLP in hooks. There is no second forward.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from verifier.weights import Weights
 from worker.batch import Batch
 from worker.cache import Cache
+from worker.sampler import Draw, choose_all
 
 ATTENTION = "plumb"
 
@@ -136,9 +137,13 @@ class Stage:
         return nn.functional.linear(self.norm(hidden), self.head).float()
 
     @torch.inference_mode()
-    def tokens(self, hidden: torch.Tensor) -> list[int]:
-        """[rows, hidden] -> the greedy token of each row; ties go to the lowest id. Last stage only."""
+    def tokens(self, hidden: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
+        """[rows, hidden] -> the token of each row as its draw asks for; without draws, the greedy ones: ties go to the
+        lowest id. Last stage only.
+        """
         logits = self.logits(hidden)
+        if any(not draw.request.greedy for draw in draws):
+            return choose_all(logits.double().cpu().numpy(), draws)
         ids = torch.arange(logits.shape[-1], device=logits.device)
         # Rationale: torch.argmax leaves open which of several maxima it names.
         best = torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)

@@ -32,6 +32,7 @@ from worker.config import load as load_worker_config
 from worker.errors import Refused
 from worker.job import JobState
 from worker.respond import Responder
+from worker.sampler import Draw
 from worker.settle import Settler
 from worker.stage import Forward, Stage
 
@@ -70,8 +71,8 @@ class ChoosingStage(Stage):
 
     _chosen = 0
 
-    def tokens(self, hidden: torch.Tensor) -> list[int]:
-        tokens = super().tokens(hidden)
+    def tokens(self, hidden: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
+        tokens = super().tokens(hidden, draws)
         self._chosen += 1
         if self._chosen == 3 and tokens:
             tokens[0] = int(self.logits(hidden[:1])[0].argsort(descending=True)[40])

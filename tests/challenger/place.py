@@ -72,7 +72,9 @@ class Defence:
     def case(self, game: Game) -> Case:
         if game.segment not in self._cases:
             judge, trace = self.place.judge, self.served.traces[game.segment.stage][game.segment.request]
-            truth = Case(judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token)
+            truth = Case(
+                judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token, game.sampling
+            )
             self._cases[game.segment] = tiny.Liar(truth, 7, 3, 1 << 20, 0, wrong=False)
         return self._cases[game.segment]
 

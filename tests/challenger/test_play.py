@@ -80,6 +80,7 @@ def opened(case: Case, steps: bytes, now: int) -> Game:
         program_leaves=case.model.program_leaves,
         token=case.cell.token,
         trace=case.cell.trace,
+        sampling=case.cell.sampling,
         first_instruction=case.first_instruction,
         steps=keccak256(steps),
         phase=Phase.STEPS,

@@ -64,6 +64,7 @@ def sample_game() -> Game:
         program_leaves=60,
         token=3,
         trace=trace,
+        sampling=bytes(32),
         first_instruction=12,
         steps=b"\x08" * 32,
         phase=Phase.NODES,
@@ -275,7 +276,7 @@ def test_the_models_id_is_the_hash_of_its_words() -> None:
 def test_a_game_survives_the_way_to_the_chain_and_back() -> None:
     game = sample_game()
     assert Game.decode(game.encode()) == game
-    assert len(game.encode()) == 390
+    assert len(game.encode()) == 422
     with pytest.raises(DataLength):
         Game.decode(game.encode()[1:])
 

@@ -19,7 +19,10 @@ from contracts.build import ROOT, settings
 _REFEREE = "contracts/src/referee"
 _HARNESS = "tests/contracts/referee/Harness.sol"
 SOURCES = (
-    *(f"{_REFEREE}/{name}.sol" for name in ("Codec", "Fixed", "Floats", "Ops", "Referee", "Tree")),
+    *(
+        f"{_REFEREE}/{name}.sol"
+        for name in ("Codec", "Fixed", "Floats", "Ops", "Referee", "Sampler", "Sampling", "Tree")
+    ),
     "contracts/src/interfaces/IReferee.sol",
     _HARNESS,
 )

@@ -2,6 +2,8 @@
 
 Deterministic: the same bytes on every machine. The hand-made cases in hand.json beside them are never touched: vectors
 from a twin prove sameness, those prove truth.
+
+Rationale: long, because it is a list: a function an op.
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the project's is not
 
+from verifier.referee import sampling  # noqa: E402
 from verifier.referee.codec import encode_vector  # noqa: E402
 from verifier.referee.errors import RefereeError  # noqa: E402
 from verifier.referee.fixed import LOG2E, isqrt  # noqa: E402
@@ -223,6 +226,77 @@ def cases_compare(d: Draw) -> list[tuple[str, Lists, int, int]]:
         served, margin = d.near(ACTIVATION), d.upto(1 << 40)
         out.append((f"case {i}", [[served, served + margin + i % 3 - 1], [1, 1, margin]], 0, 0))
     return [*out, ("widest", [[-ACTIVATION, ACTIVATION], [1, 1, (1 << 64) - 1]], 0, 0)]
+
+
+def draw(d: Draw, **fields: int) -> list[int]:
+    """The fields of verifier.referee.sampling.Draw: mostly what a request may ask for."""
+    made = {
+        "temperature": d.random.choice([1, 655, 1 << 15, 1 << 16, 1 << 17, 1 << 24, (1 << 32) - 1, 0]),
+        "top_k": d.random.choice([0, 1, 2, 5, 40]),
+        "top_p": d.random.choice([0, 1, 30000, 58982, 65534, 65535, 65536, 70000]),
+        "seed": d.random.choice([0, 1, d.random.getrandbits(64), (1 << 64) - 1]),
+        "request": d.random.choice([0, 7, (1 << 32) - 1]),
+        "position": d.random.choice([0, 33, 8191]),
+        "token": d.random.choice([0, 258, 128255]),
+        "unit": d.random.choice([0, 258, 700, 128255]),
+        "first": d.random.choice([0, 256, 512]),
+    } | fields
+    return list(made.values())
+
+
+def chunk(d: Draw) -> tuple[list[int], int, int, int]:
+    """Logits of a chunk near one another, the judged one's, the largest of all, and a margin; edges often hit."""
+    centre, width = d.near(1 << 36), 1 << d.random.randint(24, 36)
+    logits = [centre + d.random.randint(-width, width) for _ in range(d.random.choice([1, 2, 7, 31]))]
+    margin = d.random.choice([0, 1, 1 << 20, 1 << 27, d.random.randint(0, width)])
+    judged = d.random.choice(logits) + d.random.choice([0, 1, -1]) * d.random.choice([0, margin, margin + 1])
+    return logits, judged, max(logits) + d.random.choice([0, 0, width]), margin
+
+
+def cases_rank(d: Draw) -> list[tuple[str, Lists, int, int]]:
+    full = [[5] * 256, [5], [1, 1, 0], draw(d, token=1, unit=2, first=0)]
+    out: list[tuple[str, Lists, int, int]] = [("full chunk of equals, one of them judged", full, 0, 0)]
+    for i in range(2 * RANDOM_CASES):
+        logits, judged, _, margin = chunk(d)
+        fields = {"unit": 3, "first": 0} if i % 3 == 0 else {}
+        out.append((f"random {i}", [logits, [judged], [1, 1, margin], draw(d, **fields)], 0, 0))
+    return [*out, ("no draw", [[1], [1], [1, 1, 1], [1]], 0, 0)]
+
+
+def cases_mass(d: Draw) -> list[tuple[str, Lists, int, int]]:
+    cell = [1, 1, (1 << 64) - 1]
+    bound = [[ACTIVATION] * 256, [-ACTIVATION], [ACTIVATION], cell, draw(d, temperature=1, top_p=1, token=1, unit=2)]
+    out: list[tuple[str, Lists, int, int]] = [("bound", bound, 0, 0)]
+    for i in range(3 * RANDOM_CASES):
+        logits, judged, largest, margin = chunk(d)
+        fields = {"token": 3, "unit": 3 + i % 2, "first": 0} if i % 3 else {}
+        args = [logits, [judged], [largest], [1, 1, margin], draw(d, **fields)]
+        out.append((f"random {i}", args, 0, 0))
+    return out
+
+
+def cases_standing(d: Draw) -> list[tuple[str, Lists, int, int]]:
+    out: list[tuple[str, Lists, int, int]] = []
+    for i in range(2 * RANDOM_CASES):
+        top_k = d.random.choice([0, 1, 5])
+        fields = {"token": 9, "unit": 9 - i % 2, "top_k": top_k}
+        place = top_k + d.random.choice([-1, 0, 1])
+        out.append((f"case {i}", [[place], [d.random.choice([-1, 0, 1, 1 << 90])], draw(d, **fields)], 0, 0))
+    return out
+
+
+def cases_choice(d: Draw) -> list[tuple[str, Lists, int, int]]:
+    out: list[tuple[str, Lists, int, int]] = []
+    for i in range(2 * RANDOM_CASES):
+        tokens = {"unit": 258, "token": 258} if i % 8 == 0 else {"unit": i, "token": 100 + i}
+        # A whole temperature makes the lead a whole number, which may equal the margin.
+        fields = draw(d, **tokens, **({"temperature": 1 << 16} if i % 2 else {}))
+        seen = sampling.Draw(*fields)
+        lead = seen.temperature * (sampling.noise(seen, seen.unit) - sampling.noise(seen, seen.token)) >> 16
+        served, margin = d.near(1 << 36), d.random.choice([0, 1 << 20, 1 << 27])
+        other = served - lead + margin + d.random.choice([-1, 0, 1, 1 << 20, -(1 << 20)])
+        out.append((f"case {i}", [[served], [other], [int(i % 7 > 0)], [1, 1, margin], fields], 0, 0))
+    return out
 
 
 def cases_same(d: Draw) -> list[tuple[str, Lists, int, int]]:

@@ -22,7 +22,7 @@ from verifier.canonical import Case
 from verifier.commit import Output, OutputsTree, RecordTree, Request, RequestsTree, StageTree, TraceNode
 from verifier.game import Segment
 from verifier.program import Kind, ModelShape, WeightLayout, shape_from_config
-from verifier.referee.codec import Model, Opening
+from verifier.referee.codec import GREEDY, Model, Opening
 from verifier.safetensors_file import Bits
 from verifier.tolerance import Profile, uniform_profile
 from verifier.trace import RequestTrace, tensor_keys, tensor_width
@@ -174,8 +174,8 @@ class Market:
             return uniform_profile(self.weights.shape, 1, 1000, 1 << 10, 1 << 10)
         return uniform_profile(self.weights.shape, (1 << 32) - 1, 1, 1 << 49, 1 << 49)
 
-    def batch(self, tight: bool, served: Served) -> "Batch":
-        """A job in its window. tight: the model whose profile nothing random passes."""
+    def batch(self, tight: bool, served: Served, requests: tuple[Request, ...] = REQUESTS) -> "Batch":
+        """A job in its window. tight: under the profile nothing random passes; requests: with REQUESTS' prompts."""
         profile = self.profile(tight)
         model = identify(self.weights, profile)
         requester = self.chain(REQUESTER)
@@ -189,7 +189,7 @@ class Market:
         job = Job(
             model=model_id,
             pipeline=pipeline,
-            requests_root=RequestsTree(REQUESTS).root,
+            requests_root=RequestsTree(requests).root,
             requests=len(REQUESTS),
             prompt_tokens=sum(len(request.prompt) for request in REQUESTS),
             max_tokens=sum(request.limit for request in REQUESTS),
@@ -214,7 +214,7 @@ class Market:
             signature = requester.sign_commit(at, s, model_id, root, *told, key=self.signer(s))
             claims.append(Claim(s, root, *told, signature))
         requester.escrow.commit(at, claims)
-        return Batch(at, served, model, profile, self.weights)
+        return Batch(at, served, model, profile, self.weights, requests)
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,7 @@ class Batch:
     model: Model
     profile: Profile
     weights: Weights
+    requests: tuple[Request, ...] = REQUESTS
 
     def segment(self, kind: Kind, stage: int, layer: int, position: int, unit: int, request: int = LONG_AT) -> Segment:
         return Segment(self.job, stage, kind, request, layer, position, unit)
@@ -233,7 +234,8 @@ class Batch:
     def case(self, segment: Segment, token: int = 0) -> Case:
         """The truth of a challenged segment."""
         trace = self.served.traces[segment.request][segment.stage]
-        return Case(self.model, self.weights, self.profile, segment, trace, None, token)
+        sampling = self.requests[segment.request].sampling(segment.request) if segment.kind == Kind.SAMPLE else GREEDY
+        return Case(self.model, self.weights, self.profile, segment, trace, None, token, sampling)
 
     def node(self, stage: int, request: int = LONG_AT) -> Opening:
         return self.served.stage_trees[stage].opening(request)
@@ -246,7 +248,7 @@ class Batch:
         return Opening(self.weights.program.segments[kind][0].encode(), tuple(self.weights.program.tree.prove(first)))
 
     def request(self, request: int = LONG_AT) -> Opening:
-        return RequestsTree(REQUESTS).record_opening(request)
+        return RequestsTree(self.requests).record_opening(request)
 
     def output(self, request: int = LONG_AT) -> Opening:
         return self.served.outputs_tree.opening(request)
@@ -260,7 +262,7 @@ class Batch:
         """What `challenge` wants."""
         kind = Kind(segment.kind)
         first = [self.node(segment.stage, segment.request), self.header(kind)]
-        if kind != Kind.TOKEN:
+        if kind not in (Kind.TOKEN, Kind.SAMPLE):
             return first
         place = segment.position + 1 - len(REQUESTS[segment.request].prompt)
         token = self.output_token(place, segment.request)

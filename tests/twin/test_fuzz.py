@@ -1,15 +1,20 @@
-"""Differential fuzz: every function of the referee, Python against the real EVM, values and error names alike."""
+"""Differential fuzz: every function of the referee, Python against the real EVM, values and error names alike.
+
+Rationale: long, because it is a list: what each function is fed, and the functions.
+"""
 
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.twin.evm import Answer, Contract, Refusal
-from verifier.referee import codec, fixed, floats, tree
+from verifier import sampling as fast
+from verifier.referee import codec, fixed, floats, sampling, tree
 from verifier.referee import referee as judge
 from verifier.referee.errors import RefereeError
 from verifier.referee.ops import Op, combine, finish, run
@@ -127,6 +132,32 @@ def blocks(seed: int, dtype: int, count: int) -> list[list[int]]:
     return out
 
 
+def sampled(seed: int, names: str) -> list[list[int]]:
+    """Arguments of the sampling ops, by name: logits of which many are near the judged one, any parameters."""
+    source = random.Random(seed)
+    width = 1 << source.randint(0, 48)
+    centre, margin = source.randint(-(1 << 49), 1 << 49), source.choice((0, 1, width, source.getrandbits(64)))
+    logits = [centre + source.randint(-width, width) for _ in range(source.choice((1, 3, 16, 256)))]
+    token, first = source.randrange(600), source.choice((0, 256, 512))
+    unit = token if source.random() < 0.4 else source.randrange(600)
+    parts = [source.choice((source.getrandbits(n), source.getrandbits(17) & ((1 << n) - 1))) for n in (32, 32, 17, 64)]
+    draw = [*parts, source.getrandbits(32), source.getrandbits(20), token, unit, first]
+    judged = source.choice(logits) + source.choice((0, margin, -margin))
+    other = judged + source.randint(-(1 << 36), 1 << 36)
+    made = {
+        "logits": logits,
+        "judged": [judged],
+        "largest": [max(logits) + source.choice((0, width))],
+        "cell": [1, 1, margin],
+        "rank": [source.choice((0, 1, parts[1], max(0, parts[1] - 1)))],
+        "mass": [source.randint(-1, 1)],
+        "other": [other],
+        "standing": [source.randint(0, 1)],
+        "draw": draw,
+    }
+    return [made[name] for name in names.split()]
+
+
 NONE = st.just(0)
 Case = tuple[list[list[int]], int, int]
 
@@ -156,6 +187,10 @@ CASES: dict[Op, st.SearchStrategy[Case]] = {
     Op.COMPARE: st.tuples(st.tuples(I64, I64, CELL).map(lambda v: [[v[0], v[1]], v[2]]), NONE, NONE),
     Op.SAME: with_dtype(lambda d: st.builds(blocks, SEED, st.just(d), st.just(2))),
     Op.JOIN: with_dtype(lambda d: st.builds(blocks, SEED, st.just(d), st.just(4))),
+    Op.RANK: st.tuples(st.builds(lambda s: sampled(s, "logits judged cell draw"), SEED), NONE, NONE),
+    Op.MASS: st.tuples(st.builds(lambda s: sampled(s, "logits judged largest cell draw"), SEED), NONE, NONE),
+    Op.STANDING: st.tuples(st.builds(lambda s: sampled(s, "rank mass draw"), SEED), NONE, NONE),
+    Op.CHOICE: st.tuples(st.builds(lambda s: sampled(s, "judged other standing cell draw"), SEED), NONE, NONE),
 }
 
 
@@ -181,7 +216,7 @@ def test_run(op: Op, referee: Contract) -> None:
         ),
         min_size=_BATCH,
         max_size=_BATCH,
-    ).map(lambda cases: [(op % 21, *rest) for op, *rest in cases])
+    ).map(lambda cases: [(op % 25, *rest) for op, *rest in cases])
 )
 def test_run_of_any_shape_refuses_alike(referee: Contract, cases: list[tuple[int, list[list[int]], int, int]]) -> None:
     assert referee.calls("run", cases) == [twin(run, *case) for case in cases]
@@ -216,6 +251,18 @@ def test_functions_of_one_value(name: str, bits_: int, harness: Contract) -> Non
         assert harness.calls(name, [(v,) for v in values]) == [getattr(fixed, name)(v) for v in values]
 
     check()
+
+
+BITS = st.one_of(U64, st.integers(0, 1 << 20), st.integers(0, 1 << 20).map(lambda x: (1 << 64) - 1 - x))
+
+
+@FUZZ
+@given(st.lists(BITS, min_size=_BATCH, max_size=_BATCH))
+def test_noise(harness: Contract, words: list[int]) -> None:
+    for name in ("gumbel", "mix"):
+        answers = harness.calls(name, [(word,) for word in words])
+        assert answers == [getattr(sampling, name)(word) for word in words]
+    assert fast.gumbel(np.array(words, dtype=np.uint64)).tolist() == [sampling.gumbel(word) for word in words]
 
 
 WHOLE = st.integers(0, (1 << 256) - 1)

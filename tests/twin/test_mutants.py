@@ -63,6 +63,17 @@ def _of_one_list(change: Callable[[Sequence[int]], int]) -> Callable[[Args, int,
     return lambda args, a, b: change(args[0])
 
 
+def _drawn(field: int, function: Callable[[Args, int, int], int]) -> Callable[[Args, int, int], int]:
+    """An op that is handed a draw with one more in one field."""
+    return lambda args, a, b: function([*args[:-1], [v + (i == field) for i, v in enumerate(args[-1])]], a, b)
+
+
+def _inclusive_margin(args: Args, a: int, b: int) -> int:
+    """`>=` where the law says `>`."""
+    served, other, standing, (num, den, margin), draw = args
+    return ops.choice([served, other, standing, [num, den, margin - 1], draw], a, b)
+
+
 FUNCTIONS: dict[str, Callable[[Args, int, int], int]] = {
     "sumsq": _of_one_list(lambda x: sum(v * abs(v) for v in x)),
     "linear": _without_last,
@@ -75,6 +86,10 @@ FUNCTIONS: dict[str, Callable[[Args, int, int], int]] = {
     "compare": lambda args, a, b: int(args[0][1] - args[0][0] >= args[1][2]),
     "same": lambda args, a, b: int(list(args[0][1:]) != list(args[1][1:])),
     "join": _joined_from_the_right,
+    "rank": _drawn(7, ops.rank),
+    "mass": _drawn(2, ops.mass),
+    "standing": _drawn(1, ops.standing),
+    "choice": _inclusive_margin,
 }
 
 NAMES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
@@ -113,6 +128,7 @@ def test_the_vectors_see_a_fault_in_python(folder: str, monkeypatch: pytest.Monk
 # ---- Solidity: which text to replace, and by what. Faults of one batch touch disjoint folders: one compilation.
 
 _OPS, _FLOATS, _TREE, _CODEC = (f"contracts/src/referee/{name}.sol" for name in ("Ops", "Floats", "Tree", "Codec"))
+_SAMPLING = "contracts/src/referee/Sampling.sol"
 _PRODUCTS = "if (op == Op.LINEAR || op == Op.WSUM || op == Op.LOGIT) return linear(args);"
 
 IN_OPS: dict[str, tuple[str, str, str]] = {
@@ -148,6 +164,13 @@ IN_OPS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+IN_SAMPLING: dict[str, tuple[str, str, str]] = {
+    "rank": (_SAMPLING, "if (logits[i] >= edge && i != judged) ++count;", "if (logits[i] >= edge) ++count;"),
+    "mass": (_SAMPLING, "a := add(a, xor(above_, own))", "a := add(a, 1)"),
+    "standing": (_SAMPLING, "rank_ >= int256(draw.topK)", "rank_ > int256(draw.topK)"),
+    "choice": (_SAMPLING, "lead > margin * int256(ONE)", "lead >= margin * int256(ONE)"),
+}
+
 SHARED: dict[str, tuple[str, str, str]] = {
     "decode": (_FLOATS, "beyond = bias + limit;", "beyond = bias + limit + 1;"),
     "finish": (_OPS, "? Fixed.cl(Fixed.rs(total, a))", "? Fixed.rs(total, a)"),
@@ -170,11 +193,16 @@ def deployed(evm: Evm, faults: dict[str, tuple[str, str, str]]) -> dict[str, Con
 @pytest.fixture(scope="module")
 def mutants(evm: Evm) -> dict[str, dict[str, Contract]]:
     """The faulty contracts by the folder whose fault they hold."""
-    return {folder: batch for faults in (IN_OPS, SHARED) for batch in [deployed(evm, faults)] for folder in faults}
+    return {
+        folder: batch
+        for faults in (IN_OPS | IN_SAMPLING, SHARED)
+        for batch in [deployed(evm, faults)]
+        for folder in faults
+    }
 
 
 def test_a_solidity_fault_is_seeded_for_every_folder() -> None:
-    assert sorted(IN_OPS) == sorted(OPS)
+    assert sorted(IN_OPS | IN_SAMPLING) == sorted(OPS)
     assert sorted(SHARED) == sorted(OTHERS)
 
 

@@ -20,6 +20,7 @@ from verifier.referee.codec import (
     Model,
     Opening,
     ProfileCell,
+    Request,
     Source,
     Tensor,
     Trace,
@@ -177,7 +178,10 @@ class World:
 
     def cell(self, layer: int, position: int, unit: int, token: int) -> Cell:
         here, after = self.stages[layer].trace, self.stages[min(layer + 1, 1)].trace
-        return Cell(layer, position, unit, token, here, after)
+        request = Request(
+            7, 1, 1, self.random.getrandbits(64), (), bytes(32), 1 << 14, 3, self.random.choice((9000, 1 << 16))
+        )
+        return Cell(layer, position, unit, token, here, after, request.sampling())
 
     def vectors(self, instructions: Sequence[Instruction], cell: Cell) -> list[list[bytes]]:
         """The leaves of a random vector for each instruction."""
@@ -215,7 +219,7 @@ class World:
         positions = self.stages[0].trace.positions
         for kind, instructions in self.program.segments.items():
             for layer in (0, 1):
-                if (kind == Kind.EMBED and layer == 1) or (kind == Kind.TOKEN and layer == 0):
+                if (kind == Kind.EMBED and layer == 1) or (kind in (Kind.TOKEN, Kind.SAMPLE) and layer == 0):
                     continue
                 t = self.random.choice((0, 15, positions - 2, positions - 1))
                 units = self.program.units[kind]
@@ -328,8 +332,8 @@ def tampered(step: Step, source: random.Random) -> Step:
         case "layer" | "position" | "unit":
             value = source.choice((0, 1, 2, 3, 18, 300))
             spot = {"layer": step.cell.layer, "position": step.cell.position, "unit": step.cell.unit} | {kind: value}
-            cell = Cell(**spot, token=step.cell.token, trace=step.cell.trace, next=step.cell.next)
-            return replace(step, cell=cell)
+            fields: dict[str, Any] = spot
+            return replace(step, cell=replace(step.cell, **fields))
     if openings:
         openings[at] = Opening(data, tuple(siblings))
     return replace(step, openings=tuple(openings))

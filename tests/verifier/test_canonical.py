@@ -13,7 +13,7 @@ from verifier import linear, vectors
 from verifier.linear import Part
 from verifier.program import Kind
 from verifier.referee import fixed, floats, ops
-from verifier.referee.codec import decode_vector
+from verifier.referee.codec import GREEDY, Request, decode_vector
 from verifier.referee.errors import ChunkOutOfRange, ElementOutOfRange
 from verifier.referee.floats import Dtype
 from verifier.referee.referee import element_count, step
@@ -172,6 +172,7 @@ PLACES = [
     (Kind.LINK, {"layer": 0, "position": 9, "unit": 1}),
     (Kind.LINK, {"layer": 1, "position": 9, "unit": 0}),
     (Kind.TOKEN, {"layer": 1, "position": 4, "unit": 12}),
+    (Kind.SAMPLE, {"layer": 1, "position": 4, "unit": 12}),
 ]
 
 
@@ -184,7 +185,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))
 def test_steps_judged_from_openings_equal_the_vectors(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> None:
     """Every instruction, at its first, last and some other elements, every chunk: referee.step on Case's openings."""
-    case = model.case(kind, token=model.tokens[place["position"]], **place)
+    word = Request(3, 1, 1, 99, (), bytes(32), 70000, 9, 60000).sampling() if kind == Kind.SAMPLE else GREEDY
+    case = model.case(kind, token=model.tokens[place["position"]], sampling=word, **place)
     roots, generator = case.steps(), np.random.default_rng(3)
     for i, instruction in enumerate(case.instructions):
         vector = case.vector(i)
@@ -199,7 +201,7 @@ def test_steps_judged_from_openings_equal_the_vectors(model: tiny.Tiny, kind: Ki
                 sums.append(step(model.model, case.cell, roots[:i], instruction, e, chunk, openings))
             assert ops.finish(instruction.op, ops.combine(instruction.op, sums), instruction.a) == int(vector[e])
             assert sums == case.chunk_sums(i, e) or case.chunks(i) == 1
-    if kind != Kind.TOKEN:  # the token there is any
+    if kind not in (Kind.TOKEN, Kind.SAMPLE):  # the token there is any
         assert not case.verdict()
 
 

@@ -70,7 +70,12 @@ def test_the_roots_of_a_batch_of_one_and_of_two() -> None:
         ({"prompt": (-1,)}, "prompt ids below 1000"),
         ({"stops": (1000,)}, "stop ids below 1000"),
         ({"stops": tuple(range(9))}, "at most 8 stop ids"),
-        ({"temperature": 65536}, "greedy"),
+        ({"temperature": (100 << 16) + 1}, "temperature of 0 .. 6553600"),
+        ({"temperature": -1}, "temperature of 0"),
+        ({"temperature": 1, "top_k": 1001}, "top_k of 0 .. 1000"),
+        ({"temperature": 1, "top_k": -1}, "top_k of 0 .. 1000"),
+        ({"temperature": 1, "top_p": 0}, "top_p of 1 .. 65536"),
+        ({"temperature": 1, "top_p": 65537}, "top_p of 1 .. 65536"),
         ({"top_k": 1}, "greedy"),
         ({"top_p": 65535}, "greedy"),
         ({"seed": 1 << 64}, "seed"),
@@ -84,6 +89,14 @@ def test_what_the_law_cannot_serve_is_refused(change: dict[str, object], reason:
 
 def test_what_just_fits_is_served() -> None:
     validate_request(replace(GOOD, limit=29, stops=tuple(range(8)), seed=(1 << 64) - 1), Limits())
+    validate_request(replace(GOOD, temperature=1, top_k=1000, top_p=1), Limits())
+    validate_request(replace(GOOD, temperature=100 << 16), Limits())
+
+
+def test_what_sample_knows_of_a_request_is_a_part_of_its_record() -> None:
+    drawn = replace(GOOD, temperature=1 << 16, top_k=7, top_p=9, seed=11)
+    assert GOOD.sampling(5) == bytes(32) and GOOD.greedy and not drawn.greedy
+    assert drawn.sampling(5) == drawn.record(5)[12:32] + (5).to_bytes(4, "big") + bytes(8)
 
 
 def test_outputs_start_behind_one_another_and_say_why_they_ended() -> None:

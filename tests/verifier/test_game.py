@@ -28,6 +28,7 @@ from verifier.game import (
 from verifier.keccak import keccak256
 from verifier.linear import Bits
 from verifier.program import Kind
+from verifier.referee.codec import Request
 from verifier.referee.ops import Op
 from verifier.referee.tree import Tree, depth
 from verifier.rules import (
@@ -70,6 +71,7 @@ def opened(case: Case, steps: bytes, now: int = 100, seconds: int = 600) -> Game
         program_leaves=model.program_leaves,
         token=cell.token,
         trace=cell.trace,
+        sampling=cell.sampling,
         first_instruction=case.first_instruction,
         steps=keccak256(steps),
         phase=Phase.STEPS,
@@ -131,6 +133,7 @@ PLACES: list[tuple[Kind, dict[str, int]]] = [
     (Kind.ATTEND, {"layer": 1, "position": 33, "unit": 1}),
     (Kind.MLP, {"layer": 1, "position": 5, "unit": 1}),
     (Kind.TOKEN, {"layer": 1, "position": 4, "unit": 12}),
+    (Kind.SAMPLE, {"layer": 1, "position": 4, "unit": 12}),
 ]
 LONG_PLACES: list[tuple[Kind, dict[str, int]]] = [
     (Kind.ATTEND, {"layer": 1, "position": 599, "unit": 0}),
@@ -138,12 +141,17 @@ LONG_PLACES: list[tuple[Kind, dict[str, int]]] = [
 ]
 
 
-def served_wrong(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> Case:
+def served_wrong(model: tiny.Tiny, kind: Kind, place: dict[str, Any]) -> Case:
     """The truth about a piece that the worker served wrong."""
     if kind == Kind.TOKEN:
         logits = {u: truth_logits(model, place, u) for u in range(3)}
         worst, best = min(logits, key=lambda u: logits[u]), max(logits, key=lambda u: logits[u])
         return model.case(kind, token=worst, **(place | {"unit": best}))
+    if kind == Kind.SAMPLE:
+        word = Request(0, 1, 1, 5, (), bytes(32), temperature=20000, top_k=30, top_p=65000).sampling()
+        pairs = ((token, other) for token in range(9) for other in range(9) if token != other)
+        cases = (model.case(kind, token=s, sampling=word, **(place | {"unit": u})) for s, u in pairs)
+        return next(case for case in cases if case.verdict())
     name = {Kind.ATTEND: "attn_out", Kind.MLP: "mlp_out"}.get(kind, kind.name.lower())
     columns = 256 if kind in (Kind.ATTEND, Kind.MLP) else model.shape.head_dim
 
@@ -172,9 +180,10 @@ def lies(truth: Case, seed: int) -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))
 def test_an_honest_worker_wins_against_every_liar(model: tiny.Tiny, kind: Kind, place: dict[str, int]) -> None:
-    token = served_wrong(model, kind, place).token
-    right = {"unit": token} if kind == Kind.TOKEN else {}
-    assert_worker_wins(model.case(kind, token=token, **(place | right)))
+    wrong = served_wrong(model, kind, place)
+    right = {Kind.TOKEN: {"unit": wrong.token}, Kind.SAMPLE: {"unit": 8, "token": wrong.segment.unit}}.get(kind, {})
+    fields = {"token": wrong.token, "sampling": wrong.sampling_word} | place | right
+    assert_worker_wins(model.case(kind, **fields))
 
 
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))

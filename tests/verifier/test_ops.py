@@ -15,6 +15,7 @@ STORED = st.integers(-(1 << 50), 1 << 50)
 LISTS = st.lists(STORED, min_size=1, max_size=256)
 PAIRS = st.lists(st.tuples(STORED, STORED), min_size=1, max_size=256)
 
+DRAW = [65536, 2, 60000, 7, 0, 3, 0, 1, 0]
 SHAPES: dict[Op, list[list[int]]] = {
     Op.ADD: [[0], [0]],
     Op.SUMSQ: [[1, 2]],
@@ -34,8 +35,12 @@ SHAPES: dict[Op, list[list[int]]] = {
     Op.COMPARE: [[1, 2], [1, 1, 5]],
     Op.SAME: [[1, 2], [3, 4]],
     Op.JOIN: [[1, 2], [3, 4], [5, 6], [7, 8]],
+    Op.RANK: [[1, 2], [1], [1, 1, 5], DRAW],
+    Op.MASS: [[1, 2], [1], [2], [1, 1, 5], DRAW],
+    Op.STANDING: [[1], [2], DRAW],
+    Op.CHOICE: [[1], [2], [1], [1, 1, 5], DRAW],
 }
-ANY_LENGTH = {Op.SUMSQ, Op.MAX, Op.SUM}
+ANY_LENGTH = {Op.SUMSQ, Op.MAX, Op.SUM, Op.RANK, Op.MASS}
 
 
 @pytest.mark.parametrize("op", list(Op))
@@ -50,7 +55,7 @@ def test_lists_of_another_shape_are_refused(op: Op) -> None:
             run(op, lists, 1, 1)
 
 
-@pytest.mark.parametrize("op", [-1, 0, 19, 255])
+@pytest.mark.parametrize("op", [-1, 0, 23, 255])
 def test_other_numbers_are_no_ops(op: int) -> None:
     with pytest.raises(UnknownOp):
         run(op, [[1]], 0, 0)

@@ -152,7 +152,7 @@ def test_the_layout_by_hand() -> None:
 def test_the_program_tree_holds_headers_instructions_and_table() -> None:
     program = build_program(SHAPE)
     leaves = program.leaves()
-    lists = [program.segments[Kind(kind)] for kind in range(8)]
+    lists = [program.segments.get(kind, ()) for kind in Kind]
     assert [[Op(i.op).name for i in steps] for steps in lists] == [
         ["SAME"],
         ["SUMSQ", "RSQRT", "NORM", "LINEAR", "ROPE", "VERDICT"],
@@ -162,12 +162,16 @@ def test_the_program_tree_holds_headers_instructions_and_table() -> None:
         ["ADD", "SUMSQ", "RSQRT", "NORM", "LINEAR", "LINEAR", "GATED", "LINEAR", "VERDICT"],
         ["JOIN"],
         ["SUMSQ", "RSQRT", "NORM", "LOGIT", "COMPARE"],
+        [],
+        [],
+        [],
+        ["SUMSQ", "RSQRT", "NORM", "LINEAR", "MAX", "RANK", "MASS", "STANDING", "CHOICE"],
     ]
     for kind, steps in enumerate(lists):
         header = SegmentHeader.decode(leaves[kind])
         assert tuple(Instruction.decode(x) for x in leaves[header.first : header.first + header.steps]) == steps
-    assert [h.units for h in program.headers] == [3, 6, 2, 2, 3, 3, 3, 50]
-    assert program.table_base == 8 + sum(map(len, lists)) == len(leaves) - 1
+    assert [h.units for h in program.headers] == [3, 6, 2, 2, 3, 3, 3, 50, 0, 0, 0, 50]
+    assert program.table_base == 12 + sum(map(len, lists)) == len(leaves) - 1
     assert leaves[-1] == b"".join(f.to_bytes(8, "big") for f in program.table)
     assert lists[1][4].y.base == lists[2][4].y.base == program.table_base
     opening = [leaf(x) for x in leaves[8:10]]

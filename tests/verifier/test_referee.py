@@ -367,7 +367,7 @@ def test_the_last_v_tile_holds_no_positions_that_were_not_served() -> None:
 def test_ops_and_sources_that_the_law_does_not_know_are_refused() -> None:
     w, cell, i, openings = honest(Kind.MLP, 0)
     refuse(errors.UnknownOp, w, cell, replace(i, op=0), openings)
-    refuse(errors.UnknownOp, w, cell, replace(i, op=19), openings)
+    refuse(errors.UnknownOp, w, cell, replace(i, op=23), openings)
     for source in (Source.NONE, Source.STEP, Source.WEIGHT, Source.TABLE, 6):
         refuse(errors.UnknownSource, w, cell, replace(i, x=replace(i.x, source=source)), openings)
     with pytest.raises(errors.UnknownSource):

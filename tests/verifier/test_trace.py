@@ -135,7 +135,7 @@ def test_every_opening_satisfies_the_referee_until_a_byte_flips(
     shape = shape_of(width, dtype=dtype)
     trace, after = random_trace(shape, 0, 2, positions), random_trace(shape, 2, 3, positions)
     kind, instruction = data.draw(st.sampled_from(served_steps(shape)))
-    layer = 2 if kind == Kind.TOKEN else data.draw(st.integers(0, 1))
+    layer = 2 if kind in (Kind.TOKEN, Kind.SAMPLE) else data.draw(st.integers(0, 1))
     position, unit = data.draw(st.integers(0, positions - 1)), 0
     if kind in (Kind.ATTEND, Kind.MLP, Kind.LINK):
         unit = data.draw(st.integers(0, shape.blocks - 1))

@@ -14,7 +14,7 @@ from verifier.canonical import Case, Vector
 from verifier.game import Segment
 from verifier.linear import Bits, float_tensor
 from verifier.program import Kind, ModelShape, WeightLayout, shape_from_config
-from verifier.referee.codec import Model
+from verifier.referee.codec import GREEDY, Model
 from verifier.referee.floats import Dtype
 from verifier.referee.ops import Op
 from verifier.reference import Reference
@@ -141,8 +141,10 @@ def segment(kind: Kind, layer: int = 0, position: int = 0, unit: int = 0) -> Seg
     return Segment(JOB, 0, kind, 0, layer, position, unit)
 
 
-def case_of(tiny: Tiny, trace: RequestTrace, kind: Kind, token: int = 0, **place: Any) -> Case:
-    return Case(tiny.model, tiny.weights, tiny.profile, segment(kind, **place), trace, None, token)
+def case_of(
+    tiny: Tiny, trace: RequestTrace, kind: Kind, token: int = 0, sampling: bytes = GREEDY, **place: Any
+) -> Case:
+    return Case(tiny.model, tiny.weights, tiny.profile, segment(kind, **place), trace, None, token, sampling)
 
 
 def whole(trace: RequestTrace) -> Stage:
@@ -156,7 +158,7 @@ class Liar(Case):
     def __init__(self, truth: Case, step: int, element: int, delta: int, chunk: int, wrong: bool) -> None:
         """delta is added to one element of one instruction; wrong: what its verdict claims."""
         place = (truth.model, truth.weights, truth.profile, truth.segment, truth.trace)
-        super().__init__(*place, truth.next_trace, truth.token)
+        super().__init__(*place, truth.next_trace, truth.token, truth.sampling_word)
         self.step, self.element, self.delta, self.chunk, self.wrong = step, element, delta, chunk, wrong
 
     def vector(self, i: int) -> Vector:

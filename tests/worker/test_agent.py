@@ -83,7 +83,8 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
             ([replace(good, prompt=(*good.prompt[:-1], 9999))], "ids below 211"),
             ([good, good], "expected 1 requests, came 2"),
             ([replace(good, prompt=tuple(reversed(good.prompt)))], "expected requests with root"),
-            ([replace(good, temperature=1)], "greedy"),
+            ([replace(good, top_k=1)], "greedy"),
+            ([replace(good, temperature=1, top_p=0)], "top_p of 1 .. 65536"),
             ([replace(good, prompt=good.prompt * 40)], "within 128 positions"),
         ):
             answer = await village.send(other, requests)

@@ -16,6 +16,8 @@ BLOCK = 256
 # Elements of a served or weight leaf, of a row block, and terms of a chunk: one size, so that a chunk opens one leaf.
 TILE = 16
 # v is tiled 16 x 16 (256 elements again), so that one leaf opens a column over a chunk of positions.
+FOLD = 128
+# Logits of a chunk of RANK and MASS: 1024 chunks, two lists of sums, hold a vocabulary of 131,072.
 TABLE_LEAF = 64
 ALL_POSITIONS = 0xFFFFFFFF
 # `terms` of a sum over the positions 0..t
@@ -172,6 +174,10 @@ class ProfileCell:
         return cls(*struct.unpack(">IIQ", data))
 
 
+GREEDY = bytes(32)
+# The sampling word of whatever draws nothing.
+
+
 @dataclass(frozen=True)
 class Opening:
     """Concatenated leaves and the range proof that ties them to their root."""
@@ -200,6 +206,7 @@ class Cell:
     token: int
     trace: Trace
     next: Trace
+    sampling: bytes = GREEDY  # of SAMPLE
 
 
 def encode_vector(values: Iterable[int], wide: bool) -> bytes:
@@ -266,6 +273,12 @@ class Request:
         head = (self.index, self.prompt_count, self.limit, self.temperature, self.top_k, self.top_p, self.seed)
         stops = (*self.stops, *([0] * (STOPS - len(self.stops))))
         return struct.pack(self._FORMAT, *head, len(self.stops), *stops, self.prompt_root)
+
+    def sampling(self) -> bytes:
+        """What SAMPLE knows of the request, 32 bytes: temperature, top_k, top_p, seed, index; zeros if it is greedy."""
+        if not self.temperature:
+            return GREEDY
+        return struct.pack(">IIIQI8x", self.temperature, self.top_k, self.top_p, self.seed, self.index)
 
     @classmethod
     def decode(cls, data: bytes) -> "Request":

@@ -1,12 +1,14 @@
 """The ops: pure, total arithmetic on lists of integers (docs/canonical.md, "Ops").
 
-`args` has one list for each operand that is read, in the order x, y, z, next; an operand that is NONE has no list.
+`args` has one list for each read, in the order of canonical.md; the ops of sampling are handed the draw as their last.
 Activations are Q30, weights QG, raw float bits unsigned.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from enum import IntEnum
 
+from verifier.referee import sampling
 from verifier.referee.errors import OperandShape, UnknownOp
 from verifier.referee.fixed import cl, exp2, isqrt, rs, silu, sincos
 from verifier.referee.floats import INVALID, Dtype, decode_served, valid
@@ -36,6 +38,14 @@ class Op(IntEnum):
     COMPARE = 16
     SAME = 17
     JOIN = 18
+    RANK = 19
+    MASS = 20
+    STANDING = 21
+    CHOICE = 22
+
+
+SAMPLED = (Op.RANK, Op.MASS, Op.STANDING, Op.CHOICE)
+# They know the request's parameters and the place besides what they read.
 
 
 def run(op: int, args: Args, a: int, b: int) -> int:
@@ -183,6 +193,32 @@ def join(args: Args, a: int, b: int) -> int:
     return int(any(add_bits(dtype, add_bits(dtype, i, j), k) != n for i, j, k, n in zip(x, y, z, after, strict=True)))
 
 
+def rank(args: Args, a: int, b: int) -> int:
+    """[x...] logits, [the judged token's], [num, den, margin], draw: how many lie above it."""
+    logits, (own,), (_, _, margin), draw = _shaped(args, None, 1, 3, DRAW_FIELDS)
+    return sampling.rank(logits, own, margin, sampling.Draw(*draw))
+
+
+def mass(args: Args, a: int, b: int) -> int:
+    """[x...] logits, [the judged one's], [the largest], [num, den, margin], draw: (1-p) x mass above - p x the rest."""
+    logits, (own,), (largest,), (_, _, margin), draw = _shaped(args, None, 1, 1, 3, DRAW_FIELDS)
+    return sampling.mass(logits, own, largest, margin, sampling.Draw(*draw))
+
+
+def standing(args: Args, a: int, b: int) -> int:
+    """[rank], [mass], draw: 1 if a competitor is surely allowed, or the served token surely excluded."""
+    (place,), (excess,), draw = _shaped(args, 1, 1, DRAW_FIELDS)
+    return sampling.standing(place, excess, sampling.Draw(*draw))
+
+
+def choice(args: Args, a: int, b: int) -> int:
+    """[served token's logit], [competitor's], [standing], [num, den, margin], draw: 1 if the served token is wrong."""
+    (served,), (other,), (stands,), (_, _, margin), draw = _shaped(args, 1, 1, 1, 3, DRAW_FIELDS)
+    return sampling.choice(served, other, stands, margin, sampling.Draw(*draw))
+
+
+DRAW_FIELDS = len(fields(sampling.Draw))
+
 _FUNCTIONS: dict[Op, Callable[[Args, int, int], int]] = {
     Op.ADD: add,
     Op.SUMSQ: sumsq,
@@ -202,6 +238,10 @@ _FUNCTIONS: dict[Op, Callable[[Args, int, int], int]] = {
     Op.COMPARE: compare,
     Op.SAME: same,
     Op.JOIN: join,
+    Op.RANK: rank,
+    Op.MASS: mass,
+    Op.STANDING: standing,
+    Op.CHOICE: choice,
 }
 
 

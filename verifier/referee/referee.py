@@ -2,6 +2,8 @@
 
 Every step has the same beats: plan its reads, read and check each opening, compute. Nothing is taken from the caller
 that the model, the cell or the instruction implies.
+
+Rationale: longer than a sitting, because it is one argument: what a step reads, and no more.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from enum import IntEnum
 from verifier.referee.codec import (
     ALL_POSITIONS,
     BLOCK,
+    FOLD,
     TABLE_LEAF,
     TILE,
     VECTOR_LEAF_BYTES,
@@ -37,7 +40,8 @@ from verifier.referee.errors import (
     UnknownSource,
 )
 from verifier.referee.floats import Dtype, decode_served, decode_weight, valid
-from verifier.referee.ops import Op, run
+from verifier.referee.ops import SAMPLED, Op, run
+from verifier.referee.sampling import draw_list
 from verifier.referee.tree import leaf, root_of_range, root_of_range_used
 
 
@@ -91,6 +95,8 @@ def step(
     if not reads:
         return 0
     args = [_open(model, cell, steps, read, opening) for read, opening in zip(reads, openings, strict=True)]
+    if instruction.op in SAMPLED:
+        args.append(draw_list(cell.sampling, cell.position, cell.token, cell.unit, FOLD * chunk))
     if instruction.op == Op.ROPE:
         return run(instruction.op, args, cell.position, int(element >= instruction.cols // 2))
     return run(instruction.op, args, instruction.a, instruction.b)
@@ -108,7 +114,7 @@ def element_count(instruction: Instruction, position: int, unit: int) -> int:
 
 def chunk_count(instruction: Instruction, position: int, element: int = 0) -> int:
     """Chunks of an element's sum: 1 for a step that is computed at once. The same for every element."""
-    size = _chunk_terms(instruction)
+    size = chunk_terms(instruction)
     return max(1, -(-_terms(instruction, position) // size))
 
 
@@ -124,8 +130,10 @@ def _terms(instruction: Instruction, position: int) -> int:
     return position + 1 if instruction.terms == ALL_POSITIONS else instruction.terms
 
 
-def _chunk_terms(instruction: Instruction) -> int:
-    return TILE if instruction.op == Op.WSUM else BLOCK
+def chunk_terms(instruction: Instruction) -> int:
+    """Terms of one chunk of an instruction's sums."""
+    sizes: dict[int, int] = {Op.WSUM: TILE, Op.RANK: FOLD, Op.MASS: FOLD}
+    return sizes.get(instruction.op, BLOCK)
 
 
 def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, chunk: int) -> list[Read]:
@@ -135,7 +143,7 @@ def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, c
     """
     t, e, u, cols = cell.position, element, cell.unit, instruction.cols
     x, y, z = instruction.x, instruction.y, instruction.z
-    size = _chunk_terms(instruction)
+    size = chunk_terms(instruction)
     start = size * chunk
     count = min(size, _terms(instruction, t) - start)
     head, place = divmod(e, padded(t))
@@ -189,6 +197,14 @@ def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, c
             after = Operand(Source.SERVED, Tensor.OUT if out else Tensor.H, 0, 0, x.unit_stride, x.width)
             reads = [Read(operand, 0, n, row=t, view=View.RAW) for operand in (x, y, z)]
             reads.append(Read(after, 0, n, row=t, view=View.RAW, next=True))
+        case Op.RANK:
+            reads = [Read(x, start, count), Read(x, u), Read(z, 0)]
+        case Op.MASS:
+            reads = [Read(x, start, count), Read(x, u), Read(y, 0), Read(z, 0)]
+        case Op.STANDING:
+            reads = [Read(x, 0), Read(y, 0)]
+        case Op.CHOICE:
+            reads = [Read(x, cell.token), Read(x, u), Read(y, 0), Read(z, 0)]
         case _:
             raise UnknownOp(f"expected an op from 1 to {len(Op)}, got {instruction.op}")
     for read, allowed in zip(reads, _SOURCES[Op(instruction.op)], strict=True):
@@ -219,6 +235,10 @@ _SOURCES: dict[Op, tuple[tuple[Source, ...], ...]] = {
     Op.COMPARE: (_STEP, _PROFILE),
     Op.SAME: (_SERVED, _WEIGHT),
     Op.JOIN: (_SERVED, _SERVED, _SERVED, _SERVED),
+    Op.RANK: (_STEP, _STEP, _PROFILE),
+    Op.MASS: (_STEP, _STEP, _STEP, _PROFILE),
+    Op.STANDING: (_STEP, _STEP),
+    Op.CHOICE: (_STEP, _STEP, _STEP, _PROFILE),
 }
 # What an op reads from a place that it was not made for has no meaning in the law, so no program may ask for it.
 

@@ -40,10 +40,11 @@ contract Evidence {
     uint8 private constant STOP = 8;
     uint8 private constant BILL = 9;
     uint8 private constant LENGTH = 10;
+    uint8 private constant SAMPLE = 11;
     bytes32 public constant HANDOFF_TYPEHASH = keccak256("Handoff(bytes32 job,uint8 stage,bytes32 root,uint32 leaves)");
     bytes32 private constant DOMAIN_TYPEHASH =
         keccak256("EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)");
-    uint256 private constant KINDS = 8; // those with a program
+    uint256 private constant KINDS = 12; // headers of a program; those of kinds that judge records have no units
     uint32 private constant NO_TOKEN = type(uint32).max;
 
     IEscrow public immutable escrow;
@@ -64,13 +65,13 @@ contract Evidence {
         referee = referee_;
     }
 
-    /// @notice Q, K, V, ATTEND, MLP and TOKEN: a game that can start, but for its list, its clocks and its bond.
+    /// @notice Q, K, V, ATTEND, MLP, TOKEN and SAMPLE: a game that can start, but for its list, its clocks and its bond.
     function charge(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
         external
         view
         returns (Game memory, Terms memory)
     {
-        bool token = segment.kind == TOKEN;
+        bool token = segment.kind == TOKEN || segment.kind == SAMPLE;
         if (!token && (segment.kind < Q || segment.kind > MLP)) revert IDisputes.WrongSegment("kind");
         _requireCount(evidence, token ? 5 : 2);
         Docket memory docket = _accuse(segment, model);
@@ -85,6 +86,9 @@ contract Evidence {
 
         if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
         bytes memory request = _open(evidence[2], docket.job.requestsRoot, segment.request, docket.job.requests);
+        // A request that draws its tokens is judged by another program than a greedy one.
+        game.sampling = Records.sampling(request, segment.request);
+        if ((game.sampling != 0) != (segment.kind == SAMPLE)) revert IDisputes.WrongSegment("kind");
         // Position t yields the token that follows it: the first output token comes from the last prompt position.
         uint256 prompt = Records.promptCount(request);
         if (uint256(segment.position) + 1 < prompt) revert IDisputes.WrongSegment("position");
@@ -265,7 +269,7 @@ contract Evidence {
         for (uint256 i = 0; i < openings.length; ++i) {
             openings[i] = evidence[used + 2 + i];
         }
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, next);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, next, 0);
         // No step comes before the first, so an operand that names one finds no root.
         if (referee.step(model, cell, new bytes32[](0), ins, 0, 0, openings) != 1) revert IDisputes.NotWrong();
     }

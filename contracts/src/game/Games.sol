@@ -8,7 +8,7 @@ import {Trace} from "../interfaces/IReferee.sol";
 /// @notice docs/protocol.md, "A game's state"; the Python twin is Game.encode and Game.decode in verifier/game.py.
 /// @dev Rationale: the state is carried by every call and every event of a game. ABI encoding would triple it with zeros.
 library Games {
-    uint256 internal constant BYTES = 390;
+    uint256 internal constant BYTES = 422;
 
     function pack(Game memory game) internal pure returns (bytes memory) {
         Segment memory s = game.segment;
@@ -39,13 +39,9 @@ library Games {
             game.workerTurn,
             game.turnStarted
         );
-        return bytes.concat(
-            place,
-            terms,
-            roots,
-            clocks,
-            abi.encodePacked(game.index, game.firstChunk, game.endChunk, game.instruction, game.list)
-        );
+        bytes memory turn =
+            abi.encodePacked(game.index, game.firstChunk, game.endChunk, game.instruction, game.list, game.sampling);
+        return bytes.concat(place, terms, roots, clocks, turn);
     }
 
     /// @dev SAFETY: whoever calls this has checked that `pack` made the bytes; others may read as nonsense.
@@ -91,6 +87,7 @@ library Games {
         game.endChunk = uint32(word >> 64);
         game.instruction = bytes32(_word(data, 326));
         game.list = bytes32(_word(data, 358));
+        game.sampling = bytes32(_word(data, 390));
     }
 
     /// @dev What lies behind the end of calldata reads as zero.

@@ -41,6 +41,12 @@ library Records {
         return read(request, 8, 4);
     }
 
+    /// @notice What SAMPLE knows of request `r`: temperature u32 | topK u32 | topP u32 | seed u64 | r u32 | 0; zero if it is greedy.
+    function sampling(bytes memory request, uint32 r) internal pure returns (bytes32) {
+        if (read(request, 12, 4) == 0) return 0;
+        return bytes32(read(request, 12, 20) << 96 | uint256(r) << 64);
+    }
+
     function promptRoot(bytes memory request) internal pure returns (bytes32) {
         return bytes32(read(request, 68, 32));
     }

@@ -6,7 +6,7 @@ import {Model, Opening, Proof, Trace} from "./IReferee.sol";
 struct Segment {
     bytes32 job;
     uint8 stage; // the accused
-    uint8 kind; // docs/canonical.md: 0 EMBED .. 7 TOKEN, 8 STOP, 9 BILL, 10 LENGTH
+    uint8 kind; // docs/canonical.md: 0 EMBED .. 7 TOKEN, 8 STOP, 9 BILL, 10 LENGTH, 11 SAMPLE
     uint32 request;
     uint32 layer;
     uint32 position;
@@ -34,8 +34,9 @@ struct Game {
     bytes32 modelId;
     bytes32 programRoot;
     uint32 programLeaves;
-    uint32 token; // served token (TOKEN), committed output token (EMBED)
+    uint32 token; // served token (TOKEN, SAMPLE), committed output token (EMBED)
     Trace trace;
+    bytes32 sampling; // the request's parameters, as in a Cell
     uint32 firstInstruction; // leaf index in the program tree
     bytes32 steps; // keccak256 of the challenger's concatenated instruction roots
     Phase phase;
@@ -110,7 +111,7 @@ interface IDisputes {
 
     function commit(bytes32 id) external;
 
-    /// @param evidence trace node, segment header; for TOKEN also request record, output record, token leaf
+    /// @param evidence trace node, segment header; for TOKEN and SAMPLE also request record, output record, token leaf
     /// @param steps concatenated instruction roots
     function challenge(
         Segment calldata segment,

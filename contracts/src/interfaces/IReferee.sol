@@ -62,10 +62,11 @@ struct Trace {
 struct Cell {
     uint32 layer;
     uint32 position;
-    uint32 unit; // head, block or competing token
-    uint32 token; // the served token (TOKEN) or the token that is embedded (EMBED)
+    uint32 unit; // head, block or competing token (SAMPLE: the served token itself, where its membership is judged)
+    uint32 token; // the served token (TOKEN, SAMPLE) or the token that is embedded (EMBED)
     Trace trace;
     Trace next;
+    bytes32 sampling; // SAMPLE: temperature u32 | topK u32 | topP u32 | seed u64 | request u32 | 0, as in the request's record; else zero
 }
 
 /// @notice What decides a game: the inputs of one step.
@@ -90,16 +91,16 @@ interface IReferee {
         uint64 element,
         uint32 chunk,
         Opening[] calldata openings
-    ) external pure returns (int256);
+    ) external view returns (int256);
 
     /// @notice As `step`, from a game's proof as it stands in calldata: what is not copied into another shape costs nothing.
     function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
         external
-        pure
+        view
         returns (int256);
 
     /// @notice The pure arithmetic of an op on lists of integers.
-    function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external pure returns (int256);
+    function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external view returns (int256);
 
     /// @notice Turns the total of a sum into the element.
     function finish(uint8 op, int256 total, uint64 a) external pure returns (int256);

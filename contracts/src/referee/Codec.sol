@@ -23,7 +23,11 @@ library Codec {
     /// @dev Terms of one chunk of a sum, and of a WSUM, whose chunk is a column of one tile of v.
     uint256 internal constant CHUNK_TERMS = 256;
     uint256 internal constant WSUM_TERMS = 16;
+    /// @dev Logits of a chunk of RANK and MASS: 1024 chunks, two lists of sums, hold a vocabulary of 131,072.
+    uint256 internal constant FOLD_TERMS = 128;
     uint8 private constant WSUM = 11;
+    uint8 private constant RANK = 19;
+    uint8 private constant MASS = 20;
     /// @dev `terms` of a sum over all positions up to the judged one.
     uint32 internal constant TERMS_CAUSAL = type(uint32).max;
 
@@ -168,6 +172,7 @@ library Codec {
 
     /// @notice Terms of one chunk of an op's sums.
     function chunkTerms(uint8 op) internal pure returns (uint256) {
+        if (op == RANK || op == MASS) return FOLD_TERMS;
         return op == WSUM ? WSUM_TERMS : CHUNK_TERMS;
     }
 

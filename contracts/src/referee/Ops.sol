@@ -24,12 +24,16 @@ enum Op {
     LOGIT,
     COMPARE,
     SAME,
-    JOIN
+    JOIN,
+    RANK,
+    MASS,
+    STANDING,
+    CHOICE
 }
 
 /// @title Ops: pure, total arithmetic on lists of integers
 /// @notice docs/canonical.md, "Ops"; the Python twin is verifier/referee/ops.py.
-/// @dev `args` has one list for each operand that is read, in the order x, y, z, next; an operand that is NONE has no list.
+/// @dev `args` has one list for each read, in the order of canonical.md; the ops of sampling are handed the draw as their last.
 /// Activations are Q30, weights QG, raw float bits unsigned. Unchecked throughout: see Fixed.
 library Ops {
     /// @dev No op has this number.
@@ -39,7 +43,7 @@ library Ops {
 
     /// @notice The op of that number.
     function named(uint8 number) internal pure returns (Op) {
-        if (number == 0 || number > uint8(Op.JOIN)) revert UnknownOp(number);
+        if (number == 0 || number > uint8(Op.CHOICE)) revert UnknownOp(number);
         return Op(number);
     }
 
@@ -62,7 +66,9 @@ library Ops {
         if (op == Op.VERDICT) return verdict(args, a);
         if (op == Op.COMPARE) return compare(args);
         if (op == Op.SAME) return same(args);
-        return join(args, b);
+        if (op == Op.JOIN) return join(args, b);
+        // The ops of sampling run in a contract of their own: Sampler.
+        revert UnknownOp(number);
     }
 
     /// @notice The element that a sum's total stands for.

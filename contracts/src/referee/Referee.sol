@@ -5,6 +5,8 @@ import {Cell, Instruction, IReferee, Model, Opening, Operand, Proof, Trace} from
 import {Codec} from "./Codec.sol";
 import {Floats} from "./Floats.sol";
 import {Op, Ops} from "./Ops.sol";
+import {Sampler} from "./Sampler.sol";
+import {Sampling} from "./Sampling.sol";
 import {Tree} from "./Tree.sol";
 
 /// @title Referee: the one-step judge
@@ -43,6 +45,9 @@ contract Referee is IReferee {
     uint256 private constant TABLE_BYTES = 8;
     uint256 private constant PROFILE_BYTES = 16;
 
+    /// @notice Computes the ops of sampling.
+    Sampler public immutable sampler = new Sampler();
+
     /// @dev How an op sees the floats it reads: decoded with invalid ones as 0, or as INVALID, or as raw bits.
     enum View {
         VALUE,
@@ -79,14 +84,14 @@ contract Referee is IReferee {
         uint64 element,
         uint32 chunk,
         Opening[] calldata openings
-    ) external pure returns (int256) {
+    ) external view returns (int256) {
         return _step(Place(model, cell, steps), instruction, element, chunk, openings);
     }
 
     /// @inheritdoc IReferee
     function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
         external
-        pure
+        view
         returns (int256)
     {
         Place memory place = Place(proof.model, cell, proof.steps);
@@ -99,7 +104,7 @@ contract Referee is IReferee {
         uint256 element,
         uint256 chunk,
         Opening[] calldata openings
-    ) private pure returns (int256) {
+    ) private view returns (int256) {
         uint256 elements = Codec.elementCount(ins, place.cell.position, place.cell.unit);
         if (element >= elements) revert ElementOutOfRange(element, elements);
         uint256 chunks = Codec.chunkCount(ins, place.cell.position);
@@ -113,20 +118,26 @@ contract Referee is IReferee {
             args[i] = _read(place, reads[i], Opening(openings[i].data, openings[i].siblings));
             if (reads[i].ends) args[i] = _pair(args[i][0], args[i][args[i].length - 1]);
         }
+        if (ins.op >= uint8(Op.RANK)) args = _withDraw(args, place.cell, chunk * Codec.chunkTerms(ins.op));
         if (ins.op == uint8(Op.ROPE)) {
             return Ops.run(ins.op, args, place.cell.position, element < ins.cols / 2 ? 0 : 1);
         }
-        return Ops.run(ins.op, args, ins.a, ins.b);
+        return _run(ins.op, args, ins.a, ins.b);
     }
 
     /// @inheritdoc IReferee
-    function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external pure returns (int256) {
-        return Ops.run(op, args, a, b);
+    function run(uint8 op, int256[][] calldata args, uint64 a, uint32 b) external view returns (int256) {
+        return _run(op, args, a, b);
     }
 
     /// @inheritdoc IReferee
     function finish(uint8 op, int256 total, uint64 a) external pure returns (int256) {
         return Ops.finish(op, total, a);
+    }
+
+    function _run(uint8 op, int256[][] memory args, uint256 a, uint256 b) private view returns (int256) {
+        if (op < uint8(Op.RANK)) return Ops.run(op, args, a, b);
+        return sampler.run(op, Sampling.pack(args));
     }
 
     // ---- plan
@@ -142,6 +153,7 @@ contract Referee is IReferee {
         if (op == Op.LINEAR || op == Op.LOGIT || op == Op.SUMSQ || op == Op.MAX || op == Op.SUM || op == Op.WSUM) {
             return _planChunk(place, ins, op, e, chunk);
         }
+        if (op >= Op.RANK) return _planSampled(place, ins, op, chunk);
         if (op == Op.SCORE || op == Op.EXP) {
             (uint256 head, uint256 j) = (e / Codec.paddedPositions(t), e % Codec.paddedPositions(t));
             if (j > t) return reads;
@@ -224,6 +236,43 @@ contract Referee is IReferee {
             reads[1] = _of(ins, ins.y, WEIGHT, start, count);
             reads[1].row = op == Op.LINEAR ? e : e == 0 ? place.cell.token : place.cell.unit;
         }
+    }
+
+    /// @dev The sampling ops: each reads its logits, or what was folded from them, and the margin.
+    function _planSampled(Place memory place, Instruction memory ins, Op op, uint256 chunk)
+        private
+        pure
+        returns (Read[] memory reads)
+    {
+        reads = new Read[](op == Op.STANDING ? 2 : op == Op.RANK ? 3 : 4);
+        if (op == Op.STANDING) {
+            reads[0] = _of(ins, ins.x, STEP, 0, 1);
+            reads[1] = _of(ins, ins.y, STEP, 0, 1);
+            return reads;
+        }
+        if (op == Op.CHOICE) {
+            reads[0] = _of(ins, ins.x, STEP, place.cell.token, 1);
+        } else {
+            uint256 size = Codec.chunkTerms(ins.op);
+            uint256 rest = Codec.termCount(ins, place.cell.position) - chunk * size;
+            reads[0] = _of(ins, ins.x, STEP, chunk * size, rest < size ? rest : size);
+        }
+        reads[1] = _of(ins, ins.x, STEP, place.cell.unit, 1);
+        if (op != Op.RANK) reads[2] = _of(ins, ins.y, STEP, 0, 1);
+        reads[reads.length - 1] = _of(ins, ins.z, PROFILE, 0, 1);
+    }
+
+    /// @dev `args` and, last, what the sampling ops know of the draw besides.
+    function _withDraw(int256[][] memory args, Cell memory cell, uint256 first)
+        private
+        pure
+        returns (int256[][] memory all)
+    {
+        all = new int256[][](args.length + 1);
+        for (uint256 i = 0; i < args.length; ++i) {
+            all[i] = args[i];
+        }
+        all[args.length] = Sampling.listOf(cell.sampling, cell.position, cell.token, cell.unit, first);
     }
 
     /// @dev The column of v that element e of a WSUM weighs: b heads share a head of v.

@@ -46,6 +46,57 @@ contract GasTest is Base {
         assertTrue(gas < 165_000, vm.toString(gas));
     }
 
+    /// @dev MASS of 128 logits of a vocabulary of 128,256: two leaves of logits, the judged one's, the largest, the margin.
+    function test_MassChunkStaysBelowItsBudget() public {
+        bytes memory x;
+        for (uint256 i = 0; i < 128; ++i) {
+            x = bytes.concat(x, Codec.encodeValue(int256((i * 7919 % 1000) << 24), false));
+        }
+        bytes memory largest = Codec.encodeValue(20 << 30, false);
+        bytes memory margin = abi.encodePacked(uint32(1), uint32(1), uint64(1 << 26));
+        Model memory model;
+        (model.layers, model.profileLeaves) = (32, 2561);
+        Opening[] memory openings = new Opening[](4);
+        bytes32[] memory steps = new bytes32[](2);
+        (steps[0], openings[0], openings[1]) = _logits(x);
+        openings[2] = Opening(largest, _siblings(0));
+        steps[1] = Tree.leaf(largest);
+        openings[3] = Opening(margin, _siblings(_used(model.profileLeaves, 2560)));
+        model.profileRoot = Tree.rootOfRange(Tree.leaves(margin, 16), 2560, model.profileLeaves, openings[3].siblings);
+
+        Instruction memory ins;
+        (ins.op, ins.wide, ins.rows, ins.cols, ins.terms) = (20, 1, 1, 1, 128256);
+        ins.x = Operand(1, 0, 1, 0, 0, 128256);
+        ins.y = Operand(1, 1, 1, 0, 0, 1);
+        ins.z = Operand(5, 0, 2560, 0, 0, 0);
+        Cell memory cell;
+        (cell.position, cell.token, cell.unit) = (8191, 7, 150);
+        cell.sampling = bytes32(abi.encodePacked(uint32(65536), uint32(0), uint32(60000), uint64(1), uint32(1)));
+        bytes memory call = abi.encodeCall(referee.step, (model, cell, steps, ins, 0, 1, openings));
+        uint256 before = gasleft();
+        (bool done, bytes memory answer) = address(referee).staticcall(call);
+        uint256 gas = before - gasleft();
+        assertTrue(done, "the step is judged");
+        assertTrue(abi.decode(answer, (int256)) != 0, "and yields a mass");
+        // Measured 158k: 128 powers of two 38k, the rest as above, and a call to Sampler.
+        assertTrue(gas < 165_000, vm.toString(gas));
+    }
+
+    /// @dev The root of a vector of 128,256 logits with `x` as chunk 1, the opening of that chunk and of its first leaf.
+    function _logits(bytes memory x) private pure returns (bytes32 root, Opening memory chunk, Opening memory one) {
+        chunk = Opening(x, _siblings(_used(1002, 1)));
+        root = Tree.rootOfRange(Tree.leaves(x, 512), 2, 2004, chunk.siblings);
+        bytes memory leaf = new bytes(512);
+        for (uint256 i = 0; i < 512; ++i) {
+            leaf[i] = x[i];
+        }
+        one = Opening(leaf, new bytes32[](1 + chunk.siblings.length));
+        one.siblings[0] = Tree.leaves(x, 512)[1];
+        for (uint256 i = 0; i < chunk.siblings.length; ++i) {
+            one.siblings[1 + i] = chunk.siblings[i];
+        }
+    }
+
     function _siblings(uint256 count) private pure returns (bytes32[] memory siblings) {
         siblings = new bytes32[](count);
         for (uint256 i = 0; i < count; ++i) {

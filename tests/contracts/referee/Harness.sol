@@ -6,6 +6,7 @@ import {Codec, SegmentHeader} from "../../../contracts/src/referee/Codec.sol";
 import {Fixed} from "../../../contracts/src/referee/Fixed.sol";
 import {Floats} from "../../../contracts/src/referee/Floats.sol";
 import {Ops} from "../../../contracts/src/referee/Ops.sol";
+import {Sampling} from "../../../contracts/src/referee/Sampling.sol";
 import {Tree} from "../../../contracts/src/referee/Tree.sol";
 
 /// @title Harness: the referee's libraries, made callable for the twin tests
@@ -128,6 +129,16 @@ contract Harness {
         elements = Codec.elementCount(ins, position, unit);
         chunks = Codec.chunkCount(ins, position);
         span = Codec.span(chunks);
+    }
+
+    // ---- Sampling
+
+    function gumbel(uint256 x) external pure returns (int256) {
+        return Sampling.gumbel(x);
+    }
+
+    function mix(uint256 z) external pure returns (uint256) {
+        return Sampling.mix(z);
     }
 
     // ---- Ops

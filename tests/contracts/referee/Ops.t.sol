@@ -13,8 +13,8 @@ contract OpsTest is Base {
     function test_RevertsOnAnUnknownOp() public {
         vm.expectRevert(abi.encodeWithSelector(Ops.UnknownOp.selector, 0));
         referee.run(0, new int256[][](1), 0, 0);
-        vm.expectRevert(abi.encodeWithSelector(Ops.UnknownOp.selector, 19));
-        referee.finish(19, 0, 0);
+        vm.expectRevert(abi.encodeWithSelector(Ops.UnknownOp.selector, 23));
+        referee.finish(23, 0, 0);
     }
 
     function test_RevertsOnListsOfAnotherShape() public {
@@ -26,8 +26,8 @@ contract OpsTest is Base {
         referee.run(uint8(Op.MAX), new int256[][](1), 0, 0);
     }
 
-    function testFuzz_AnEighteenOpIsNamedByItsNumber(uint8 number) public pure {
-        uint8 known = uint8(bound(uint256(number), 1, 18));
+    function testFuzz_EveryOpIsNamedByItsNumber(uint8 number) public pure {
+        uint8 known = uint8(bound(uint256(number), 1, 22));
         assertEq(uint256(uint8(Ops.named(known))), known, "op");
     }
 
@@ -52,7 +52,7 @@ contract OpsTest is Base {
     }
 
     function testFuzz_FinishRoundsAndSaturatesProductsOnly(uint8 number, int128 total) public view {
-        uint8 op = uint8(bound(uint256(number), 1, 18));
+        uint8 op = uint8(bound(uint256(number), 1, 22));
         bool product = op == uint8(Op.LINEAR) || op == uint8(Op.LOGIT);
         assertEq(referee.finish(op, total, 24), product ? Fixed.cl(Fixed.rs(total, 24)) : int256(total), "finish");
     }
@@ -109,13 +109,15 @@ contract OpsTest is Base {
     }
 
     function testFuzz_NoOpRevertsOnListsOfItsShape(int64 v, uint64 a, uint8 b, uint8 number) public view {
-        uint8 op = uint8(bound(uint256(number), 1, 18));
-        uint8[19] memory lists = [0, 2, 1, 1, 3, 2, 2, 2, 1, 2, 1, 2, 2, 2, 3, 2, 2, 2, 4];
+        uint8 op = uint8(bound(uint256(number), 1, 22));
+        uint8[23] memory lists = [0, 2, 1, 1, 3, 2, 2, 2, 1, 2, 1, 2, 2, 2, 3, 2, 2, 2, 4, 4, 5, 3, 5];
         int256[][] memory args = new int256[][](lists[op]);
         for (uint256 i = 0; i < args.length; ++i) {
             bool two = i == 0 && (op == uint8(Op.ROPE) || op == uint8(Op.COMPARE));
             bool three = (op == uint8(Op.VERDICT) && i == 2) || (op == uint8(Op.COMPARE) && i == 1);
-            args[i] = new int256[](three ? 3 : two ? 2 : 1);
+            if (op >= uint8(Op.RANK)) three = i + 2 == args.length && op != uint8(Op.STANDING);
+            bool draw = op >= uint8(Op.RANK) && i + 1 == args.length;
+            args[i] = new int256[](draw ? 9 : three ? 3 : two ? 2 : 1);
             args[i][0] = v;
         }
         referee.run(op, args, a, b % 3);
