@@ -91,15 +91,17 @@ def moved(worker: str = ACCOUNT, turn_started: int = 990, seconds: int = 100, wo
     zero: dict[str, Any] = dict.fromkeys(
         (
             *("program_leaves", "token", "first_instruction", "step", "level", "index", "first_chunk", "end_chunk"),
-            *("worker_moves", "challenger_moves", "committed_at", "bond"),
+            *("worker_moves", "challenger_moves", "committed_at", "bond", "gas_rate", "grace"),
         ),
         0,
     )
-    roots: dict[str, Any] = dict.fromkeys(("model_id", "program_root", "steps", "instruction", "list"), bytes(32))
+    roots: dict[str, Any] = dict.fromkeys(
+        ("model_id", "program_root", "steps", "instruction", "list", "sampling"), bytes(32)
+    )
     trace = Trace(bytes(32), 0, 0, 0)
     segment = Segment(bytes(32), 1, int(Kind.MLP), 0, 0, 0, 0)
     place_and_turn: dict[str, Any] = {
-        **{"segment": segment, "challenger": "0x", "worker": worker, "trace": trace, "next": trace},
+        **{"segment": segment, "challenger": "0x", "worker": worker, "trace": trace},
         **{"phase": Phase.STEPS, "worker_turn": worker_turn, "turn_started": turn_started},
         **{"worker_seconds": seconds, "challenger_seconds": seconds},
     }
