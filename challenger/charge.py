@@ -15,7 +15,7 @@ from verifier.game import Segment, opening_steps
 from verifier.program import Kind
 from verifier.referee.codec import Opening
 
-GAMES = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN)
+GAMES = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def charge(evidence: Evidence, judge: Judge, verdict: Verdict, truth: Callable[[
     kind, r = verdict.kind, verdict.request
     if kind in GAMES:
         openings = [evidence.tree(verdict.stage).opening(r), _header(judge, kind)]
-        if kind is Kind.TOKEN:
+        if kind in (Kind.TOKEN, Kind.SAMPLE):
             index = verdict.position - (len(evidence.requests[r].prompt) - 1)
             openings += [
                 evidence.requests_tree.record_opening(r),

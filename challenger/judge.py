@@ -17,7 +17,7 @@ from verifier.program import Kind
 from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 
-TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN)
+TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 KEPT = 64  # suspicions of each stage and kind that may have to be judged canonically; honest work makes none
 
 
@@ -107,7 +107,7 @@ class Judge:
                 if link is not None:
                     seen.add(link)
         if last in stages and all(token < vocabulary for token in output.tokens):  # else STOP convicts
-            seen.tokens(self.auditor.tokens(stages[last], r, len(request.prompt), output.tokens))
+            seen.tokens(self.auditor.chosen(stages[last], r, request, output.tokens))
 
     def _confirmed(self, evidence: Evidence, seen: _Seen) -> Iterable[Verdict]:
         """For each stage the farthest piece that the law finds wrong and nobody else can be blamed for; and one that

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from requester.sampling import sampling_of
 from verifier.commit import InvalidRequest, Request, validate_request
 from verifier.program import ModelShape
 
@@ -30,6 +31,7 @@ KNOWN_KEYS = {
     "max_completion_tokens",
     "temperature",
     "top_p",
+    "top_k",
     "n",
     "stop",
     "seed",
@@ -109,7 +111,7 @@ def read_batch(path: Path, tokenizer: Tokenizer, shape: ModelShape) -> Batch:
             if custom_id in seen:
                 raise ValueError(f"custom_id {custom_id!r} was used before")
             _check(entry)
-            request = _request(entry, tokenizer)
+            request = _request(entry, raw.strip(), tokenizer)
             validate_request(request, shape)
         except (ValueError, InvalidRequest) as error:
             bad.append(BadLine(number, custom_id, str(error)))
@@ -158,18 +160,17 @@ def _check(entry: dict[str, Any]) -> None:
         raise ValueError(f"unsupported parameters: {', '.join(unknown)}")
 
 
-def _request(entry: dict[str, Any], tokenizer: Tokenizer) -> Request:
+def _request(entry: dict[str, Any], raw: bytes, tokenizer: Tokenizer) -> Request:
     body = entry["body"]
-    for key, served in (("temperature", 0), ("top_p", 1), ("n", 1), ("stream", False)):
+    for key, served in (("n", 1), ("stream", False)):
         if body.get(key) not in (None, served):
-            raise ValueError(f"{key} = {body[key]!r} is not served yet; decoding is greedy ({key} = {served!r})")
-    if body.get("temperature") is None:
-        raise ValueError('expected "temperature": 0: decoding is greedy, and the default of the API is not')
+            raise ValueError(f"{key} = {body[key]!r} is not served; expected {served!r}")
     given = [body[key] for key in ("max_completion_tokens", "max_tokens") if body.get(key) is not None]
     limit = given[0] if given else DEFAULT_LIMIT
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise ValueError(f"expected max_tokens to be a whole number of at least 1, got {limit!r}")
-    return Request(prompt=tuple(_prompt(entry["url"], body, tokenizer)), limit=limit, stops=_stops(body, tokenizer))
+    prompt = tuple(_prompt(entry["url"], body, tokenizer))
+    return Request(prompt, limit, _stops(body, tokenizer), **sampling_of(body, raw))
 
 
 def _prompt(url: str, body: dict[str, Any], tokenizer: Tokenizer) -> list[int]:

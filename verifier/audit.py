@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from verifier import vectors
+from verifier import sampling, vectors
 from verifier.canonical import Case
 from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
+from verifier.drawn import ROWS, screen
 from verifier.linear import Bits
 from verifier.program import Kind, ModelShape, overflow_bound, profile_index
-from verifier.referee.codec import BLOCK, TOKENS_A_LEAF, Model
+from verifier.referee.codec import BLOCK, GREEDY, TOKENS_A_LEAF, Model
 from verifier.referee.fixed import Q30
 from verifier.referee.floats import INVALID
 from verifier.reference import Reference
@@ -47,8 +48,9 @@ class Verdict:
     layer: int
     position: int
     unit: int
-    token: int = 0  # served (TOKEN) or embedded (EMBED)
+    token: int = 0  # served (TOKEN, SAMPLE) or embedded (EMBED)
     reason: str = field(default="", compare=False)
+    sampling: bytes = field(default=GREEDY, compare=False)  # the request's parameters (SAMPLE)
 
     @property
     def suspicious(self) -> bool:
@@ -159,6 +161,26 @@ class Auditor:
             out.append(Verdict(max(ratio, RIGHT), stage.index, Kind.TOKEN, request, layer, first + i, unit, output[i]))
         return out
 
+    def chosen(self, stage: Stage, r: int, request: Request, output: Sequence[int]) -> list[Verdict]:
+        """Each output token by the law that its request asks for. output: ids below the vocabulary."""
+        if request.greedy:
+            return self.tokens(stage, r, len(request.prompt), output)
+        return self.drawn(stage, r, request, output)
+
+    def drawn(self, stage: Stage, r: int, request: Request, output: Sequence[int]) -> list[Verdict]:
+        """Each drawn token against the competitor that shows best that it is wrong, or against its own membership."""
+        first, margin, out = len(request.prompt) - 1, self.profile.margin / Q30, []
+        rows = np.asarray(stage.trace.arrays["out"][first : first + len(output)])
+        place, layer = (stage.index, Kind.SAMPLE, r), self.shape.layers - 1
+        for start in range(0, len(rows), ROWS):
+            tiles = [tile.numpy() for _, tile in self.reference.logits(rows[start : start + ROWS])]
+            for i, logits in enumerate(np.concatenate(tiles, axis=1), start):
+                noise = sampling.noise(request.seed, r, first + i, len(logits))
+                seen = screen(logits, noise, output[i], request, margin)
+                spot = (layer, first + i, seen.unit, output[i])
+                out.append(Verdict(seen.ratio, *place, *spot, sampling=request.sampling(r)))
+        return out
+
     def request(self, stages: Sequence[Stage], r: int, request: Request, output: Output) -> list[Verdict]:
         """All suspicious pieces of one request, worst first. stages: the whole pipeline, in order."""
         fed = [*request.prompt, *output.tokens[:-1]]
@@ -172,7 +194,7 @@ class Auditor:
                     found += audit.suspicions()
         known = all(token < self.shape.vocabulary for token in output.tokens)  # else STOP convicts
         if known:
-            served = self.tokens(stages[-1], r, len(request.prompt), output.tokens)
+            served = self.chosen(stages[-1], r, request, output.tokens)
             found += [verdict for verdict in served if verdict.suspicious]
         return sorted(found, reverse=True)
 
@@ -186,7 +208,7 @@ class Auditor:
         trace = _holding(stages, verdict.layer)
         boundary = verdict.kind == Kind.LINK and verdict.layer + 1 == trace.end_layer < self.shape.layers
         after = _holding(stages, verdict.layer + 1) if boundary else None
-        return Case(model, self.weights, self.profile, verdict, trace, after, verdict.token)
+        return Case(model, self.weights, self.profile, verdict, trace, after, verdict.token, verdict.sampling)
 
     def expected(self, kind: Kind, layer: int, arrays: Mapping[str, Bits]) -> torch.Tensor:
         """The reference [T, width] of one tolerated tensor from the served ones it is made of."""

@@ -16,9 +16,11 @@ from verifier.referee.sampling import (
     LN2,
     ONE,
     Draw,
+    choice,
     edge,
     inverse_temperature,
     mass_limit,
+    standing,
     stream,
 )
 from verifier.vectors import masses
@@ -28,8 +30,15 @@ Words = npt.NDArray[np.uint64]
 
 def noise(seed: int, request: int, position: int, vocabulary: int) -> Ints:
     """The noise of tokens 0 .. vocabulary - 1 at one place, Q30."""
+    row: Ints = noise_rows(seed, request, range(position, position + 1), vocabulary)[0]
+    return row
+
+
+def noise_rows(seed: int, request: int, positions: range, vocabulary: int) -> Ints:
+    """The noise of tokens 0 .. vocabulary - 1 at each position: [positions, vocabulary], Q30."""
     counter = np.arange(1, vocabulary + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # modulo 2^64, as the law has it
-    return gumbel(_mix(counter + np.uint64(stream(seed, request, position))))
+    starts = np.array([stream(seed, request, position) for position in positions], dtype=np.uint64)
+    return gumbel(_mix(starts[:, None] + counter))
 
 
 def gumbel(x: Words) -> Ints:
@@ -60,6 +69,13 @@ def mass_chunks(logits: Ints, largest: int, margin: int, draw: Draw) -> list[int
     weights[~lowered] = masses(logits[~lowered], largest, scale) + 1
     parts = [(weights[c : c + FOLD], above[c : c + FOLD]) for c in starts]
     return [int(w[up].sum()) * (ONE - p) - int(w[~up].sum()) * p for w, up in parts]
+
+
+def convicts(logits: Ints, margin: int, draw: Draw) -> bool:
+    """SAMPLE's verdict on a served token: logits [vocabulary] and margin in Q30. draw: of any chunk."""
+    place, excess = sum(rank_chunks(logits, margin, draw)), sum(mass_chunks(logits, int(logits.max()), margin, draw))
+    stands = standing(place, excess, draw)
+    return choice(int(logits[draw.token]), int(logits[draw.unit]), stands, margin, draw) == 1
 
 
 def _above(logits: Ints, margin: int, draw: Draw) -> npt.NDArray[np.bool_]:

@@ -29,9 +29,12 @@ def choose(logits: Floats, draw: Draw) -> int:
     request = draw.request
     if request.greedy:
         return int(logits.argmax())
-    noise = sampling.noise(request.seed, draw.index, draw.position, len(logits))
-    temperature = request.temperature / ONE
-    scores = logits + temperature * (noise / Q30)
+    return pick(logits, sampling.noise(request.seed, draw.index, draw.position, len(logits)), request)
+
+
+def pick(logits: Floats, noise: npt.NDArray[np.int64], request: Request) -> int:
+    """The allowed token with the largest logit + temperature x noise (Q30); both [vocabulary]."""
+    scores = logits + request.temperature / ONE * (noise / Q30)
     if request.top_k or request.top_p < WHOLE_TOP_P:
         scores = np.where(allowed(logits, request), scores, -np.inf)
     return int(scores.argmax())

@@ -21,9 +21,8 @@ class _Pretence(Case):
     """Another view of the piece that `truth` is about."""
 
     def __init__(self, truth: Case) -> None:
-        super().__init__(
-            truth.model, truth.weights, truth.profile, truth.segment, truth.trace, truth.next_trace, truth.token
-        )
+        judged = (truth.model, truth.weights, truth.profile, truth.segment)
+        super().__init__(*judged, truth.trace, truth.next_trace, truth.token, truth.sampling_word)
         self._truth = truth
 
 
@@ -76,5 +75,7 @@ class LyingCase(_Pretence):
         if verdict.op == Op.COMPARE:
             far = np.int64(2**40)
             return np.array([true[0], true[0] + (far if self._wrong else -far)], dtype=np.int64)
+        if verdict.op == Op.CHOICE:
+            return np.array([int(self._wrong)], dtype=np.int64)
         told = np.asarray(self._values(verdict.y, len(true)), dtype=np.int64)
         return told + np.int64(2 * Q30) if self._wrong else told

@@ -60,6 +60,27 @@ def test_both_endpoints_become_requests(tmp_path: Path) -> None:
     )
 
 
+def test_sampling_parameters_become_the_laws(tmp_path: Path) -> None:
+    batch = read(
+        tmp_path,
+        entry("a", prompt="cat", temperature=0.7, top_p=0.9, top_k=40, seed=-1),
+        entry("b", prompt="cat", temperature=None),
+        entry("c", prompt="cat", temperature=0, top_p=0.5, top_k=3, seed=9),
+        entry("d", prompt="cat", temperature=1e-9, top_p=0, seed=9),
+    )
+    assert batch.bad == ()
+    parts = [(r.temperature, r.top_k, r.top_p) for r in batch.requests]
+    assert parts == [(45875, 40, 58982), (65536, 0, 65536), (0, 0, 65536), (1, 0, 1)]
+    assert [r.seed for r in batch.requests if r is not batch.requests[1]] == [(1 << 64) - 1, 0, 9]
+
+
+def test_a_line_without_a_seed_asks_for_the_same_whenever_it_is_read(tmp_path: Path) -> None:
+    lines = [entry(name, prompt="cat", temperature=1) for name in ("a", "b")]
+    first, again = read(tmp_path, *lines), read(tmp_path, *lines)
+    assert first.requests == again.requests
+    assert first.requests[0].seed != first.requests[1].seed
+
+
 MESSAGE = {"role": "user", "content": "cat"}
 BAD: list[tuple[Any, str]] = [
     (b"{", "expected a JSON object"),
@@ -72,8 +93,17 @@ BAD: list[tuple[Any, str]] = [
     (entry(url="/v1/embeddings"), "expected url"),
     ({**entry(), "body": []}, '"body"'),
     (entry(prompt="cat", tools=[]), "unsupported parameters: tools"),
-    (entry(prompt="cat", temperature=0.7), "greedy"),
-    (entry(prompt="cat", temperature=None), '"temperature": 0'),
+    (entry(prompt="cat", temperature=2.1), "temperature of 0 .. 2"),
+    (entry(prompt="cat", temperature=-0.1), "temperature of 0 .. 2"),
+    (entry(prompt="cat", temperature="0"), "temperature to be a number"),
+    (entry(prompt="cat", temperature=True), "temperature to be a number"),
+    (b'{"custom_id": "x", "url": "/v1/completions", "body": {"prompt": "cat", "temperature": NaN}}', "to be a number"),
+    (entry(prompt="cat", temperature=1, top_p=1.1), "top_p of 0 .. 1"),
+    (entry(prompt="cat", temperature=1, top_k=-1), "top_k of 1 or more"),
+    (entry(prompt="cat", temperature=1, top_k=1.5), "top_k to be a whole number"),
+    (entry(prompt="cat", temperature=1, top_k=301), "top_k of 0 .. 300"),
+    (entry(prompt="cat", temperature=1, seed=1 << 64), "seed of 64 bits"),
+    (entry(prompt="cat", temperature=1, seed="5"), "seed to be a whole number"),
     (entry(prompt="cat", n=2), "n = 2"),
     (entry(prompt="cat", stream=True), "stream = True"),
     (entry(prompt="cat", max_tokens=0), "at least 1"),
@@ -123,7 +153,10 @@ def test_files_that_hold_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 BODIES = st.fixed_dictionaries(
     {},
     optional={
-        "temperature": st.sampled_from([0, 1, None, "0"]),
+        "temperature": st.sampled_from([0, 1, None, "0", True]) | st.floats(),
+        "top_p": st.floats() | st.none(),
+        "top_k": st.integers(-1, 400),
+        "seed": st.integers(-(1 << 70), 1 << 70),
         "prompt": st.text(max_size=8) | st.lists(st.integers(-1, 400), max_size=4) | st.none(),
         "messages": st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.text(max_size=4)), max_size=2),
         "max_tokens": st.integers(-1, 2000) | st.floats() | st.none(),
