@@ -240,17 +240,9 @@ def build_worker(
         torch.set_num_threads(config.serving.threads)
     config.data.mkdir(parents=True, exist_ok=True)
     signer = load_account(config.keystore, config.password_file)
-    addresses = config.chain.addresses
     chain = Chain(
         config.chain.rpc,
-        Addresses(
-            addresses.token,
-            addresses.models,
-            addresses.workers,
-            addresses.escrow,
-            addresses.disputes,
-            addresses.referee,
-        ),
+        Addresses(**vars(config.chain.addresses)),
         signer,
     )
     weights = Weights.open(config.model)

@@ -171,8 +171,7 @@ class Village:
             grace=60,
             nonce=self.nonce,
         )
-        lock = 2 * (prompts * job.prompt_price + limits * job.token_price + 2_000_000)
-        return replace(job, **{"lock": lock, **changes})
+        return replace(job, **{"lock": self.requester.escrow.least_lock(job), **changes})
 
     async def open(self, requests: Sequence[Request], **changes: Any) -> bytes:
         """Opens a job and sends its prompts to stage 0."""
