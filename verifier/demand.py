@@ -4,15 +4,21 @@ The twin of contracts/src/Demands.sol and contracts/src/demands/Grid.sol. A chal
 believes them, a worker makes them with it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from verifier.referee import codec
 from verifier.referee.codec import BLOCK, TILE, TOKENS_A_LEAF, Model, Opening, Tensor
 from verifier.referee.errors import DataLength, ProofLength
 from verifier.referee.floats import Dtype
-from verifier.referee.tree import leaf, root_of_range, root_of_range_used
+from verifier.referee.tree import Tree, leaf, root_of_range, root_of_range_used
+
+if TYPE_CHECKING:  # Rationale: reading answers needs no tensors
+    from verifier.trace import RequestTrace
 
 MAX_ANSWER_BYTES = 64 * 1024
 ANSWER_GAS = 250_000
@@ -243,6 +249,28 @@ def read_answer(
         raise ProofLength(f"expected {last} siblings, got {len(siblings)}")
     _rooted(inner, top)
     return Answer(record, openings[0].siblings, grid, found, siblings[:used], root, siblings[used:])
+
+
+def answer_tokens(demand: Demand, record: Opening, tokens: Sequence[int]) -> tuple[Opening, ...]:
+    """The answer to PROMPT or OUTPUT. record: the request's, under its root; tokens: those that it counts."""
+    leaves = codec.token_leaves(tokens)
+    found = leaves[demand.first : demand.first + demand.count]
+    if not found:
+        return (record,)
+    siblings = Tree([leaf(data) for data in leaves]).prove(demand.first, len(found))
+    return record, Opening(b"".join(found), tuple(siblings))
+
+
+def answer_trace(demand: Demand, record: Opening, trace: RequestTrace, model: Model) -> tuple[Opening, ...]:
+    """The answer to TENSORS or LEAVES. record: the trace node, under the stage's root."""
+    roots = demand.kind == Wanted.TENSORS
+    leaves = len(trace.keys) if roots else tensor_grid(model, demand.tensor, trace.positions).leaves
+    count = min(demand.count, leaves - demand.first)
+    if count <= 0:
+        return (record,)
+    if roots:
+        return record, trace.open_roots(demand.first, count)
+    return record, trace.open_leaves(trace.keys[demand.tensor], demand.first, count)
 
 
 def _record(kind: int, data: bytes) -> tuple[int, int, bytes]:

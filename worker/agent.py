@@ -11,6 +11,9 @@ from eth_account.signers.local import LocalAccount
 
 from contracts.client import Addresses, Chain, Claim, ContractsError, Job, Stage, Status, load_account, model_id
 from contracts.events import (
+    DemandAnswered,
+    DemandLapsed,
+    DemandOpened,
     Event,
     GameEnded,
     GameMoved,
@@ -29,6 +32,7 @@ from worker import ring_pb2 as pb
 from worker.admission import check_join, own_stage
 from worker.channel import Peer, Ring
 from worker.config import WorkerConfig, split_address
+from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
 from worker.job import JobFolder
@@ -69,6 +73,7 @@ class Agent:
         self.notary = Notary(chain, signer)
         self.settler = settler_class(chain, self.notary, self.account)
         self.responder = responder_class(chain, self.account, self.model, stage.weights, profile, self.folder)
+        self.answerer = Answerer(chain, self.model, stage.weights.shape, self.folder)
         self.compute = ThreadPoolExecutor(1, "compute")
         self._key = key
         self._max_message_bytes = config.serving.max_message_bytes
@@ -112,6 +117,7 @@ class Agent:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             await self.responder.stop()
+            await self.answerer.stop()
             for engagement in self._engagements.values():
                 await engagement.stop()
             await self.links.close()
@@ -128,6 +134,7 @@ class Agent:
                     if not engagement.closed:
                         engagement.advance(now)
                 self.responder.tick(now)
+                self.answerer.tick(now)
             except ContractsError as error:
                 log.warning("chain: %s", error)
             except Exception:  # the loop must outlive a fault in one job; the trace in the log says which
@@ -153,6 +160,10 @@ class Agent:
                 self.responder.moved(event)
             case GameEnded():
                 self.responder.ended(event)
+            case DemandOpened():
+                self.answerer.opened(event)
+            case DemandAnswered() | DemandLapsed():
+                self.answerer.closed(event)
             case JobAccepted() | JobCommitted() | JobPaid() | JobVoided() | JobRefunded() | JobReleased():
                 engagement = self._engagements.get(event.id)
                 if engagement is None:

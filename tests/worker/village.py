@@ -64,6 +64,7 @@ class Village:
             chain.token.mint(chain.account, STAKE)
             chain.token.approve(self.addresses.escrow, STAKE)
             chain.token.approve(self.addresses.disputes, STAKE)
+            chain.token.approve(self.addresses.demands, STAKE)
         self.model_id = self.requester.models.register(identify(weights, profile))
         layers = weights.shape.layers
         bounds = [round(i * layers / self.parts) for i in range(self.parts + 1)]
