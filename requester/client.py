@@ -149,7 +149,7 @@ class Requester:
             except (RequesterError, ValueError, IndexError) as error:
                 reasons.append(f"stage {stage}: {error}")
                 continue
-            _lawful(outputs, requests)
+            lawful(outputs, requests)
             return outputs
         raise RequesterError("; ".join(reasons))
 
@@ -173,10 +173,11 @@ class Requester:
             except ChainError as error:
                 if error.name not in ("WrongStatus", "AlreadyDone", "GamesOpen", "TooEarly"):
                     raise
-        owed = escrow.credit(self.chain.account)
-        if owed:
-            escrow.withdraw()
-            done.append(f"drew {owed} base units")
+        for door in (escrow, self.chain.demands):
+            owed = door.credit(self.chain.account)
+            if owed:
+                door.withdraw()
+                done.append(f"drew {owed} base units")
         return done
 
     def phase(self, id: bytes, stage: int) -> str:
@@ -221,7 +222,7 @@ def _ask(method: str, url: str, most: int, body: Any = None, timeout: float = TI
     return bytes(data)
 
 
-def _lawful(outputs: Sequence[Output], requests: Sequence[Request]) -> None:
+def lawful(outputs: Sequence[Output], requests: Sequence[Request]) -> None:
     """Raises RequesterError for outputs that break STOP or BILL: committed to all the same, they can be convicted."""
     try:
         expected = make_outputs([output.tokens for output in outputs], requests)
