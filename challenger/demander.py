@@ -15,7 +15,8 @@ from challenger.inquiry import Inquiry, Step
 from contracts.client import Chain, ChainError, demand_id
 from contracts.events import DemandAnswered, DemandLapsed, DemandOpened, Event
 from verifier.audit import Verdict
-from verifier.demand import Demand, Demanded
+from verifier.demand import Demand, Demanded, answer_gas, grid_of
+from verifier.demand import price as price_at
 from verifier.referee.codec import Model, Opening
 
 log = logging.getLogger("plumb.challenger.demander")
@@ -136,8 +137,10 @@ class Demander:
             self.why = "nothing wrong was found in what was posted"
             return Progress.OVER
         left = self.budget - held.spent(account)
-        for demand in asked:
+        for place, demand in enumerate(asked):
             price = chain.demands.price_of(demand, self.model)
+            if place and price > self._least(demand):
+                break  # what we have sent ourselves makes the next one dearer: it waits for the answers
             if price > left:
                 self.why = f"the next demand costs {price} base units, of the budget {left} are left"
                 return Progress.OVER
@@ -148,6 +151,13 @@ class Demander:
             if not self._demand(demand, price):
                 return Progress.OVER
         return Progress.SENT
+
+    def _least(self, demand: Demand) -> int:
+        """The price while nothing is queued."""
+        posted = self.inquiry.posted
+        stage = posted.stages[demand.stage]
+        grid = grid_of(demand, self.model, stage.first_layer, stage.end_layer)
+        return price_at(answer_gas(demand, grid) * posted.job.gas_rate, 0)
 
     def _demand(self, demand: Demand, most: int) -> bool:
         """Sends. Returns whether demands are still taken."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from verifier.referee import codec
 from verifier.referee.codec import BLOCK, TILE, TOKENS_A_LEAF, Model, Opening, Tensor
-from verifier.referee.errors import DataLength, ProofLength
+from verifier.referee.errors import DataLength, OpeningCount, ProofLength, RootMismatch
 from verifier.referee.floats import Dtype
 from verifier.referee.tree import Tree, leaf, root_of_range, root_of_range_used
 
@@ -72,8 +72,8 @@ class DemandError(ValueError):
     """The contract would refuse it. The classes bear the names that it reverts with.
 
     DemandError
-      WrongDemand OpeningCount WrongRecord RootMismatch
-    besides verifier.referee.errors: DataLength, ProofLength, IndexOutOfRange.
+      WrongDemand WrongRecord
+    besides those of verifier.referee.errors: OpeningCount, DataLength, ProofLength, RootMismatch.
     """
 
 
@@ -81,16 +81,8 @@ class WrongDemand(DemandError):
     """No tree of the job has what is asked for."""
 
 
-class OpeningCount(DemandError):
-    """An answer is the record and, unless the range lies beyond the tree's end, the leaves."""
-
-
 class WrongRecord(DemandError):
     """The record is another request's."""
-
-
-class RootMismatch(DemandError):
-    """What was posted is not what was committed to."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +213,7 @@ def read_answer(
     """What the openings say, if they are an answer.
 
     layers: first and end layer of the stage; committed: root of the records (requests, outputs or trace nodes) of a job
-    of so many requests. Raises DemandError, DataLength, ProofLength.
+    of so many requests. Raises DemandError, RefereeError.
     """
     if not openings:
         raise OpeningCount("expected the record, got nothing")
