@@ -1,5 +1,7 @@
 """The loop of a watchtower: read the chain, have committed jobs audited, challenge what is wrong, play every game to
 its end.
+
+Rationale: a little over 400 lines, so that all that one look around does is read in one file.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import IO
 from challenger.charge import Charge, charge, segment_of
 from challenger.config import Config, ConfigError
 from challenger.desk import Desk, Outcome, Task
-from challenger.evidence import Archive, Evidence, Unavailable, read_facts
+from challenger.evidence import Archive, Dossier, Evidence, Unavailable, read_facts
 from challenger.fetch import Fetcher
 from challenger.judge import Findings, Judge
 from challenger.plan import plan, verdict_of
 from challenger.store import LIVE, GameRow, GameState, JobRow, JobState, Store
+from challenger.withheld import Withheld
 from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status
 from contracts.events import GameEnded, GameMoved, JobCommitted
 from contracts.play import NOBODY, GameLog, Player
@@ -56,8 +59,9 @@ class Agent:
         self.fetcher = Fetcher(self.archive, config.max_stage_bytes)
         self.desk = Desk(self._fetch, lambda judge, evidence: self.findings(judge, evidence), config.downloads)
         self.log = GameLog()
+        self.withheld = Withheld(self)
         self.player = Player(chain, self.case_of, side_is_worker=False)
-        self._evidence: dict[bytes, Evidence] = {}
+        self._evidence: dict[bytes, Dossier] = {}
         self._cases: dict[tuple[Segment, int], Case] = {}
         self._rests: dict[str, tuple[float, float]] = {}  # game -> (monotonic time to wait for, length)
         self._tidied = False
@@ -115,7 +119,9 @@ class Agent:
     def tidy(self) -> None:
         """After a crash, draws what was left undrawn and deletes what nobody needs any more."""
         self.collect()
-        needed = {row.id for row in self.store.due()} | {row.job for row in self.store.games(*LIVE)}
+        needed = {row.id for row in self.store.jobs(JobState.WATCHED, JobState.WITHHELD)} | {
+            row.job for row in self.store.games(*LIVE)
+        }
         for job in self.archive.jobs() - needed:
             self.archive.forget(bytes.fromhex(job))
 
@@ -132,6 +138,7 @@ class Agent:
         while first <= last:
             end = min(first + EVENT_BLOCKS - 1, last)
             events = list(self.chain.events(first, end))
+            self.withheld.log.feed(events)
             moves = [event for event in events if isinstance(event, GameMoved | GameEnded)]
             if moves:
                 ours = {bytes.fromhex(row.id) for row in self.store.games(*LIVE)}
@@ -156,21 +163,23 @@ class Agent:
                 except ChainError as error:
                     log.error("job %s: %s", row.id, error)
                     self.desk.pause(bytes.fromhex(row.id), LONGEST_REST_SECONDS)
-        return decided
+        return self.withheld.advance(now) or decided
 
     def take_up(self, row: JobRow, now: int) -> bool:
         """Starts an attempt at a job. Returns whether it needs none."""
         id = bytes.fromhex(row.id)
         if now > row.window_end or self.chain.escrow.status(id) not in (Status.COMMITTED, Status.VOID):
-            self._unjudged(row.id, "its window was over before it was audited")
+            self.unjudged(row.id, "its window was over before it was audited")
             return True
         job = self.chain.escrow.job(id)
         judge = self.judges.get(job.model)
         if judge is None:
-            self._unjudged(row.id, f"its model 0x{job.model.hex()} is not one of this watchtower's")
+            self.unjudged(row.id, f"its model 0x{job.model.hex()} is not one of this watchtower's")
             return True
         # Half of the window is for waiting: what is missing then is judged without, and games need time to open.
-        patience = row.window_end - job.window // 2 - now
+        # Demands go in rounds, and each may take the worker's whole clock: for these, three quarters are left.
+        waited = job.window // 4 if self.config.demand_budget else job.window // 2
+        patience = row.window_end - job.window + waited - now
         seconds = patience if patience > 0 else (row.window_end - now) / 2
         self.desk.start(Task(id, judge, max(seconds, LEAST_FETCH_SECONDS), final=patience <= 0))
         return False
@@ -185,7 +194,10 @@ class Agent:
         ours = not isinstance(error, Unavailable | ContractsError)
         log.warning("job %s, attempt %d: %s", job, attempts, error, exc_info=error if ours else None)
         if (ours and attempts >= FAULTS) or (isinstance(error, Unavailable) and outcome.task.final):
-            self._unjudged(job, str(error) if not ours else f"{type(error).__name__}: {error}")
+            if not ours and self.config.demand_budget:
+                self.withheld.begin(job, str(error), self._next_block)
+            else:
+                self.unjudged(job, str(error) if not ours else f"{type(error).__name__}: {error}")
             return True
         row = self.store.job(job)
         self.desk.pause(id, (row.window_end - now) / 4 if row else 0.0)
@@ -193,6 +205,9 @@ class Agent:
 
     def _judged(self, evidence: Evidence, findings: Findings, seconds: float) -> None:
         job = evidence.id.hex()
+        if evidence.missing and not findings.wrong and self.config.demand_budget:
+            self.withheld.begin(job, "; ".join(evidence.missing), self._next_block)
+            return
         receipt = {"job": job, "seconds": round(seconds, 3), **findings.receipt(), "missing": list(evidence.missing)}
         games = [plan(self.chain.account, evidence.id, verdict, self._next_block) for verdict in findings.wrong]
         state = JobState.SUSPECT if games else JobState.UNJUDGED if evidence.missing else JobState.CLEAN
@@ -203,12 +218,12 @@ class Agent:
         self.store.judged(job, state, receipt, games)
         log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         if not games:
-            self._forget(evidence.id)
+            self.forget(evidence.id)
 
-    def _unjudged(self, job: str, why: str) -> None:
+    def unjudged(self, job: str, why: str) -> None:
         log.warning("job %s stays unjudged: %s", job, why)
         self.store.judged(job, JobState.UNJUDGED, {"job": job, "why": why})
-        self._forget(bytes.fromhex(job))
+        self.forget(bytes.fromhex(job))
 
     def _fetch(self, task: Task) -> Evidence:
         return self.fetcher.fetch(read_facts(self.chain, task.id), task.judge.weights.shape, task.seconds)
@@ -267,7 +282,7 @@ class Agent:
         if any(disputes.state_of(id)):
             return False  # open or over already; its event comes with the next read
         job = self.store.job(row.job)
-        if job is None or now > job.window_end:
+        if job is None or (now > job.window_end and now > self.chain.escrow.window_end(segment.job)):
             self._over(row, GameState.DROPPED, "the job's window was over")
             return False
         if not disputes.commitment_of(id):
@@ -294,10 +309,10 @@ class Agent:
     def share_out(self, row: GameRow, now: int) -> bool:
         """After the window, has the convicted stake shared out, unless somebody did, and draws our part."""
         job = self.store.job(row.job)
-        if job is None or now <= job.window_end:
+        if job is None or now <= max(job.window_end, self.chain.escrow.window_end(bytes.fromhex(row.job))):
             return False
         try:
-            self._tolerant(lambda: self.chain.escrow.release(bytes.fromhex(row.job)), "AlreadyDone", "WrongStatus")
+            self.release(bytes.fromhex(row.job))
         except ChainError as error:
             if error.name != "GamesOpen":  # somebody else's; `release` waits for them
                 raise
@@ -307,13 +322,17 @@ class Agent:
         self.collect()
         return True
 
+    def release(self, job: bytes) -> None:
+        """Has a void job's locks shared out, unless somebody did."""
+        self._tolerant(lambda: self.chain.escrow.release(job), "AlreadyDone", "WrongStatus")
+
     def charge_of(self, row: GameRow) -> Charge:
         """The challenge that was planned, built again from the job's data."""
         judge, verdict = self._judge(row), verdict_of(row)
         evidence = self.evidence(bytes.fromhex(row.job), judge)
         return charge(evidence, judge, verdict, lambda: self._case(judge, evidence, verdict))
 
-    def case(self, judge: Judge, evidence: Evidence, verdict: Verdict) -> Case:
+    def case(self, judge: Judge, evidence: Dossier, verdict: Verdict) -> Case:
         """What we hold to be true of a piece."""
         return judge.case(evidence, verdict)
 
@@ -324,10 +343,11 @@ class Agent:
         verdict = Verdict(0.0, place.stage, Kind(place.kind), *at, game.token)
         return self._case(judge, self.evidence(place.job, judge), verdict)
 
-    def evidence(self, id: bytes, judge: Judge) -> Evidence:
-        """A job's data as it was when it was audited, from disk. Raises Unavailable."""
+    def evidence(self, id: bytes, judge: Judge) -> Dossier:
+        """A job's data as it was when it was audited, from disk and from answered demands. Raises Unavailable."""
         if id not in self._evidence:
-            self._evidence[id] = self.fetcher.load(read_facts(self.chain, id), judge.weights.shape)
+            posted = self.withheld.posted(id, judge)
+            self._evidence[id] = posted or self.fetcher.load(read_facts(self.chain, id), judge.weights.shape)
         return self._evidence[id]
 
     def fund(self, segment: Segment) -> None:
@@ -339,11 +359,11 @@ class Agent:
 
     def collect(self) -> None:
         """Draws what the contracts owe this account."""
-        for door in (self.chain.disputes, self.chain.escrow):
+        for door in (self.chain.disputes, self.chain.demands, self.chain.escrow):
             if door.credit(self.chain.account):
                 door.withdraw()
 
-    def _case(self, judge: Judge, evidence: Evidence, verdict: Verdict) -> Case:
+    def _case(self, judge: Judge, evidence: Dossier, verdict: Verdict) -> Case:
         """Kept while the job's games live: vectors are computed once."""
         key = (segment_of(evidence.id, verdict), verdict.token)
         if key not in self._cases:
@@ -362,10 +382,12 @@ class Agent:
         self.log.forget(id)
         self.player.forget(id)
         if not any(game.state in LIVE for game in self.store.games_of(row.job)):
-            self._forget(bytes.fromhex(row.job))
+            self.forget(bytes.fromhex(row.job))
 
-    def _forget(self, job: bytes) -> None:
+    def forget(self, job: bytes) -> None:
+        """Nothing of the job is needed any more."""
         self._evidence.pop(job, None)
+        self.withheld.forget(job)
         self._cases = {key: case for key, case in self._cases.items() if key[0].job != job}
         self.desk.forget(job)
         self.archive.forget(job)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from challenger.evidence import Evidence, received
+from challenger.evidence import Dossier, received
 from challenger.judge import Judge
 from verifier.audit import NO_TOKEN, Verdict
 from verifier.canonical import Case
@@ -33,7 +33,7 @@ def segment_of(job: bytes, verdict: Verdict) -> Segment:
     )
 
 
-def charge(evidence: Evidence, judge: Judge, verdict: Verdict, truth: Callable[[], Case]) -> Charge:
+def charge(evidence: Dossier, judge: Judge, verdict: Verdict, truth: Callable[[], Case]) -> Charge:
     """`truth` is asked for where a program judges. Raises NothingWrong for a piece within tolerance, Unavailable for
     one that is not on disk.
     """
@@ -52,7 +52,7 @@ def charge(evidence: Evidence, judge: Judge, verdict: Verdict, truth: Callable[[
     return Charge(segment, tuple(_shown(evidence, judge, verdict, truth)), b"")
 
 
-def _shown(evidence: Evidence, judge: Judge, verdict: Verdict, truth: Callable[[], Case]) -> list[Opening]:
+def _shown(evidence: Dossier, judge: Judge, verdict: Verdict, truth: Callable[[], Case]) -> list[Opening]:
     r, kind = verdict.request, verdict.kind
     requests, outputs = evidence.requests_tree, evidence.outputs_tree
     if kind is Kind.BILL:

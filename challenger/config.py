@@ -22,7 +22,8 @@ class Config:
     and a file with its password. models: folders of the models that this watchtower can judge. data: folder for what it
     downloads. database: SQLAlchemy URL (default: SQLite under `data`). poll_seconds: pause between two looks at the
     chain. from_block: where to start on an empty database. max_stage_bytes: most that one stage of one job may hold;
-    larger ones stay unjudged. downloads: jobs that are downloaded at the same time.
+    larger ones stay unjudged. downloads: jobs that are downloaded at the same time. demand_budget: most that demands
+    for the withheld data of one job may cost, in base units of the token; 0: nothing is ever demanded.
     """
 
     rpc_url: str
@@ -36,13 +37,14 @@ class Config:
     from_block: int = 0
     max_stage_bytes: int = 64 * 2**30
     downloads: int = 4
+    demand_budget: int = 0
 
     def __post_init__(self) -> None:
         try:
             check_rpc_url(self.rpc_url)
         except RpcUrlError as error:
             raise ConfigError(f"rpc_url: {error}") from error
-        for name, least in (("from_block", 0), ("max_stage_bytes", 1), ("downloads", 1)):
+        for name, least in (("from_block", 0), ("max_stage_bytes", 1), ("downloads", 1), ("demand_budget", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 < self.poll_seconds <= 3600:
@@ -57,7 +59,7 @@ _PATHS = ("addresses", "keystore", "password", "data")
 _REQUIRED = ("rpc_url", "addresses", "keystore", "password", "models", "data")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rpc_url", "database", *_PATHS), (str,)),
-    **dict.fromkeys(("from_block", "max_stage_bytes", "downloads"), (int,)),
+    **dict.fromkeys(("from_block", "max_stage_bytes", "downloads", "demand_budget"), (int,)),
     "models": (list,),
     "poll_seconds": (int, float),
 }

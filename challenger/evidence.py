@@ -10,13 +10,17 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from contracts.client import Chain
 from contracts.records import Job, Stage
 from verifier.audit import Verdict
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree
+from verifier.referee.codec import Opening
 from verifier.shape import ModelShape
 from verifier.trace import RequestTrace
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Unavailable(Exception):
@@ -83,6 +87,43 @@ class Archive:
         shutil.rmtree(self.folder / job.hex(), ignore_errors=True)
 
 
+class RecordsTree(Protocol):
+    """What opens request or output records: a tree of verifier.commit, or what was posted of one."""
+
+    def record_opening(self, r: int) -> Opening: ...
+    def token_opening(self, r: int, index: int) -> Opening: ...
+
+
+class NodesTree(Protocol):
+    """What opens a stage's trace nodes."""
+
+    def opening(self, r: int) -> Opening: ...
+
+
+class OfEach(Protocol[T_co]):
+    """One item a request."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, r: int, /) -> T_co: ...
+
+
+class Dossier(Protocol):
+    """What a game is played from: an Evidence, or what demands brought to light (challenger/posted.py)."""
+
+    @property
+    def id(self) -> bytes: ...
+    @property
+    def stages(self) -> tuple[Stage, ...]: ...
+    @property
+    def requests(self) -> OfEach[Request]: ...
+    @property
+    def requests_tree(self) -> RecordsTree: ...
+    @property
+    def outputs_tree(self) -> RecordsTree: ...
+    def tree(self, stage: int) -> NodesTree: ...
+    def trace(self, stage: int, request: int) -> RequestTrace | None: ...
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A committed job, matching its roots.
@@ -119,6 +160,6 @@ class Evidence:
         return RequestTrace.load(self.archive.trace_path(self.id, stage, request), self.shape)
 
 
-def received(evidence: Evidence, verdict: Verdict) -> bool:
+def received(evidence: Dossier, verdict: Verdict) -> bool:
     """Whether a LINK is one between two stages: the receiver is accused."""
     return evidence.stages[verdict.stage].first_layer == verdict.layer + 1

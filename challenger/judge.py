@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from challenger.evidence import Evidence, received
+from challenger.evidence import Dossier, Evidence, received
 from contracts.client import model_id
 from verifier.audit import Audit, Auditor, Stage, Verdict, audit_bill, audit_length, audit_stop
 from verifier.canonical import Case
@@ -85,7 +85,7 @@ class Judge:
         wrong = tuple(self._confirmed(evidence, seen))
         return Findings(seen.pieces, seen.worst, wrong, seen.suspicious)
 
-    def case(self, evidence: Evidence, verdict: Verdict) -> Case:
+    def case(self, evidence: Dossier, verdict: Verdict) -> Case:
         """The canonical truth about a piece. Raises ValueError where the evidence lacks its tensors."""
         return self.auditor.case(self.model, verdict, stages_of(evidence, verdict.request))
 
@@ -167,13 +167,13 @@ class _Seen:
         self.worst[name] = max(self.worst.get(name, 0.0), ratio)
 
 
-def stages_of(evidence: Evidence, request: int) -> list[Stage]:
+def stages_of(evidence: Dossier, request: int) -> list[Stage]:
     """One request's part of every stage that gave its trace, as the auditor wants it."""
     traces = [(index, evidence.trace(index, request)) for index in range(len(evidence.stages))]
     return [Stage(index, trace) for index, trace in traces if trace is not None]
 
 
-def may_be_senders(evidence: Evidence, verdict: Verdict) -> bool:
+def may_be_senders(evidence: Dossier, verdict: Verdict) -> bool:
     """Whether a signed hand-off can shift the blame (docs/protocol.md, "Segments")."""
     if verdict.kind is Kind.EMBED:
         return verdict.position >= len(evidence.requests[verdict.request].prompt) and len(evidence.stages) > 1

@@ -22,6 +22,7 @@ class Base(DeclarativeBase):
 class JobState(enum.StrEnum):
     WATCHED = "watched"  # committed, not audited yet
     CLEAN = "clean"
+    WITHHELD = "withheld"  # its data is being demanded on chain; the receipt says since which block
     SUSPECT = "suspect"  # a challenge was decided on
     UNJUDGED = "unjudged"  # not all of it could be judged, and nothing wrong was seen; the receipt says why
 
@@ -77,14 +78,15 @@ class Store:
         self._engine.dispose()
 
     def next_block(self, default: int) -> int:
-        """Where to read on: behind what was read, but not behind the beginning of a live game, whose state is in the
-        chain's events alone.
+        """Where to read on: behind what was read, but not behind the beginning of a live game or of demands, whose
+        state is in the chain's events alone.
         """
         with Session(self._engine) as session:
             row = session.get(CursorRow, "chain")
             games = session.scalar(select(func.min(GameRow.block)).where(GameRow.state.in_(LIVE)))
-        blocks = [block for block in (row.block if row else default, games) if block is not None]
-        return min(blocks)
+            withheld = select(JobRow.receipt).where(JobRow.state == JobState.WITHHELD)
+            demands = [int(receipt["block"]) for receipt in session.scalars(withheld)]
+        return min(block for block in (row.block if row else default, games, *demands) if block is not None)
 
     def advance(self, block: int, committed: Sequence[tuple[str, int]]) -> None:
         """Moves the cursor to `block` and notes the jobs (id, window end) committed before it, in one transaction."""

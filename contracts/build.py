@@ -20,7 +20,7 @@ from contracts.errors import BuildError
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOTS = ROOT / "contracts" / "snapshots"
 ABI_FOLDER = SNAPSHOTS / "abi"
-DEPLOYED = ("Models", "Workers", "Escrow", "Disputes", "Referee", "Token")
+DEPLOYED = ("Models", "Workers", "Escrow", "Disputes", "Demands", "Referee", "Token")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _IMPORT = re.compile(r"""\bimport\b[^;"']*["']([^"']+)["']""")
 

@@ -17,7 +17,7 @@ from eth_utils.address import is_address, to_checksum_address
 
 from contracts import signing
 from contracts.abi import decode_event, event_topics
-from contracts.doors import DisputesDoor, EscrowDoor, ModelsDoor, RefereeDoor, TokenDoor, WorkersDoor
+from contracts.doors import DemandsDoor, DisputesDoor, EscrowDoor, ModelsDoor, RefereeDoor, TokenDoor, WorkersDoor
 from contracts.errors import (
     AddressesError,
     ChainError,
@@ -31,7 +31,7 @@ from contracts.events import EVENTS, Event
 from contracts.keys import load_account, save_account
 from contracts.providers import check_rpc_url
 from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
-from contracts.signing import challenge_id, game_hash, model_id
+from contracts.signing import challenge_id, demand_id, game_hash, model_id
 from contracts.transport import Receipt, Transport
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "Worker",
     "challenge_id",
     "check_rpc_url",
+    "demand_id",
     "game_hash",
     "load_account",
     "model_id",
@@ -72,6 +73,7 @@ class Addresses:
     workers: str
     escrow: str
     disputes: str
+    demands: str
     referee: str
 
     def __post_init__(self) -> None:
@@ -121,6 +123,7 @@ class Chain:
         self.workers = WorkersDoor(self.transport, addresses.workers)
         self.escrow = EscrowDoor(self.transport, addresses.escrow)
         self.disputes = DisputesDoor(self.transport, addresses.disputes)
+        self.demands = DemandsDoor(self.transport, addresses.demands)
         self.referee = RefereeDoor(self.transport, addresses.referee)
 
     @property
@@ -147,8 +150,8 @@ class Chain:
         return int(self.transport.web3.eth.get_balance(to_checksum_address(account)))
 
     def events(self, from_block: int, to_block: int | None = None) -> Iterator[Event]:
-        """Every event of Models, Workers, Escrow and Disputes, in order, both ends included; `to_block` defaults to the
-        latest.
+        """Every event of Models, Workers, Escrow, Disputes and Demands, in order, both ends included; `to_block`
+        defaults to the latest.
 
         SAFETY: an event of ours that Python does not know raises LookupError; a watcher must not overlook one. Near the
         head a block can still be
@@ -157,7 +160,7 @@ class Chain:
         last = self.block_number() if to_block is None else to_block
         contracts = {
             door.address: (door.contract, event_topics(door.contract))
-            for door in (self.models, self.workers, self.escrow, self.disputes)
+            for door in (self.models, self.workers, self.escrow, self.disputes, self.demands)
         }
         for log in self.transport.logs(list(contracts), from_block, last, _LOG_BLOCKS):
             topics = [bytes(topic) for topic in log["topics"]]

@@ -11,8 +11,9 @@ from web3.types import TxReceipt
 
 from contracts.abi import functions
 from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
-from contracts.signing import challenge_id, job_id, model_id, pipeline_id
+from contracts.signing import challenge_id, demand_id, job_id, model_id, pipeline_id
 from contracts.transport import Transport
+from verifier.demand import Demand, Demanded
 from verifier.game import Game, HandoffProof, Move, Proof, Segment
 from verifier.referee.codec import Cell, Instruction, Model, Opening
 
@@ -189,6 +190,10 @@ class EscrowDoor(Door):
     def credit(self, account: str) -> int:
         return int(self._read("credit", account))
 
+    def least_lock(self, job: Job) -> int:
+        """The least stake that each stage must lock; job.lock itself is not read."""
+        return int(self._read("leastLock", job))
+
     def job_id(self, requester: str, job: Job) -> bytes:
         return job_id(self._transport.chain_id, self.address, requester, job)
 
@@ -248,6 +253,38 @@ class DisputesDoor(Door):
 
     def bond_for(self, job: bytes, stage: int) -> int:
         return int(self._read("bondFor", job, stage))
+
+
+class DemandsDoor(Door):
+    contract = "Demands"
+
+    def demand(self, demand: Demand, model: Model, most: int) -> bytes:
+        """The demand's id. Demands must be approved for the price; `most` is what it may be, in base units."""
+        self._send("demand", demand, model, most)
+        return demand_id(demand)
+
+    def answer(self, demand_id: bytes, demanded: Demanded, model: Model, openings: Sequence[Opening]) -> TxReceipt:
+        return self._send("answer", demand_id, demanded, model, openings)
+
+    def lapse(self, demand_id: bytes, demanded: Demanded) -> TxReceipt:
+        return self._send("lapse", demand_id, demanded)
+
+    def withdraw(self) -> TxReceipt:
+        return self._send("withdraw")
+
+    def credit(self, account: str) -> int:
+        return int(self._read("credit", account))
+
+    def state_of(self, demand_id: bytes) -> bytes:
+        """keccak256 of the demand's state while it is open; zeros if there never was one."""
+        return bytes(self._read("stateOf", demand_id))
+
+    def open_demands(self, job: bytes, stage: int) -> int:
+        return int(self._read("openDemands", job, stage))
+
+    def price_of(self, demand: Demand, model: Model) -> int:
+        """What `demand` would draw now, in base units."""
+        return int(self._read("priceOf", demand, model))
 
 
 class RefereeDoor(Door):

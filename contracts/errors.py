@@ -7,7 +7,7 @@ ContractsError
 ├── ChainError          a contract refused; carries the custom error's name and arguments
 ├── ReceiptTimeout      sent, but not in a block in time
 ├── KeystoreError       a keystore that cannot be opened
-├── AddressesError      an addresses file that says something else than six addresses
+├── AddressesError      an addresses file that says something else than seven addresses
 └── BuildError          the compiler refused, or its set-up is incomplete
 """
 

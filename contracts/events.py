@@ -1,4 +1,4 @@
-"""Every event of the four contracts as a frozen dataclass.
+"""Every event of the five contracts as a frozen dataclass.
 
 Addresses are checksummed; amounts are base units of the token.
 """
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from contracts.records import Job, Stage
+from verifier.demand import Demanded
 from verifier.game import Game
-from verifier.referee.codec import Model
+from verifier.referee.codec import Model, Opening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,9 @@ class StageSlashed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Credited(Event):
-    """By Escrow: pay, refunds, fees, rewards; by Disputes: bonds that came back and moves that were paid for."""
+    """By Escrow: pay, refunds, fees, rewards; by Disputes: bonds that came back and moves that were paid for; by
+    Demands: answers that were paid for, and what a lapsed demand returned.
+    """
 
     account: str
     amount: int
@@ -199,6 +202,32 @@ class GameEnded(Event):
     stage: int
     convicted: int
     reason: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandOpened(Event):
+    id: bytes
+    job: bytes
+    demanded: Demanded
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandAnswered(Event):
+    """openings: the record and, unless the range lies beyond the tree's end, the leaves (verifier.demand)."""
+
+    id: bytes
+    job: bytes
+    openings: tuple[Opening, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandLapsed(Event):
+    """The stage let its time pass, and is convicted."""
+
+    id: bytes
+    job: bytes
+    stage: int
+    demander: str
 
 
 def _all(base: type[Event]) -> dict[str, type[Any]]:

@@ -11,6 +11,7 @@ from eth_utils.crypto import keccak
 
 from contracts.abi import encode_struct, struct, to_abi, type_of
 from contracts.records import Job, Stage
+from verifier.demand import Demand
 from verifier.game import Game, Segment
 from verifier.referee.codec import Model
 
@@ -59,6 +60,11 @@ def challenge_id(challenger: str, segment: Segment, salt: bytes) -> bytes:
     """The commitment that precedes a challenge, and the game's id."""
     types = ["address", type_of(struct("Segment")), "bytes32"]
     return keccak(encode(types, [challenger, to_abi(struct("Segment"), segment), salt]))
+
+
+def demand_id(demand: Demand) -> bytes:
+    """One a job and range."""
+    return keccak(encode_struct("Demand", demand))
 
 
 def game_hash(game: Game) -> bytes:

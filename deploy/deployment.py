@@ -1,4 +1,4 @@
-"""Puts the six contracts on a chain."""
+"""Puts the seven contracts on a chain."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,13 +36,13 @@ def deploy(
     """Deploys and returns the addresses. `token`: the ERC-20 to use; by default a development token that anybody may
     mint.
 
-    Workers must know Escrow, Escrow Disputes, and each is immutable: the later addresses are predicted from the
-    deployer's nonce.
+    Workers must know Escrow, Escrow Disputes and Demands, and each is immutable: the later addresses are predicted from
+    the deployer's nonce.
     """
     transport = Transport(rpc_url, key, patience_seconds)
     built = artifacts()
     first = transport.web3.eth.get_transaction_count(key.address)
-    order = (() if token else ("Token",)) + ("Referee", "Models", "Workers", "Escrow", "Disputes")
+    order = (() if token else ("Token",)) + ("Referee", "Models", "Workers", "Escrow", "Disputes", "Demands")
     at = {name: predict(key.address, first + place) for place, name in enumerate(order)}
     if token:
         at["Token"] = to_checksum_address(token)
@@ -51,14 +51,15 @@ def deploy(
         "Referee": (),
         "Models": (),
         "Workers": (at["Token"], at["Models"], at["Escrow"], withdrawal_seconds),
-        "Escrow": (at["Token"], at["Workers"], at["Disputes"]),
+        "Escrow": (at["Token"], at["Workers"], at["Disputes"], at["Demands"]),
         "Disputes": (at["Token"], at["Escrow"], at["Workers"], at["Referee"]),
+        "Demands": (at["Token"], at["Escrow"], at["Workers"]),
     }
     for name in order:
         receipt = transport.send_raw(None, creation_code(built[name], arguments[name]), f"{name}.constructor")
         if receipt["contractAddress"] != at[name]:
             raise DeploymentError(f"{name}: expected at {at[name]}, came to lie at {receipt['contractAddress']}")
-    return Addresses(at["Token"], at["Models"], at["Workers"], at["Escrow"], at["Disputes"], at["Referee"])
+    return Addresses(**{name.lower(): address for name, address in at.items()})
 
 
 def creation_code(artifact: Artifact, arguments: Sequence[Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""`plumb request submit | resume | status | fetch | collect`."""
+"""`plumb request submit | resume | status | fetch | demand | collect`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import typer
 
 from contracts.client import Addresses, Chain, ChainError, ContractsError, Status, load_account, model_id
 from requester.batch import Batch, BatchError, read_batch
-from requester.client import Requester, RequesterError, Terms, make_job, max_price
+from requester.client import Requester, RequesterError, Terms, lawful, make_job, max_price
+from requester.demand import OutputsDemander, posted_outputs, registered_model
 from requester.jobs import Notebook, Remembered
 from requester.receipt import make_receipt, story_of
 from requester.results import error_line, result_line, visible, write_lines, write_whole
-from verifier.commit import requests_root
+from verifier.commit import Output, requests_root
 from verifier.program import shape_from_config
 from verifier.shape import UnsupportedModel
 from verifier.tolerance import InvalidProfile
@@ -197,7 +198,7 @@ def fetch(
         summary = make_receipt(chain, known.id, story, known.model.name, tokenizer_hash(known.model))
         write_whole(receipt, json.dumps(summary, indent=2) + "\n")
         _say(f"{receipt}: {summary['status']}, {summary['why']}")
-        outputs = requester.outputs(known.id, parsed.requests)
+        outputs = _outputs(requester, known, parsed)
         created = chain.block_timestamp(story[0].block)
         rows = [(bad.number, error_line(bad.number, bad.custom_id, bad.reason)) for bad in parsed.bad]
         for line, result in zip(parsed.lines, outputs, strict=True):
@@ -207,6 +208,31 @@ def fetch(
     except REFUSALS as error:
         raise _fail(error) from error
     _say(f"{output}: {len(outputs)} results")
+
+
+@app.command()
+def demand(
+    job: JobId,
+    rpc: Rpc,
+    addresses: AddressFile,
+    keystore: Keystore,
+    password: Password,
+    budget: Annotated[int, typer.Option(min=1, help="Most that it may cost, in base units.")],
+    home: Home = DEFAULT_HOME,
+    deployed_block: Annotated[int, typer.Option(help="Where to look for the model's registration from.")] = 0,
+) -> None:
+    """Have the outputs posted on chain that the pipeline committed to and does not hand over; then `fetch` has them.
+
+    The last stage posts them before its clock runs out, or is convicted and the price refunded.
+    """
+    try:
+        chain = Chain(rpc, Addresses.load(addresses), load_account(keystore, password))
+        known, parsed, _ = _recall(Requester(chain), job, home)
+        model = registered_model(chain, chain.escrow.job(known.id).model, deployed_block)
+        outputs = OutputsDemander(chain, known.id, parsed.requests, model, known.block).run(budget, _say)
+    except REFUSALS as error:
+        raise _fail(error) from error
+    _say(f"{len(outputs)} outputs are on chain: `plumb request fetch` writes them")
 
 
 @app.command()
@@ -232,6 +258,18 @@ def _recall(requester: Requester, job: str, home: Path) -> tuple[Remembered, Bat
             f"{known.batch} and the tokenizer in {known.model} make other requests than the job's: one was changed"
         )
     return known, parsed, tokenizer
+
+
+def _outputs(requester: Requester, known: Remembered, batch: Batch) -> tuple[Output, ...]:
+    """From the pipeline, else from what was posted on chain."""
+    try:
+        return requester.outputs(known.id, batch.requests)
+    except RequesterError as error:
+        posted = posted_outputs(requester.chain, known.id, known.block)
+        if posted is None:
+            raise RequesterError(f"{error}\n`plumb request demand` has outputs posted on chain") from error
+    lawful(posted, batch.requests)
+    return posted
 
 
 def _hand_over(requester: Requester, id: bytes, batch: Batch) -> None:

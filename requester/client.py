@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -17,7 +17,6 @@ from verifier.commit import Output, OutputsTree, Request, make_outputs, requests
 TIMEOUT_SECONDS = 30.0
 ANSWER_SECONDS = 300.0  # one answer in all
 HAND_OVER_ATTEMPTS = 5
-GAME_GAS = 2_000_000  # docs/protocol.md, "Constants"
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_INFO_BYTES = 64 * 2**10
 REFUSED = (400, 409, 413, 422)  # HTTP answers that will not change
@@ -47,9 +46,8 @@ def make_job(
     """The job for a batch on a pipeline, its times counted from now. The lock is the least that the contract takes."""
     prompt_tokens = sum(len(request.prompt) for request in requests)
     max_tokens = sum(request.limit for request in requests)
-    price = terms.prompt_price * prompt_tokens + terms.token_price * max_tokens
     now = max(chain.block_timestamp(), int(time.time()))  # an idle local chain's last block may be old
-    return Job(
+    job = Job(
         model=model,
         pipeline=pipeline,
         requests_root=requests_root(requests),
@@ -58,7 +56,7 @@ def make_job(
         max_tokens=max_tokens,
         prompt_price=terms.prompt_price,
         token_price=terms.token_price,
-        lock=2 * (price + GAME_GAS * terms.gas_rate),
+        lock=0,
         gas_rate=terms.gas_rate,
         accept_by=now + terms.accept_seconds,
         commit_by=now + terms.accept_seconds + terms.serve_seconds,
@@ -67,6 +65,7 @@ def make_job(
         grace=terms.grace,
         nonce=time.time_ns() if nonce is None else nonce,
     )
+    return replace(job, lock=chain.escrow.least_lock(job))
 
 
 def max_price(job: Job) -> int:
@@ -150,7 +149,7 @@ class Requester:
             except (RequesterError, ValueError, IndexError) as error:
                 reasons.append(f"stage {stage}: {error}")
                 continue
-            _lawful(outputs, requests)
+            lawful(outputs, requests)
             return outputs
         raise RequesterError("; ".join(reasons))
 
@@ -174,10 +173,11 @@ class Requester:
             except ChainError as error:
                 if error.name not in ("WrongStatus", "AlreadyDone", "GamesOpen", "TooEarly"):
                     raise
-        owed = escrow.credit(self.chain.account)
-        if owed:
-            escrow.withdraw()
-            done.append(f"drew {owed} base units")
+        for door in (escrow, self.chain.demands):
+            owed = door.credit(self.chain.account)
+            if owed:
+                door.withdraw()
+                done.append(f"drew {owed} base units")
         return done
 
     def phase(self, id: bytes, stage: int) -> str:
@@ -222,7 +222,7 @@ def _ask(method: str, url: str, most: int, body: Any = None, timeout: float = TI
     return bytes(data)
 
 
-def _lawful(outputs: Sequence[Output], requests: Sequence[Request]) -> None:
+def lawful(outputs: Sequence[Output], requests: Sequence[Request]) -> None:
     """Raises RequesterError for outputs that break STOP or BILL: committed to all the same, they can be convicted."""
     try:
         expected = make_outputs([output.tokens for output in outputs], requests)

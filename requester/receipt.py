@@ -11,6 +11,7 @@ from contracts.abi import functions
 from contracts.client import Chain, Job, Status
 from contracts.events import (
     ChallengeCommitted,
+    DemandLapsed,
     Event,
     GameEnded,
     GameMoved,
@@ -94,7 +95,9 @@ def transactions(chain: Chain, story: Sequence[Event]) -> list[Spent]:
 
 @cache
 def _methods() -> dict[bytes, str]:
-    return {item.selector: item.label for name in ("Escrow", "Disputes") for item in functions(name).values()}
+    return {
+        item.selector: item.label for name in ("Escrow", "Disputes", "Demands") for item in functions(name).values()
+    }
 
 
 def why(status: Status, story: Sequence[Event], now: int, job: Job) -> str:
@@ -102,7 +105,8 @@ def why(status: Status, story: Sequence[Event], now: int, job: Job) -> str:
     for event in story:
         if isinstance(event, StageConvicted):
             ends = [end for end in story if isinstance(end, GameEnded) and end.convicted == event.stage]
-            proof = _PROOFS.get(ends[0].reason, "a game") if ends else "a game"
+            silent = any(isinstance(lapse, DemandLapsed) and lapse.stage == event.stage for lapse in story)
+            proof = _PROOFS.get(ends[0].reason, "a game") if ends else "its silence" if silent else "a game"
             return f"stage {event.stage} ({event.worker}) was convicted by {proof}; the price was refunded in full"
     match status:
         case Status.OPEN if now <= job.accept_by:

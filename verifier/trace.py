@@ -221,6 +221,20 @@ class RequestTrace:
             raise IndexOutOfRange(f"expected positions of one band of {TILE}, got {got}")
         return self._open_tiles(key, band, col // TILE, col // TILE + 1)
 
+    def open_leaves(self, key: str, first: int, count: int) -> Opening:
+        """Opens leaves first .. first + count - 1 of a tensor. Raises IndexOutOfRange."""
+        siblings = self._siblings(key, first, count)
+        array, tall, wide = self.arrays[key], *((TILE, TILE) if is_tiled(key) else (1, BLOCK))
+        across = -(-array.shape[1] // wide)
+        places = (divmod(index, across) for index in range(first, first + count))
+        tiles = (array[a * tall : (a + 1) * tall, b * wide : (b + 1) * wide].tobytes() for a, b in places)
+        return Opening(b"".join(tiles), siblings)
+
+    def open_roots(self, first: int, count: int) -> Opening:
+        """Opens the roots of tensors first .. first + count - 1 in the tensors' tree. Raises IndexOutOfRange."""
+        siblings = tuple(self._top().prove(first, count))
+        return Opening(b"".join(self.tensor_root(key) for key in self.keys[first : first + count]), siblings)
+
     def save(self, path: Path) -> None:
         """Writes one safetensors file. Raises OSError."""
         layers = {"first_layer": str(self.first_layer), "end_layer": str(self.end_layer)}

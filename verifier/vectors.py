@@ -84,6 +84,12 @@ def _rounded_bits(values: npt.NDArray[np.float32], dtype: Dtype) -> Bits:
     return ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def to_bits(values: npt.NDArray[np.float64], dtype: Dtype) -> Bits:
+    """Real numbers as a server stores them: rounded to float32, then to dtype."""
+    with np.errstate(over="ignore"):
+        return _rounded_bits(values.astype(np.float32), dtype)
+
+
 def add(x: Bits, y: Bits, dtype: Dtype) -> Ints:
     """ADD: raw bits; their hardware sum as served, Q30."""
     return served(add_bits(dtype, x, y), dtype)

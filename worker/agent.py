@@ -12,6 +12,9 @@ from eth_account.signers.local import LocalAccount
 
 from contracts.client import Addresses, Chain, Claim, ContractsError, Job, Stage, Status, load_account, model_id
 from contracts.events import (
+    DemandAnswered,
+    DemandLapsed,
+    DemandOpened,
     Event,
     GameEnded,
     GameMoved,
@@ -30,6 +33,7 @@ from worker import ring_pb2 as pb
 from worker.admission import check_join, own_stage
 from worker.channel import Peer, Ring
 from worker.config import WorkerConfig, split_address
+from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
 from worker.job import JobFolder
@@ -70,6 +74,7 @@ class Agent:
         self.notary = Notary(chain, signer)
         self.settler = settler_class(chain, self.notary, self.account)
         self.responder = responder_class(chain, self.account, self.model, stage.weights, profile, self.folder)
+        self.answerer = Answerer(chain, self.model, stage.weights.shape, self.folder)
         self.compute = ThreadPoolExecutor(1, "compute")
         self._key = key
         self._max_message_bytes = config.serving.max_message_bytes
@@ -113,6 +118,7 @@ class Agent:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             await self.responder.stop()
+            await self.answerer.stop()
             for engagement in self._engagements.values():
                 await engagement.stop()
             await self.links.close()
@@ -129,6 +135,7 @@ class Agent:
                     if not engagement.closed:
                         engagement.advance(now)
                 self.responder.tick(now)
+                self.answerer.tick(now)
             except ContractsError as error:
                 log.warning("chain: %s", error)
             except Exception:  # the loop must outlive a fault in one job; the trace in the log says which
@@ -152,6 +159,10 @@ class Agent:
                 await self._opened(id, job)
             case GameMoved() | GameEnded():
                 self.responder.feed(event)
+            case DemandOpened():
+                self.answerer.opened(event)
+            case DemandAnswered() | DemandLapsed():
+                self.answerer.closed(event)
             case JobAccepted() | JobCommitted() | JobPaid() | JobVoided() | JobRefunded() | JobReleased():
                 engagement = self._engagements.get(event.id)
                 if engagement is None:
@@ -239,17 +250,9 @@ def build_worker(
         torch.set_num_threads(config.serving.threads)
     config.data.mkdir(parents=True, exist_ok=True)
     signer = load_account(config.keystore, config.password_file)
-    addresses = config.chain.addresses
     chain = Chain(
         config.chain.rpc,
-        Addresses(
-            addresses.token,
-            addresses.models,
-            addresses.workers,
-            addresses.escrow,
-            addresses.disputes,
-            addresses.referee,
-        ),
+        Addresses(**vars(config.chain.addresses)),
         signer,
     )
     weights = Weights.open(config.model)

@@ -22,6 +22,7 @@ class Contracts:
     workers: str
     escrow: str
     disputes: str
+    demands: str
     referee: str
 
 

@@ -80,9 +80,12 @@ class Settler:
                 raise ValueError(f"no such action: {action}")
 
     def withdraw(self) -> None:
-        """Our credit, if the key that sends is the account's own."""
-        if self.chain.account == self.account and self.chain.escrow.credit(self.account) > 0:
-            self._try("withdraw", b"", lambda: self.chain.escrow.withdraw())
+        """Our credit - pay, moves and answers -, if the key that sends is the account's own."""
+        if self.chain.account != self.account:
+            return
+        for door in (self.chain.escrow, self.chain.disputes, self.chain.demands):
+            if door.credit(self.account) > 0:
+                self._try("withdraw", b"", door.withdraw)
 
     def _try(self, action: str, job: bytes, send: Callable[[], object]) -> None:
         try:

@@ -22,6 +22,11 @@ contract Escrow is IEscrow, EIP712 {
     /// @notice Gas that a job's lock must cover besides its price.
     // Rationale: the dearest game in docs/protocol.md takes about eight moves of 250,000 gas.
     uint256 public constant GAME_GAS = 2_000_000;
+    /// @notice Gas of having one byte of a withheld history posted, price of the demand included (Demands: 5/4 of 506,000 + 40 a byte, for 64 KB).
+    uint256 public constant HISTORY_GAS = 60;
+    /// @notice A lock must be worth so often the posting of one layer's k and v.
+    // Rationale: whoever convicts alone gets at least a quarter of the lock, so a demander of all that ATTEND reads ends no poorer.
+    uint256 public constant HISTORY_LOCKS = 4;
     uint256 public constant MIN_WINDOW_SECONDS = 20;
     uint256 public constant MAX_WINDOW_SECONDS = 30 days;
     uint256 public constant MIN_CLOCK_SECONDS = 5;
@@ -39,6 +44,7 @@ contract Escrow is IEscrow, EIP712 {
     IERC20 public immutable token;
     IWorkers public immutable workers;
     address public immutable disputes;
+    address public immutable demands;
 
     struct Winner {
         address challenger;
@@ -50,8 +56,8 @@ contract Escrow is IEscrow, EIP712 {
         address requester;
         Status status;
         uint8 stages; // how many
-        uint16 openGames; // against all stages
-        uint64 windowEnd; // 0 until committed
+        uint16 openGames; // against all stages, open demands included
+        uint64 windowEnd; // 0 until committed; an answered demand may move it
         // Sets of stages, bit i for stage i.
         uint64 lockedSet; // INVARIANT: the bit is set exactly while the stage's lock is held in Workers for this job
         uint64 committedSet;
@@ -73,10 +79,16 @@ contract Escrow is IEscrow, EIP712 {
         _;
     }
 
-    constructor(IERC20 token_, IWorkers workers_, address disputes_) EIP712("Plumb", "1") {
+    modifier onlyDemands() {
+        if (msg.sender != demands) revert NotDemands(msg.sender);
+        _;
+    }
+
+    constructor(IERC20 token_, IWorkers workers_, address disputes_, address demands_) EIP712("Plumb", "1") {
         token = token_;
         workers = workers_;
         disputes = disputes_;
+        demands = demands_;
     }
 
     // ---- a job's life ----
@@ -90,6 +102,7 @@ contract Escrow is IEscrow, EIP712 {
         bytes32 model = workers.pipelineModel(job_.pipeline);
         if (model == 0) revert InvalidJob("pipeline");
         if (model != job_.model) revert InvalidJob("model");
+        if (job_.lock < _leastLock(job_, maximum)) revert InvalidJob("lock");
 
         record.requester = msg.sender;
         record.status = Status.Open;
@@ -274,10 +287,7 @@ contract Escrow is IEscrow, EIP712 {
     /// @inheritdoc IEscrow
     function gameOpened(bytes32 id, uint8 stage) external onlyDisputes returns (uint256 alreadyOpen) {
         Record storage record = _records[id];
-        Status actual = record.status;
-        if (actual != Status.Committed && actual != Status.Void) revert WrongStatus(id, Status.Committed, actual);
-        if (block.timestamp > record.windowEnd) revert TooLate(record.windowEnd);
-        if (stage >= record.stages) revert UnknownStage(stage);
+        _requireInWindow(id, record, stage);
 
         alreadyOpen = record.gamesAgainst[stage];
         record.gamesAgainst[stage] = alreadyOpen + 1;
@@ -297,18 +307,37 @@ contract Escrow is IEscrow, EIP712 {
         // a game that was never opened.
         record.gamesAgainst[stage] -= 1;
         record.openGames -= 1;
-        if (guilty == NOBODY) return;
+        if (guilty != NOBODY) _convict(id, record, guilty, Winner(challenger, committedAt, _units(gasUnits)));
+    }
 
-        record.convictedSet |= _bit(guilty);
-        uint32 units = gasUnits < type(uint32).max ? uint32(gasUnits) : type(uint32).max;
-        _remember(record.winners[guilty], Winner(challenger, committedAt, units));
-        emit StageConvicted(id, guilty, workers.pipelineStage(record.job.pipeline, guilty).worker, challenger);
-        if (record.status == Status.Committed) {
-            uint256 refund = _maximumPrice(record.job);
-            record.status = Status.Void;
-            _credit(record.requester, refund, id);
-            emit JobVoided(id, refund);
+    // ---- demands ----
+
+    /// @inheritdoc IEscrow
+    function demandOpened(bytes32 id, uint8 stage) external onlyDemands returns (uint64 end) {
+        Record storage record = _records[id];
+        _requireInWindow(id, record, stage);
+        end = record.windowEnd;
+
+        // Checked: the price of a demand doubles with what is queued, so 2^16 can't be paid for; see gameOpened.
+        record.openGames += 1;
+    }
+
+    /// @inheritdoc IEscrow
+    function demandClosed(bytes32 id, uint8 stage, bool silent, address demander, uint64 openedAt, uint256 gasUnits)
+        external
+        onlyDemands
+    {
+        Record storage record = _records[id];
+
+        // INVARIANT: as in gameClosed, the job is Committed or Void, and the demand was opened.
+        record.openGames -= 1;
+        if (silent) {
+            _convict(id, record, stage, Winner(demander, openedAt, _units(gasUnits)));
+            return;
         }
+        // What was posted in the last second must still be of use: there is time to challenge it.
+        uint64 end = uint64(block.timestamp) + record.job.clock;
+        if (end > record.windowEnd) record.windowEnd = end;
     }
 
     // ---- views ----
@@ -351,6 +380,11 @@ contract Escrow is IEscrow, EIP712 {
     /// @inheritdoc IEscrow
     function convicted(bytes32 id, uint8 stage) external view returns (bool) {
         return _contains(_records[id].convictedSet, stage);
+    }
+
+    /// @inheritdoc IEscrow
+    function leastLock(Job calldata job_) external view returns (uint256) {
+        return _leastLock(job_, _maximumPrice(job_));
     }
 
     /// @notice Whether `stage` has accepted and its lock is still held for this job.
@@ -398,7 +432,23 @@ contract Escrow is IEscrow, EIP712 {
         emit StageCommitted(id, stage, claim.root);
     }
 
+    function _convict(bytes32 id, Record storage record, uint8 guilty, Winner memory winner) private {
+        record.convictedSet |= _bit(guilty);
+        _remember(record.winners[guilty], winner);
+        emit StageConvicted(id, guilty, workers.pipelineStage(record.job.pipeline, guilty).worker, winner.challenger);
+        if (record.status == Status.Committed) {
+            uint256 refund = _maximumPrice(record.job);
+            record.status = Status.Void;
+            _credit(record.requester, refund, id);
+            emit JobVoided(id, refund);
+        }
+    }
+
     // ---- money ----
+
+    function _units(uint256 gasUnits) private pure returns (uint32) {
+        return gasUnits < type(uint32).max ? uint32(gasUnits) : type(uint32).max;
+    }
 
     /// @dev Credits the winners against a convicted stage from what its lock holds beyond `toStages`; returns what is burned.
     /// SAFETY: a cheat may convict itself through friends to save its lock. The scheduled gas is therefore paid, oldest commitment first, out of
@@ -485,7 +535,6 @@ contract Escrow is IEscrow, EIP712 {
         if (job_.gasRate == 0) revert InvalidJob("gasRate");
         maximum = _maximumPrice(job_);
         if (maximum > type(uint128).max) revert InvalidJob("price");
-        if (job_.lock < 2 * (maximum + GAME_GAS * job_.gasRate)) revert InvalidJob("lock");
         if (job_.acceptBy < block.timestamp) revert InvalidJob("acceptBy");
         if (job_.commitBy <= job_.acceptBy || job_.commitBy > block.timestamp + MAX_TERM_SECONDS) {
             revert InvalidJob("commitBy");
@@ -495,10 +544,26 @@ contract Escrow is IEscrow, EIP712 {
         if (job_.grace == 0 || job_.grace > job_.clock) revert InvalidJob("grace");
     }
 
+    function _leastLock(Job calldata job_, uint256 maximum) private view returns (uint256 least) {
+        least = 2 * (maximum + GAME_GAS * job_.gasRate);
+        (uint256 rowBytes, uint256 positions) = workers.models().history(job_.model);
+        uint256 tokens = uint256(job_.promptTokens) + job_.maxTokens;
+        if (tokens < positions) positions = tokens;
+        uint256 history = HISTORY_LOCKS * HISTORY_GAS * rowBytes * positions * job_.gasRate;
+        if (history > least) least = history;
+    }
+
     function _requireSigned(address account, uint8 stage, bytes32 structHash, bytes calldata signature) private view {
         (address signer,,) = ECDSA.tryRecoverCalldata(_hashTypedDataV4(structHash), signature);
         // A registered signer is never zero, so a failed recovery never matches.
         if (signer != workers.signerOf(account)) revert BadSignature(stage);
+    }
+
+    function _requireInWindow(bytes32 id, Record storage record, uint8 stage) private view {
+        Status actual = record.status;
+        if (actual != Status.Committed && actual != Status.Void) revert WrongStatus(id, Status.Committed, actual);
+        if (block.timestamp > record.windowEnd) revert TooLate(record.windowEnd);
+        if (stage >= record.stages) revert UnknownStage(stage);
     }
 
     function _requireWindowOver(Record storage record) private view {

@@ -16,8 +16,13 @@ contract Models is IModels {
     uint32 public constant MAX_POSITIONS = 2 ** 20;
     uint8 public constant LAST_DTYPE = 2;
 
-    /// @inheritdoc IModels
-    mapping(bytes32 id => uint32) public layers;
+    struct Size {
+        uint32 layers;
+        uint64 rowBytes;
+        uint32 maxPositions;
+    }
+
+    mapping(bytes32 id => Size) private _sizes;
 
     /// @inheritdoc IModels
     function register(Model calldata model) external returns (bytes32 id) {
@@ -38,10 +43,21 @@ contract Models is IModels {
         if (model.servedDtype > LAST_DTYPE) revert InvalidModel("servedDtype");
 
         id = keccak256(abi.encode(model));
-        if (layers[id] != 0) return id; // a front-run registration is as good as one's own
+        if (_sizes[id].layers != 0) return id; // a front-run registration is as good as one's own
 
-        layers[id] = model.layers;
+        uint64 elementBytes = model.servedDtype == LAST_DTYPE ? 4 : 2;
+        _sizes[id] = Size(model.layers, 2 * elementBytes * model.kvWidth, model.maxPositions);
         emit ModelRegistered(id, model);
+    }
+
+    /// @inheritdoc IModels
+    function layers(bytes32 id) external view returns (uint32) {
+        return _sizes[id].layers;
+    }
+
+    /// @inheritdoc IModels
+    function history(bytes32 id) external view returns (uint64 rowBytes, uint32 maxPositions) {
+        return (_sizes[id].rowBytes, _sizes[id].maxPositions);
     }
 
     function _requireWithin(string memory what, uint32 value, uint32 least, uint32 most) private pure {

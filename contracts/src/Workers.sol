@@ -19,6 +19,7 @@ contract Workers is IWorkers, EIP712 {
     uint256 private constant ALL_SHARES_BPS = 10_000;
 
     IERC20 public immutable token;
+    /// @inheritdoc IWorkers
     IModels public immutable models;
     address public immutable escrow;
     /// @notice Seconds between the request and the withdrawal of stake.

@@ -18,7 +18,7 @@ import torch
 from challenger.agent import Agent as Challenger
 from challenger.cli import open_chain
 from challenger.config import load_config
-from challenger.evidence import Evidence
+from challenger.evidence import Dossier, Evidence
 from challenger.judge import Findings, Judge
 from contracts.client import Claim
 from deploy.demo.liar import DenyingCase, LyingCase
@@ -117,7 +117,7 @@ class FalseAccuser(Challenger):
         verdict = Verdict(2.0, 0, Kind.MLP, CHEATED_REQUEST, 0, CHEATED_POSITION, 0)
         return Findings(1, {"mlp": 2.0}, (verdict,), 1)
 
-    def case(self, judge: Judge, evidence: Evidence, verdict: Verdict) -> Case:
+    def case(self, judge: Judge, evidence: Dossier, verdict: Verdict) -> Case:
         return LyingCase(judge.case(evidence, verdict), wrong=True)
 
 

@@ -1,10 +1,13 @@
 """Watchtowers that come and go on a local chain, and the worker that defends itself against them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from challenger.agent import Agent
 from challenger.config import Config
+from challenger.demander import DemandLog
 from challenger.judge import Judge
 from challenger.store import JobState, Store
 from contracts.client import ChainError
@@ -13,7 +16,10 @@ from deploy.devnet import Devnet
 from tests.challenger.town import FUNDS, Served, Town, until
 from tests.verifier import tiny
 from verifier.canonical import Case
+from verifier.commit import OutputsTree, RequestsTree
+from verifier.demand import Demand, Wanted, answer_tokens, answer_trace
 from verifier.game import Game
+from verifier.referee.codec import Model, Opening
 
 WORKER = 2  # the account of stage 1
 
@@ -27,14 +33,15 @@ class Place:
         self.folder = folder
         self.count = 0
 
-    def config(self, name: str) -> Config:
+    def config(self, name: str, **changes: Any) -> Config:
         """For a watchtower that sees nothing of what was before."""
         data = self.home / name
         data.mkdir(exist_ok=True)
         head = self.town.requester.block_number()
-        return Config(
+        config = Config(
             "http://unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
         )
+        return replace(config, **changes)
 
     def agent(self, config: Config, account: int = 4, agent_class: type[Agent] = Agent) -> Agent:
         chain = self.town.chain(account)
@@ -58,6 +65,38 @@ class Place:
     def events(self, kind: type[Any], job: bytes, config: Config) -> list[Any]:
         found = self.town.requester.events(config.from_block)
         return [event for event in found if isinstance(event, kind) and getattr(event, "job", job) == job]
+
+
+def answer(served: Served, demand: Demand, model: Model) -> tuple[Opening, ...]:
+    """What a stage that committed to `served` can post, true or not."""
+    r = demand.request
+    if demand.kind == Wanted.PROMPT:
+        record = RequestsTree(served.requests).record_opening(r)
+        return answer_tokens(demand, record, served.requests[r].prompt)
+    if demand.kind == Wanted.OUTPUT:
+        return answer_tokens(demand, OutputsTree(served.outputs).record_opening(r), served.outputs[r].tokens)
+    return answer_trace(demand, served.trees[demand.stage].opening(r), served.traces[demand.stage][r], model)
+
+
+class Poster:
+    """A stage that serves nothing, and posts what is demanded."""
+
+    def __init__(self, place: Place, served: Served, config: Config, accounts: Sequence[int] = (1, 2)) -> None:
+        """accounts: of stages that post, by stage."""
+        self.place, self.served, self.log, self.from_block = place, served, DemandLog(), config.from_block
+        self.chains = [place.town.chain(account) for account in accounts]
+        self.posted: list[Demand] = []
+
+    def post(self) -> None:
+        self.log.feed(self.place.town.requester.events(self.from_block))
+        for job in self.log.jobs.values():
+            for id in job.open:
+                held = job.demanded[id]
+                if held.demand.stage >= len(self.chains):
+                    continue
+                openings = answer(self.served, held.demand, self.place.judge.model)
+                self.chains[held.demand.stage].demands.answer(id, held, self.place.judge.model, openings)
+                self.posted.append(held.demand)
 
 
 class Defence:

@@ -65,20 +65,27 @@ class Served:
         return [StageTree([TraceNode(t.positions, t.tensors_root) for t in traces]) for traces in self.traces]
 
 
-def serve(weights: Weights, spoil: bool = False, requests: Sequence[Request] = REQUESTS) -> Served:
-    """Greedy decoding, one request at a time."""
+Maker = Callable[[Weights, list[int]], dict[str, Bits]]  # tokens fed in -> all layers' tensors
+
+
+def serve(
+    weights: Weights, spoil: bool = False, requests: Sequence[Request] = REQUESTS, make: Maker | None = None
+) -> Served:
+    """Greedy decoding, one request at a time. make: what the workers compute instead of the truth."""
     told, traces = [], []
     for r, request in enumerate(requests):
         tokens: list[int] = []
         while True:
-            arrays = _arrays(weights, [*request.prompt, *tokens], spoil and r == SPOILT_REQUEST)
+            fed_in = [*request.prompt, *tokens]
+            arrays = make(weights, fed_in) if make else _arrays(weights, fed_in, spoil and r == SPOILT_REQUEST)
             if len(tokens) == request.limit or (tokens and tokens[-1] in request.stops):
                 break
             (tile,) = (tile for _, tile in Reference(weights).logits(arrays["out"][-1:]))
             tokens.append(int(tile[0].argmax()))
         told.append(tokens)
         fed = len(request.prompt) + len(tokens) - 1
-        traces.append([_slice(weights, arrays, layer, fed) for layer in (0, 1)])
+        half = weights.shape.layers // 2
+        traces.append([_slice(weights, arrays, first, first + half, fed) for first in (0, half)])
     outputs = tuple(make_outputs(told, requests))
     by_stage = tuple(tuple(pair[stage] for pair in traces) for stage in (0, 1))
     return Served(tuple(requests), outputs, by_stage, total_tokens(outputs))
@@ -95,9 +102,9 @@ def _arrays(weights: Weights, tokens: list[int], spoil: bool) -> dict[str, Bits]
     return arrays
 
 
-def _slice(weights: Weights, arrays: dict[str, Bits], layer: int, positions: int) -> RequestTrace:
-    keys = tensor_keys(weights.shape, layer, layer + 1)
-    return RequestTrace(weights.shape, layer, layer + 1, {key: arrays[key][:positions] for key in keys})
+def _slice(weights: Weights, arrays: dict[str, Bits], first: int, end: int, positions: int) -> RequestTrace:
+    keys = tensor_keys(weights.shape, first, end)
+    return RequestTrace(weights.shape, first, end, {key: arrays[key][:positions] for key in keys})
 
 
 Misbehaviour = Callable[[BaseHTTPRequestHandler, str], bool]
@@ -182,7 +189,8 @@ def say(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200) -> bool
 def facts(weights: Weights, served: Served, hall: Hall, id: bytes = b"\x07" * 32) -> Facts:
     """What a chain would say, without one."""
     hall.served[id.hex()] = served
-    stages = tuple(Stage(dev_account(w).address, s, s + 1, 5000) for s, w in enumerate(WORKERS))
+    half = weights.shape.layers // 2
+    stages = tuple(Stage(dev_account(w).address, s * half, (s + 1) * half, 5000) for s, w in enumerate(WORKERS))
     root = OutputsTree(served.outputs).root
     roots = tuple(tree.root for tree in served.trees)
     job = make_job(bytes(32), bytes(32), served, 0, 1)

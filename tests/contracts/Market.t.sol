@@ -29,15 +29,20 @@ abstract contract Market is Base {
     Escrow internal escrow;
     bytes32 internal modelId;
 
-    /// @param disputes who may open and close games
+    /// @param disputes who may open and close games, and demands
     function _deploy(address disputes) internal {
+        _deploy(disputes, disputes);
+    }
+
+    /// @param demands who may open and close demands
+    function _deploy(address disputes, address demands) internal {
         vm.warp(START);
         token = new Token();
         models = new Models();
         // Workers and Escrow name each other: Escrow's address follows from the deployer and its fourth nonce.
         address predicted = address(uint160(uint256(keccak256(abi.encodePacked(hex"d694", address(this), hex"04")))));
         workers = new Workers(IERC20(token), IModels(models), predicted, DELAY_SECONDS);
-        escrow = new Escrow(IERC20(token), IWorkers(workers), disputes);
+        escrow = new Escrow(IERC20(token), IWorkers(workers), disputes, demands);
         assertEq(address(escrow), predicted, "address of the escrow");
         modelId = models.register(_model());
         token.mint(REQUESTER, FUNDS);
@@ -45,7 +50,7 @@ abstract contract Market is Base {
         token.approve(address(escrow), type(uint256).max);
     }
 
-    function _model() internal pure returns (Model memory) {
+    function _model() internal pure virtual returns (Model memory) {
         return Model({
             weightsRoot: bytes32(uint256(1)),
             weightsLeaves: 1,

@@ -29,6 +29,7 @@ models = "0x2"
 workers = "0x3"
 escrow = "0x4"
 disputes = "0x5"
+demands = "0x7"
 referee = "0x6"
 
 [serving]

@@ -64,6 +64,7 @@ class Village:
             chain.token.mint(chain.account, STAKE)
             chain.token.approve(self.addresses.escrow, STAKE)
             chain.token.approve(self.addresses.disputes, STAKE)
+            chain.token.approve(self.addresses.demands, STAKE)
         self.model_id = self.requester.models.register(identify(weights, profile))
         layers = weights.shape.layers
         bounds = [round(i * layers / self.parts) for i in range(self.parts + 1)]
@@ -171,8 +172,7 @@ class Village:
             grace=60,
             nonce=self.nonce,
         )
-        lock = 2 * (prompts * job.prompt_price + limits * job.token_price + 2_000_000)
-        return replace(job, **{"lock": lock, **changes})
+        return replace(job, **{"lock": self.requester.escrow.least_lock(job), **changes})
 
     async def open(self, requests: Sequence[Request], **changes: Any) -> bytes:
         """Opens a job and sends its prompts to stage 0."""

@@ -70,8 +70,9 @@ interface IEscrow {
     error AlreadyDone(uint8 stage);
     error UnknownStage(uint8 stage);
     error BadSignature(uint8 stage);
-    error GamesOpen(uint256 games);
+    error GamesOpen(uint256 games); // games and demands
     error NotDisputes(address sender);
+    error NotDemands(address sender);
     error TooManyTokens(uint64 tokens, uint64 maxTokens);
     error OutputsFromWrongStage(uint8 stage);
     error NothingToWithdraw();
@@ -97,12 +98,20 @@ interface IEscrow {
         uint256 gasUnits
     ) external;
 
+    /// @notice Demands only. Reverts as gameOpened does. An open demand keeps a job from ending, as an open game does.
+    /// @return windowEnd as it stands
+    function demandOpened(bytes32 id, uint8 stage) external returns (uint64 windowEnd);
+    /// @notice Demands only. `silent`: the stage let its time pass, and is convicted. Else games may be opened for another `clock` seconds at least.
+    function demandClosed(bytes32 id, uint8 stage, bool silent, address demander, uint64 openedAt, uint256 gasUnits)
+        external;
+
     function job(bytes32 id) external view returns (Job memory);
+    function leastLock(Job calldata job) external view returns (uint256); // `open` refuses less
     function requester(bytes32 id) external view returns (address);
     function status(bytes32 id) external view returns (Status);
     function root(bytes32 id, uint8 stage) external view returns (bytes32); // 0 until committed
     function outputs(bytes32 id) external view returns (bytes32 outputsRoot, uint64 tokens);
-    function windowEnd(bytes32 id) external view returns (uint64);
+    function windowEnd(bytes32 id) external view returns (uint64); // until then games may be opened; an answered demand may move it
     function openGames(bytes32 id, uint8 stage) external view returns (uint256);
     function convicted(bytes32 id, uint8 stage) external view returns (bool);
     function credit(address account) external view returns (uint256);

@@ -15,4 +15,9 @@ interface IModels {
     function register(Model calldata model) external returns (bytes32 id);
 
     function layers(bytes32 id) external view returns (uint32); // 0 if unknown
+
+    /// @notice What attention reads of the past, and how much past there can be.
+    /// @return rowBytes bytes of k and v of one layer at one position; 0 if unknown
+    /// @return maxPositions of one request
+    function history(bytes32 id) external view returns (uint64 rowBytes, uint32 maxPositions);
 }

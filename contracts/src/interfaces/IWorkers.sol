@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {IModels} from "./IModels.sol";
+
 struct Worker {
     address signer; // signs joins, acceptances, commitments and hand-offs; may also move in games
     bytes32 tls; // SHA-256 of the DER certificate
@@ -53,6 +55,7 @@ interface IWorkers {
     /// @notice Escrow only. Sends `amount` of locked stake to Escrow.
     function slash(address account, uint256 amount) external;
 
+    function models() external view returns (IModels);
     function worker(address account) external view returns (Worker memory);
     function signerOf(address account) external view returns (address);
     function freeStake(address account) external view returns (uint256);
