@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from verifier.keccak import checksummed
-from verifier.referee.codec import VECTOR_LEAF_BYTES, Model, Opening, Trace, encode_vector, slices
+from verifier.referee.codec import Model, Opening, Trace, encode_vector, slices, vector_leaf_elements
 from verifier.referee.errors import DataLength
 from verifier.referee.tree import Tree, depth, leaf, nodes_at
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # Rationale: the chain's client needs the structs without loa
 LIST_LEVELS = 6  # most levels of a tree that one list of nodes goes down: 64 nodes, 2 KiB
 HASH_BYTES = 32
 SUM_BYTES = 16
-SUM_ENTRIES = 32  # partial sums in a list: 512 bytes, like a leaf
+SUM_ENTRIES = 32  # partial sums in a list: 512 bytes
 WRONG = leaf(encode_vector([1], wide=False))  # the root of a verdict's vector [1]
 
 
@@ -270,9 +270,10 @@ def _answer_nodes(game: Game, claim: bytes, case: "Case") -> Move:
 
 def _answer_elements(game: Game, claim: bytes, case: "Case", steps: bytes) -> Move | Proof:
     i = game.step
-    size = SUM_BYTES if case.instructions[i].wide else 8
+    wide = bool(case.instructions[i].wide)
+    size = SUM_BYTES if wide else 8
     pick = _first_difference(slices(claim, size), slices(case.leaf(i, game.index), size))
-    element = game.index * (VECTOR_LEAF_BYTES // size) + pick
+    element = game.index * vector_leaf_elements(wide) + pick
     chunks = case.chunks(i)
     if chunks == 1:
         return _proof(case, i, element, 0, pick, claim, steps)

@@ -13,7 +13,6 @@ from verifier.referee.codec import (
     BLOCK,
     TABLE_LEAF,
     TILE,
-    VECTOR_LEAF_BYTES,
     Cell,
     Instruction,
     Model,
@@ -25,6 +24,7 @@ from verifier.referee.codec import (
     Trace,
     decode_vector,
     slices,
+    vector_leaf_elements,
 )
 from verifier.referee.errors import (
     ChunkOutOfRange,
@@ -240,8 +240,9 @@ def place_of(model: Model, cell: Cell, read: Read) -> Place:
     operand, u, first, last = read.operand, cell.unit, read.first, read.first + read.count - 1
     match operand.source:
         case Source.STEP:
-            size = 16 if operand.layer_stride else 8
-            return _row_place(0, 0, first, last, _vector_elements(cell, operand), VECTOR_LEAF_BYTES // size, size, 1)
+            wide = bool(operand.layer_stride)
+            length, full = _vector_elements(cell, operand), vector_leaf_elements(wide)
+            return _row_place(0, 0, first, last, length, full, 16 if wide else 8, 1)
         case Source.SERVED:
             trace = _trace(cell, read)
             size = Dtype(model.served_dtype).size

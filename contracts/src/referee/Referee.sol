@@ -296,7 +296,7 @@ contract Referee is IReferee {
         uint256 length = _vectorLength(place, from);
         uint256 leaf =
             _row(opening.data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
-        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.LEAF_BYTES);
+        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.leafBytes(wide));
         bytes32 root = Tree.rootOfRange(hashes, leaf, Codec.leafCount(length, wide), opening.siblings);
         if (from.id >= place.steps.length) revert Tree.IndexOutOfRange(from.id, 1, place.steps.length);
         _rooted(place.steps[from.id], root);
