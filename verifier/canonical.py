@@ -17,7 +17,7 @@ from verifier.program import Kind
 from verifier.referee.codec import (
     ALL_POSITIONS,
     BLOCK,
-    TILE,
+    TILE_ROWS,
     Cell,
     Instruction,
     Model,
@@ -364,7 +364,7 @@ def _term_count(ins: Instruction, position: int) -> int:
 
 
 def _chunk_terms(ins: Instruction) -> int:
-    return TILE if ins.op == Op.WSUM else BLOCK
+    return TILE_ROWS if ins.op == Op.WSUM else BLOCK
 
 
 def _ints(values: Any) -> Ints:

@@ -14,8 +14,9 @@ from verifier.referee.tree import leaf, root
 NARROW_LEAF, WIDE_LEAF = 64, 128  # elements of a vector's full leaf: 512 and 2048 bytes
 BLOCK = 256
 # Elements of a served or weight leaf, of a row block, and terms of a chunk: one size, so that a chunk opens one leaf.
-TILE = 16
-# v is tiled 16 x 16 (256 elements again), so that one leaf opens a column over a chunk of positions.
+TILE_ROWS, TILE_COLUMNS = 8, 32
+# v is tiled (256 elements again), so that one leaf opens a column over a chunk of positions, and few a head's row: four
+# at 128 columns. 1024 chunks, two lists of partial sums, reach to position 8191.
 TABLE_LEAF = 64
 ALL_POSITIONS = 0xFFFFFFFF
 # `terms` of a sum over the positions 0..t

@@ -12,7 +12,8 @@ from verifier.referee.codec import (
     ALL_POSITIONS,
     BLOCK,
     TABLE_LEAF,
-    TILE,
+    TILE_COLUMNS,
+    TILE_ROWS,
     Cell,
     Instruction,
     Model,
@@ -125,7 +126,7 @@ def _terms(instruction: Instruction, position: int) -> int:
 
 
 def _chunk_terms(instruction: Instruction) -> int:
-    return TILE if instruction.op == Op.WSUM else BLOCK
+    return TILE_ROWS if instruction.op == Op.WSUM else BLOCK
 
 
 def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, chunk: int) -> list[Read]:
@@ -361,22 +362,20 @@ def _tile_place(read: Read, first: int, last: int, positions: int, size: int) ->
     """Columns first .. last of v at one position, or one column at read.rows positions of a tile."""
     width, row = read.operand.width, read.row
     _within(first, last, width)
-    head, tail, band = first // TILE, last // TILE, row // TILE
-    _within(row % TILE + read.rows - 1, row % TILE + read.rows - 1, TILE)
-    a_band = -(-width // TILE)
-    tall = min(TILE, positions - TILE * band)
-    held = min((tail + 1) * TILE, width) - head * TILE
+    head, tail, band = first // TILE_COLUMNS, last // TILE_COLUMNS, row // TILE_ROWS
+    _within(row % TILE_ROWS + read.rows - 1, row % TILE_ROWS + read.rows - 1, TILE_ROWS)
+    a_band = -(-width // TILE_COLUMNS)
+    tall = min(TILE_ROWS, positions - TILE_ROWS * band)
+    held = min((tail + 1) * TILE_COLUMNS, width) - head * TILE_COLUMNS
 
     def index(position: int, column: int) -> int:
-        tile = column // TILE
-        wide = min(TILE, width - TILE * tile)
-        return (tile - head) * TILE * tall + position % TILE * wide + column % TILE
+        tile = column // TILE_COLUMNS
+        wide = min(TILE_COLUMNS, width - TILE_COLUMNS * tile)
+        return (tile - head) * TILE_COLUMNS * tall + position % TILE_ROWS * wide + column % TILE_COLUMNS
 
     elements = tuple(index(r, c) for r in range(row, row + read.rows) for c in range(first, last + 1))
-    bands = -(-positions // TILE)
-    return Place(
-        band * a_band + head, tail - head + 1, bands * a_band, tall * TILE * size, tall * held * size, elements
-    )
+    full, data = tall * TILE_COLUMNS * size, tall * held * size
+    return Place(band * a_band + head, tail - head + 1, -(-positions // TILE_ROWS) * a_band, full, data, elements)
 
 
 def _within(first: int, last: int, count: int) -> None:

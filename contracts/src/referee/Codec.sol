@@ -24,7 +24,7 @@ library Codec {
     uint256 internal constant INSTRUCTION_BYTES = 128;
     /// @dev Terms of one chunk of a sum, and of a WSUM, whose chunk is a column of one tile of v.
     uint256 internal constant CHUNK_TERMS = 256;
-    uint256 internal constant WSUM_TERMS = 16;
+    uint256 internal constant WSUM_TERMS = 8;
     uint8 private constant WSUM = 11;
     /// @dev `terms` of a sum over all positions up to the judged one.
     uint32 internal constant TERMS_CAUSAL = type(uint32).max;
