@@ -10,7 +10,7 @@ from typing import Any
 from web3.types import TxReceipt
 
 from contracts.abi import functions
-from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
+from contracts.records import Acceptance, Brief, Claim, Job, Stage, Status, Worker
 from contracts.signing import challenge_id, demand_id, job_id, model_id, pipeline_id
 from contracts.transport import Transport
 from verifier.demand import Demand, Demanded
@@ -160,6 +160,11 @@ class EscrowDoor(Door):
 
     def job(self, job: bytes) -> Job:
         found: Job = self._read("job", job, hints=(Job,))
+        return found
+
+    def brief(self, job: bytes, stage: int) -> Brief:
+        """What a game needs to know of the job."""
+        found: Brief = self._read("brief", job, stage, hints=(Brief,))
         return found
 
     def requester(self, job: bytes) -> str:

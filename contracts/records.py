@@ -54,6 +54,19 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Brief:
+    """A part of a job, and the root of one stage."""
+
+    model: bytes
+    pipeline: bytes
+    root: bytes
+    gas_rate: int
+    requests: int
+    clock: int
+    grace: int
+
+
+@dataclass(frozen=True)
 class Acceptance:
     stage: int
     signature: bytes

@@ -17,7 +17,6 @@ from verifier.program import Kind
 from verifier.referee.codec import (
     ALL_POSITIONS,
     GREEDY,
-    VECTOR_LEAF_BYTES,
     Cell,
     Instruction,
     Model,
@@ -26,6 +25,8 @@ from verifier.referee.codec import (
     Source,
     Tensor,
     Trace,
+    vector_leaf_bytes,
+    vector_leaf_elements,
 )
 from verifier.referee.errors import ChunkOutOfRange, ElementOutOfRange, UnknownOp, UnknownSource
 from verifier.referee.floats import Dtype
@@ -110,7 +111,7 @@ class Case:
         """Leaves of instruction i's vector."""
         instruction = self.instructions[i]
         elements = element_count(instruction, self.cell.position, self.cell.unit)
-        return -(-elements * _element_bytes(instruction) // VECTOR_LEAF_BYTES)
+        return -(-elements // vector_leaf_elements(bool(instruction.wide)))
 
     def leaf(self, i: int, index: int) -> bytes:
         """Leaf `index` of instruction i's vector."""
@@ -118,8 +119,9 @@ class Case:
 
     def tree(self, i: int) -> HashTree:
         if i not in self._trees:
-            data = vectors.encode(self.vector(i), bool(self.instructions[i].wide))
-            self._trees[i] = HashTree(leaf_hashes(data, VECTOR_LEAF_BYTES))
+            wide = bool(self.instructions[i].wide)
+            data = vectors.encode(self.vector(i), wide)
+            self._trees[i] = HashTree(leaf_hashes(data, vector_leaf_bytes(wide)))
         return self._trees[i]
 
     def steps(self) -> list[bytes]:
@@ -188,9 +190,9 @@ class Case:
         return Opening(b"".join(leaves), tuple(self.weights.program.tree.prove(place.first, place.leaves)))
 
     def _leaves(self, i: int, first: int, count: int) -> bytes:
-        per_leaf = VECTOR_LEAF_BYTES // _element_bytes(self.instructions[i])
-        values = self.vector(i)[first * per_leaf : (first + count) * per_leaf]
-        return vectors.encode(values, bool(self.instructions[i].wide))
+        wide = bool(self.instructions[i].wide)
+        per_leaf = vector_leaf_elements(wide)
+        return vectors.encode(self.vector(i)[first * per_leaf : (first + count) * per_leaf], wide)
 
     # ---- execution
 
@@ -383,10 +385,6 @@ def _header(trace: ServedTensors) -> Trace:
 
 def _term_count(ins: Instruction, position: int) -> int:
     return position + 1 if ins.terms == ALL_POSITIONS else ins.terms
-
-
-def _element_bytes(ins: Instruction) -> int:
-    return 16 if ins.wide else 8
 
 
 def _ints(values: Any) -> Ints:

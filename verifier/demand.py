@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from verifier.referee import codec
-from verifier.referee.codec import BLOCK, TILE, TOKENS_A_LEAF, Model, Opening, Tensor
+from verifier.referee.codec import BLOCK, TILE_COLUMNS, TILE_ROWS, TOKENS_A_LEAF, Model, Opening, Tensor
 from verifier.referee.errors import DataLength, OpeningCount, ProofLength, RootMismatch
 from verifier.referee.floats import Dtype
 from verifier.referee.tree import Tree, leaf, root_of_range, root_of_range_used
@@ -130,7 +130,7 @@ def tensor_grid(model: Model, place: int, positions: int) -> Grid:
     """The leaves of a request's tensor `place` at a stage; the one behind the last layer's six is `out`."""
     kind, size = place % LAYER_TENSORS, Dtype(model.served_dtype).size
     if kind == Tensor.V:
-        return Grid(positions, model.kv_width, TILE, TILE, size)
+        return Grid(positions, model.kv_width, TILE_ROWS, TILE_COLUMNS, size)
     width = model.query_width if kind == Tensor.Q else model.kv_width if kind == Tensor.K else model.hidden
     return Grid(positions, width, 1, BLOCK, size)
 

@@ -11,17 +11,19 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from verifier.keccak import checksummed
-from verifier.referee.codec import VECTOR_LEAF_BYTES, Model, Opening, Trace, encode_vector, slices
+from verifier.referee.codec import Model, Opening, Trace, encode_vector, slices, vector_leaf_elements
 from verifier.referee.errors import DataLength
 from verifier.referee.tree import Tree, depth, leaf, nodes_at
 
 if TYPE_CHECKING:  # Rationale: the chain's client needs the structs without loading torch
     from verifier.canonical import Case
 
-LIST_LEVELS = 6  # most levels of a tree that one list of nodes goes down: 64 nodes, 2 KiB
+LIST_LEVELS, ONE_LIST_LEVELS = 5, 6
+# Levels of a tree that one list of nodes goes down: three lists of sixteen nodes cost less gas than two of 64; but a
+# tree of six levels is one list, so that no game takes a seventh move.
 HASH_BYTES = 32
 SUM_BYTES = 16
-SUM_ENTRIES = 32  # partial sums in a list: 512 bytes, like a leaf
+SUM_ENTRIES = 32  # partial sums in a list: 512 bytes
 WRONG = leaf(encode_vector([1], wide=False))  # the root of a verdict's vector [1]
 
 
@@ -194,6 +196,8 @@ def _account(address: str) -> bytes:
 
 def levels_per_list(levels: int) -> int:
     """Levels that each list of nodes goes down in a tree of that depth > 0; the last may go fewer."""
+    if levels <= ONE_LIST_LEVELS:
+        return levels
     return -(-levels // -(-levels // LIST_LEVELS))
 
 
@@ -272,9 +276,10 @@ def _answer_nodes(game: Game, claim: bytes, case: "Case") -> Move:
 
 def _answer_elements(game: Game, claim: bytes, case: "Case", steps: bytes) -> Move | Proof:
     i = game.step
-    size = SUM_BYTES if case.instructions[i].wide else 8
+    wide = bool(case.instructions[i].wide)
+    size = SUM_BYTES if wide else 8
     pick = _first_difference(slices(claim, size), slices(case.leaf(i, game.index), size))
-    element = game.index * (VECTOR_LEAF_BYTES // size) + pick
+    element = game.index * vector_leaf_elements(wide) + pick
     chunks = case.chunks(i)
     if chunks == 1:
         return _proof(case, i, element, 0, pick, claim, steps)

@@ -10,7 +10,7 @@ import numpy as np
 
 from verifier.demand import Answer
 from verifier.linear import Bits
-from verifier.referee.codec import BLOCK, TILE
+from verifier.referee.codec import BLOCK, TILE_COLUMNS, TILE_ROWS
 from verifier.referee.errors import IndexOutOfRange
 from verifier.referee.tree import leaf, node
 from verifier.shape import ModelShape
@@ -113,7 +113,7 @@ class PostedTrace(RequestTrace):
 
     def leaves_of(self, key: str, position: int) -> range:
         """The leaves that hold one position's row."""
-        tall, wide = (TILE, TILE) if is_tiled(key) else (1, BLOCK)
+        tall, wide = (TILE_ROWS, TILE_COLUMNS) if is_tiled(key) else (1, BLOCK)
         across = -(-tensor_width(self.shape, key) // wide)
         first = position // tall * across
         return range(first, first + across)

@@ -23,12 +23,13 @@ from verifier.game import (
 )
 from verifier.keccak import keccak256
 from verifier.referee.codec import (
-    VECTOR_LEAF_BYTES,
     Cell,
     Instruction,
     Source,
     decode_vector,
     slices,
+    vector_leaf_bytes,
+    vector_leaf_elements,
 )
 from verifier.referee.ops import combine, finish
 from verifier.referee.referee import chunk_count, element_count, step
@@ -223,7 +224,8 @@ def _post_nodes(game: Game, leaves: int, above: int, parent: int, disputed: byte
 
 def _post_leaf(game: Game, ins: Instruction, index: int, disputed: bytes, posted: bytes) -> Game:
     elements = element_count(ins, game.segment.position, game.segment.unit)
-    _length(posted, min(elements * _element_bytes(ins) - index * VECTOR_LEAF_BYTES, VECTOR_LEAF_BYTES))
+    full = vector_leaf_bytes(bool(ins.wide))
+    _length(posted, min(elements * _element_bytes(ins) - index * full, full))
     if leaf(posted) == disputed:
         raise SameRoot("expected elements of another leaf")
     return replace(game, phase=Phase.ELEMENTS, level=0, index=index, list=leaf(posted))
@@ -272,7 +274,7 @@ def _element_bytes(ins: Instruction) -> int:
 
 
 def _per_leaf(ins: Instruction) -> int:
-    return VECTOR_LEAF_BYTES // _element_bytes(ins)
+    return vector_leaf_elements(bool(ins.wide))
 
 
 def _in_time(game: Game, now: int) -> None:

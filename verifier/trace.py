@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from verifier.program import ModelShape
-from verifier.referee.codec import BLOCK, TILE, Opening, Tensor, Trace
+from verifier.referee.codec import BLOCK, TILE_COLUMNS, TILE_ROWS, Opening, Tensor, Trace
 from verifier.referee.errors import IndexOutOfRange
 from verifier.safetensors_file import Bits, MalformedFile, SafetensorsFile, write
 from verifier.sha256 import HASH_BYTES, Bytes, HashTree, leaf_hashes, row_leaf_hashes
@@ -46,18 +46,18 @@ def tensor_width(shape: ModelShape, key: str) -> int:
 
 
 def is_tiled(key: str) -> bool:
-    """Whether a tensor's leaves are tiles of 16 positions by 16 columns: v's are."""
+    """Whether a tensor's leaves are tiles of 8 positions by 32 columns: v's are."""
     return key.rpartition(".")[2] == "v"
 
 
 def tile_leaf_hashes(rows: Bits) -> Bytes:
-    """Hashes of the tiles of v: bands of 16 rows, the last lower, cut into tiles of 16 columns, the last narrower.
+    """Hashes of the tiles of v: bands of 8 rows, the last lower, cut into tiles of 32 columns, the last narrower.
 
-    rows: raw bits [n, width], n > 0, starting at a band's first position. Returns [bands * ceil(width / 16), 32].
+    rows: raw bits [n, width], n > 0, starting at a band's first position. Returns [bands * ceil(width / 32), 32].
     """
-    whole = len(rows) // TILE * TILE
-    step = max(1, CACHED_BYTES // (TILE * rows.shape[1] * rows.dtype.itemsize)) * TILE
-    parts = [_bands(rows[at : min(at + step, whole)], TILE) for at in range(0, whole, step)]
+    whole = len(rows) // TILE_ROWS * TILE_ROWS
+    step = max(1, CACHED_BYTES // (TILE_ROWS * rows.shape[1] * rows.dtype.itemsize)) * TILE_ROWS
+    parts = [_bands(rows[at : min(at + step, whole)], TILE_ROWS) for at in range(0, whole, step)]
     if whole < len(rows):
         parts.append(_bands(rows[whole:], len(rows) - whole))
     return np.concatenate(parts)
@@ -66,9 +66,9 @@ def tile_leaf_hashes(rows: Bits) -> Bytes:
 def _bands(rows: Bits, tall: int) -> Bytes:
     """As tile_leaf_hashes, for bands that are all `tall` rows high."""
     bands, width = len(rows) // tall, rows.shape[1]
-    main = width // TILE * TILE
+    main = width // TILE_COLUMNS * TILE_COLUMNS
     parts = []
-    for part, wide in ((rows[:, :main], TILE), (rows[:, main:], width - main)):
+    for part, wide in ((rows[:, :main], TILE_COLUMNS), (rows[:, main:], width - main)):
         if part.shape[1]:
             tiles = part.reshape(bands, tall, -1, wide).transpose(0, 2, 1, 3)
             hashes = leaf_hashes(np.ascontiguousarray(tiles), tall * wide * rows.dtype.itemsize)
@@ -84,9 +84,9 @@ class TensorHasher:
         if width < 1 or element_bytes not in (2, 4):
             raise ValueError(f"expected 1 column or more of 2 or 4 bytes, got {width} of {element_bytes}")
         self._width = width
-        # Rationale: rows wait until a band of sixteen is whole even where their leaves already are; all lanes are then
-        # full, and a decoding worker, which appends a row at a time, enters the hasher a sixteenth as often.
-        self._band: Bits = np.empty((TILE, width), dtype=f"<u{element_bytes}")
+        # Rationale: rows wait until a band of eight is whole even where their leaves already are; all lanes are then
+        # full, and a decoding worker, which appends a row at a time, enters the hasher an eighth as often.
+        self._band: Bits = np.empty((TILE_ROWS, width), dtype=f"<u{element_bytes}")
         self._waiting = 0
         self._hash = tile_leaf_hashes if tiled else lambda rows: row_leaf_hashes(rows, BLOCK)
         self._hashes: list[Bytes] = []
@@ -101,13 +101,13 @@ class TensorHasher:
             raise WrongTrace("expected no rows behind the last, the tensor's root is taken")
         self.rows += len(rows)
         if self._waiting:
-            taken = min(TILE - self._waiting, len(rows))
+            taken = min(TILE_ROWS - self._waiting, len(rows))
             self._keep(rows[:taken])
             rows = rows[taken:]
-            if self._waiting < TILE:
+            if self._waiting < TILE_ROWS:
                 return
             self._flush()
-        whole = len(rows) // TILE * TILE
+        whole = len(rows) // TILE_ROWS * TILE_ROWS
         if whole:
             self._hashes.append(self._hash(rows[:whole]))
         self._keep(rows[whole:])
@@ -199,14 +199,15 @@ class RequestTrace:
         _within(position, position + 1, len(array))
         _within(first_col, end_col, array.shape[1])
         if is_tiled(key):
-            return self._open_tiles(key, position // TILE, first_col // TILE, (end_col - 1) // TILE + 1)
+            head, end = first_col // TILE_COLUMNS, (end_col - 1) // TILE_COLUMNS + 1
+            return self._open_tiles(key, position // TILE_ROWS, head, end)
         head, end = first_col // BLOCK, (end_col - 1) // BLOCK + 1
         first = position * -(-array.shape[1] // BLOCK) + head
         data = array[position, head * BLOCK : end * BLOCK].tobytes()
         return Opening(data, self._siblings(key, first, end - head))
 
     def open_column(self, key: str, first_position: int, end_position: int, col: int) -> Opening:
-        """Opens one column of v at positions first_position .. end_position - 1, all within one band of sixteen.
+        """Opens one column of v at positions first_position .. end_position - 1, all within one band of eight.
 
         Raises IndexOutOfRange; for other tensors ValueError: no leaf of theirs holds a column.
         """
@@ -215,16 +216,16 @@ class RequestTrace:
             raise ValueError(f"expected v, got {key}")
         _within(first_position, end_position, len(array))
         _within(col, col + 1, array.shape[1])
-        band = first_position // TILE
-        if (end_position - 1) // TILE != band:
+        band = first_position // TILE_ROWS
+        if (end_position - 1) // TILE_ROWS != band:
             got = f"{first_position} .. {end_position - 1}"
-            raise IndexOutOfRange(f"expected positions of one band of {TILE}, got {got}")
-        return self._open_tiles(key, band, col // TILE, col // TILE + 1)
+            raise IndexOutOfRange(f"expected positions of one band of {TILE_ROWS}, got {got}")
+        return self._open_tiles(key, band, col // TILE_COLUMNS, col // TILE_COLUMNS + 1)
 
     def open_leaves(self, key: str, first: int, count: int) -> Opening:
         """Opens leaves first .. first + count - 1 of a tensor. Raises IndexOutOfRange."""
         siblings = self._siblings(key, first, count)
-        array, tall, wide = self.arrays[key], *((TILE, TILE) if is_tiled(key) else (1, BLOCK))
+        array, tall, wide = self.arrays[key], *((TILE_ROWS, TILE_COLUMNS) if is_tiled(key) else (1, BLOCK))
         across = -(-array.shape[1] // wide)
         places = (divmod(index, across) for index in range(first, first + count))
         tiles = (array[a * tall : (a + 1) * tall, b * wide : (b + 1) * wide].tobytes() for a, b in places)
@@ -261,9 +262,9 @@ class RequestTrace:
 
     def _open_tiles(self, key: str, band: int, head: int, end: int) -> Opening:
         array = self.arrays[key]
-        rows = array[band * TILE : (band + 1) * TILE]
-        data = b"".join(rows[:, tile * TILE : (tile + 1) * TILE].tobytes() for tile in range(head, end))
-        return Opening(data, self._siblings(key, band * -(-array.shape[1] // TILE) + head, end - head))
+        rows = array[band * TILE_ROWS : (band + 1) * TILE_ROWS]
+        data = b"".join(rows[:, tile * TILE_COLUMNS : (tile + 1) * TILE_COLUMNS].tobytes() for tile in range(head, end))
+        return Opening(data, self._siblings(key, band * -(-array.shape[1] // TILE_COLUMNS) + head, end - head))
 
     def _siblings(self, key: str, first: int, n: int) -> tuple[bytes, ...]:
         """Those of the tensor's tree, then those of the tensors' tree."""

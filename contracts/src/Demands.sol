@@ -47,7 +47,8 @@ contract Demands is IDemands {
     uint256 private constant REQUEST_BYTES = 100;
     uint256 private constant LAYER_TENSORS = 6;
     uint256 private constant BLOCK = 256;
-    uint256 private constant TILE = 16;
+    uint256 private constant TILE_ROWS = 8;
+    uint256 private constant TILE_COLUMNS = 32;
     // Places among a layer's six tensors.
     uint256 private constant Q = 1;
     uint256 private constant K = 2;
@@ -214,7 +215,7 @@ contract Demands is IDemands {
     function _tensorGrid(uint256 place, Model calldata model) private pure returns (Grid memory) {
         uint256 kind = place % LAYER_TENSORS;
         uint256 elementBytes = model.servedDtype == FLOAT32 ? 4 : 2;
-        if (kind == V) return Grid(0, model.kvWidth, TILE, TILE, elementBytes);
+        if (kind == V) return Grid(0, model.kvWidth, TILE_ROWS, TILE_COLUMNS, elementBytes);
         uint256 width = kind == Q ? model.queryWidth : kind == K ? model.kvWidth : model.hidden;
         return Grid(0, width, 1, BLOCK, elementBytes);
     }

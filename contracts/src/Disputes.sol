@@ -6,7 +6,7 @@ import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 
 import {Descent} from "./game/Descent.sol";
-import {Evidence, Terms} from "./game/Evidence.sol";
+import {Charge, Evidence} from "./game/Evidence.sol";
 import {Games} from "./game/Games.sol";
 import {Game, HandoffProof, IDisputes, Move, Phase, Segment} from "./interfaces/IDisputes.sol";
 import {IEscrow} from "./interfaces/IEscrow.sol";
@@ -38,7 +38,6 @@ contract Disputes is IDisputes {
     uint256 private constant GAMES_PER_DOUBLING = 4;
     uint256 private constant MAX_DOUBLINGS = 107;
     uint8 private constant NOBODY = 255;
-    uint256 private constant MODEL_WORDS = 14;
 
     // Reasons in GameEnded.
     uint8 private constant PROVED = 1;
@@ -91,16 +90,16 @@ contract Disputes is IDisputes {
     ) external bounded returns (bytes32 id) {
         uint64 committedAt;
         (id, committedAt) = _reveal(segment, salt);
-        (Game memory game, Terms memory terms) = evidence.charge(segment, model, openings);
+        Charge memory found = evidence.charge(segment, model, openings);
         // `step` is a byte.
-        if (terms.steps == 0 || terms.steps > type(uint8).max) revert WrongSegment("kind");
-        _requireLength(steps, 32 * uint256(terms.steps));
+        if (found.steps == 0 || found.steps > type(uint8).max) revert WrongSegment("kind");
+        _requireLength(steps, 32 * uint256(found.steps));
         if (bytes32(steps[steps.length - 32:]) != WRONG) revert VerdictNotWrong();
 
-        game.committedAt = committedAt;
+        Game memory game = _game(segment, model, found, committedAt);
         game.steps = keccak256(steps);
         game.phase = Phase.Steps;
-        _start(id, game, terms, steps);
+        _start(id, game, found.clock, steps);
     }
 
     /// @inheritdoc IDisputes
@@ -112,12 +111,15 @@ contract Disputes is IDisputes {
     {
         uint64 committedAt;
         (id, committedAt) = _reveal(segment, salt);
-        (Game memory game, Terms memory terms) = evidence.find(segment, model, openings);
+        Charge memory found = evidence.find(segment, model, openings);
 
-        game.committedAt = committedAt;
-        if (terms.deflectable) {
+        Game memory game = _game(segment, model, found, committedAt);
+        if (found.deflectable) {
             game.phase = Phase.Handoff;
-            _start(id, game, terms, terms.block_);
+            // LINK's last opening is the judged block.
+            bytes memory block_;
+            if (found.list != 0) block_ = openings[openings.length - 1].data;
+            _start(id, game, found.clock, block_);
         } else {
             game.challenger = msg.sender;
             game.challengerMoves = 1;
@@ -127,12 +129,33 @@ contract Disputes is IDisputes {
         }
     }
 
+    function _game(Segment calldata segment, Model calldata model, Charge memory found, uint64 committedAt)
+        private
+        pure
+        returns (Game memory game)
+    {
+        game.segment = segment;
+        game.committedAt = committedAt;
+        game.worker = found.worker;
+        game.gasRate = found.gasRate;
+        game.grace = found.grace;
+        game.modelId = found.modelId;
+        game.programRoot = model.programRoot;
+        game.programLeaves = model.programLeaves;
+        game.firstInstruction = found.firstInstruction;
+        game.trace = found.trace;
+        game.token = found.token;
+        game.sampling = found.sampling;
+        game.index = found.index;
+        game.list = found.list;
+    }
+
     /// @dev The worker is to move. It has `grace` more for each game already open against its stage.
-    function _start(bytes32 id, Game memory game, Terms memory terms, bytes memory list) private {
+    function _start(bytes32 id, Game memory game, uint32 clock, bytes memory list) private {
         uint256 alreadyOpen = escrow.gameOpened(game.segment.job, game.segment.stage);
-        uint256 workerSeconds = uint256(terms.clock) + alreadyOpen * game.grace;
+        uint256 workerSeconds = uint256(clock) + alreadyOpen * game.grace;
         game.workerSeconds = workerSeconds > type(uint32).max ? type(uint32).max : uint32(workerSeconds);
-        game.challengerSeconds = terms.clock;
+        game.challengerSeconds = clock;
         game.challenger = msg.sender;
         game.challengerMoves = 1;
         game.workerTurn = true;
@@ -166,7 +189,7 @@ contract Disputes is IDisputes {
         if (game.phase != Phase.Elements && game.phase != Phase.Sums) revert WrongPhase(game.phase);
         Instruction memory ins = _instruction(game, proof.record);
         if (!Descent.readsEarlier(ins, game.step)) revert RecordMismatch();
-        bytes32 modelId = _hash(proof.model);
+        bytes32 modelId = Descent.modelId(proof.model);
         if (modelId != game.modelId) revert WrongModel(game.modelId, modelId);
         if (keccak256(abi.encodePacked(proof.steps)) != game.steps) revert ClaimMismatch();
 
@@ -327,11 +350,7 @@ contract Disputes is IDisputes {
         uint256 level = Descent.nextLevel(Tree.depth(leaves), above);
         uint256 length = Descent.children(leaves, level, above, parent);
         _requireLength(list, 32 * length);
-        bytes32[] memory nodes = new bytes32[](length);
-        for (uint256 i = 0; i < length; ++i) {
-            nodes[i] = bytes32(list[32 * i:]);
-        }
-        bytes32 fold = Tree.fold(nodes);
+        bytes32 fold = Tree.fold(Descent.words(list));
         if (fold == disputed) revert SameRoot();
 
         game.phase = Phase.Nodes;
@@ -400,16 +419,6 @@ contract Disputes is IDisputes {
                 revert(call_, returndatasize())
             }
             value := mload(0)
-        }
-    }
-
-    /// @dev A model's id, of the bytes as they came: one with a value too large for its field is no model's.
-    function _hash(Model calldata model) private pure returns (bytes32 hash) {
-        uint256 size = MODEL_WORDS * 32;
-        assembly ("memory-safe") {
-            let copy := mload(0x40)
-            calldatacopy(copy, model, size)
-            hash := keccak256(copy, size)
         }
     }
 

@@ -6,7 +6,7 @@ import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 
-import {Acceptance, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
+import {Acceptance, Brief, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
 import {IWorkers, Stage} from "./interfaces/IWorkers.sol";
 
 /// @title See IEscrow
@@ -67,7 +67,7 @@ contract Escrow is IEscrow, EIP712 {
         Job job;
         mapping(uint256 stage => bytes32) roots;
         mapping(uint256 stage => uint256) gamesAgainst;
-        mapping(uint256 stage => Winner[]) winners;
+        mapping(uint256 stage => Winner[MAX_WINNERS]) winners; // from the front; an empty place has no challenger
     }
 
     mapping(bytes32 id => Record) private _records;
@@ -348,6 +348,20 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     /// @inheritdoc IEscrow
+    function brief(bytes32 id, uint8 stage) external view returns (Brief memory) {
+        Job storage job_ = _records[id].job;
+        return Brief({
+            model: job_.model,
+            pipeline: job_.pipeline,
+            root: _records[id].roots[stage],
+            gasRate: job_.gasRate,
+            requests: job_.requests,
+            clock: job_.clock,
+            grace: job_.grace
+        });
+    }
+
+    /// @inheritdoc IEscrow
     function requester(bytes32 id) external view returns (address) {
         return _records[id].requester;
     }
@@ -394,7 +408,7 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @notice The remembered winners against `stage`, in no particular order.
     function winners(bytes32 id, uint8 stage) external view returns (Winner[] memory) {
-        return _records[id].winners[stage];
+        return _list(_records[id].winners[stage]);
     }
 
     // ---- one stage ----
@@ -457,7 +471,7 @@ contract Escrow is IEscrow, EIP712 {
         private
         returns (uint256 burned)
     {
-        Winner[] memory list = record.winners[stage];
+        Winner[] memory list = _list(record.winners[stage]);
         _sortOldestFirst(list);
         uint256 rest = record.job.lock - toStages;
         uint256 gasLeft = rest / 2;
@@ -478,17 +492,26 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     /// @dev Keeps the oldest commitments: a cheat that convicts itself eight times can't crowd out whoever committed before.
-    function _remember(Winner[] storage list, Winner memory winner) private {
-        uint256 count = list.length;
-        if (count < MAX_WINNERS) {
-            list.push(winner);
-            return;
-        }
+    function _remember(Winner[MAX_WINNERS] storage list, Winner memory winner) private {
         uint256 youngest;
-        for (uint256 i = 1; i < count; ++i) {
+        for (uint256 i = 0; i < MAX_WINNERS; ++i) {
+            if (list[i].challenger == address(0)) {
+                list[i] = winner;
+                return;
+            }
             if (list[i].committedAt > list[youngest].committedAt) youngest = i;
         }
         if (winner.committedAt < list[youngest].committedAt) list[youngest] = winner;
+    }
+
+    /// @dev Without the empty places. Rationale: a length of its own would cost every first conviction a slot.
+    function _list(Winner[MAX_WINNERS] storage places) private view returns (Winner[] memory list) {
+        uint256 count;
+        while (count < MAX_WINNERS && places[count].challenger != address(0)) ++count;
+        list = new Winner[](count);
+        for (uint256 i; i < count; ++i) {
+            list[i] = places[i];
+        }
     }
 
     /// @dev By insertion: at most 8 entries. Stable, so of two equally old ones the first that won stays first.
@@ -515,6 +538,12 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     function _maximumPrice(Job memory job_) private pure returns (uint256) {
+        return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
+    }
+
+    /// @dev As `_maximumPrice`, without reading the rest of the job.
+    function _maximumPriceOf(Record storage record) private view returns (uint256) {
+        Job storage job_ = record.job;
         return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
     }
 

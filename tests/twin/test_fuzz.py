@@ -369,6 +369,26 @@ def test_leaves(harness: Contract, data: bytes, size: int) -> None:
 # ---- codec
 
 
+@pytest.mark.parametrize("dtype", list(floats.Dtype))
+def test_every_kind_of_element_decodes_alike_whatever_its_neighbours(harness: Contract, dtype: floats.Dtype) -> None:
+    # All patterns of 16 bits: the EVM decodes sixteen at once, so each meets odd and plain neighbours, at every place.
+    random.seed(dtype)
+    patterns = list(range(1 << 16)) if dtype.size == 2 else [random.getrandbits(32) for _ in range(1 << 12)]
+    plain = [0x3C00 + i % 64 for i in range(1 << 12)]  # magnitudes near 1: no truncation, nothing invalid
+    random.shuffle(patterns)
+    for bits in (plain, patterns):
+        for first in range(0, len(bits), 4096):
+            part = bits[first : first + 4096]
+            data = b"".join(value.to_bytes(dtype.size, "little") for value in part)
+            at, count = random.randrange(20), len(part) - random.randrange(20, 40)
+            seen = part[at : at + count]
+            values = [floats.decode_served(value, dtype) for value in seen]
+            assert list(harness.call("served", data, at, count, dtype, floats.INVALID)) == values
+            assert list(harness.call("served", data, at, count, dtype, 0)) == [floats.valid(v) for v in values]
+            held = [floats.valid(floats.decode_weight(value, dtype)) for value in seen]
+            assert list(harness.call("weights", data, at, count, dtype)) == held
+
+
 @FUZZ
 @given(st.lists(I64, max_size=70), st.lists(I128, max_size=40))
 def test_vectors(harness: Contract, narrow: list[int], broad: list[int]) -> None:

@@ -33,7 +33,7 @@ from verifier.weights import Weights
 NOBODY = 255
 PROVED, FLAGGED = 1, 2
 GAME_GAS, MOVE_GAS = 2_000_000, 350_000
-POSITION = 597  # WSUM has 38 chunks here, MAX and SUM three
+POSITION = 597  # WSUM has 75 chunks here, two lists; MAX and SUM three
 
 
 @dataclass

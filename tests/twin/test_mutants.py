@@ -139,9 +139,9 @@ IN_OPS: dict[str, tuple[str, str, str]] = {
     "linear": (_OPS, _PRODUCTS, f"if (op == Op.LINEAR) return linear(args) >> 1; {_PRODUCTS}"),
     "rope": (_OPS, "Fixed.rs(x0 * c, 30) - Fixed.rs(x1 * s, 30)", "Fixed.rs(x0 * c - x1 * s, 30)"),
     "score": (_OPS, "Fixed.cl(Fixed.rs(_dot(args[0], args[1]), 30))", "Fixed.rs(_dot(args[0], args[1]), 30)"),
-    "max": (_OPS, "if (x[i] > largest)", "if (x[i] > largest || -x[i] > largest)"),
+    "max": (_OPS, "if sgt(other, largest)", "if or(sgt(other, largest), sgt(sub(0, other), largest))"),
     "exp": (_OPS, "Fixed.exp2(_only(args[0]) - _only(args[1]))", "Fixed.exp2(_only(args[1]) - _only(args[0]))"),
-    "sum": (_OPS, "total += x[i];", "if (i > 0) total += x[i];"),
+    "sum": (_OPS, "let place := add(x, 32) } lt(place, end)", "let place := add(x, 64) } lt(place, end)"),
     "wsum": (
         _OPS,
         "Op op = named(number);\n        // The sums",
@@ -156,7 +156,7 @@ IN_OPS: dict[str, tuple[str, str, str]] = {
     "verdict": (_OPS, "> num * num * size", ">= num * num * size"),
     "logit": (_OPS, _PRODUCTS, f"if (op == Op.LOGIT) return Fixed.cl(linear(args)); {_PRODUCTS}"),
     "compare": (_OPS, "> args[1][2]", ">= args[1][2]"),
-    "same": (_OPS, "if (x[i] != y[i]) return 1;", "if (i > 0 && x[i] != y[i]) return 1;"),
+    "same": (_OPS, "let size := shl(5, mload(x))", "let size := shr(1, shl(5, mload(x)))"),
     "join": (
         _OPS,
         "Floats.add(b, Floats.add(b, uint256(x[i]), uint256(y[i])), uint256(z[i]))",
@@ -175,7 +175,12 @@ SHARED: dict[str, tuple[str, str, str]] = {
     "decode": (_FLOATS, "beyond = bias + limit;", "beyond = bias + limit + 1;"),
     "finish": (_OPS, "? Fixed.cl(Fixed.rs(total, a))", "? Fixed.rs(total, a)"),
     "float_add": (_FLOATS, "(lost == half && kept & 1 == 1)", "lost == half"),
-    "tree": (_TREE, "hashes[right >> 1] = l;", "hashes[right >> 1] = node(l, l);"),
+    "tree": (
+        _TREE,
+        "case 0 { mstore(write, mload(read)) }",
+        "case 0 { mstore(left, mload(read)) mstore(add(left, 32), mload(read)) "
+        "pop(staticcall(gas(), 2, preimage, 65, write, 32)) }",
+    ),
     "vector": (_CODEC, "(value << 1) ^ (value >> 255)", "value << 1"),
 }
 

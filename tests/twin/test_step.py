@@ -14,7 +14,8 @@ from verifier.program import Kind, ModelShape, Program, WeightLayout, build_prog
 from verifier.referee import referee as judge
 from verifier.referee.codec import (
     BLOCK,
-    TILE,
+    TILE_COLUMNS,
+    TILE_ROWS,
     Cell,
     Instruction,
     Model,
@@ -165,9 +166,9 @@ class World:
             if kind % 6 == Tensor.V and kind < 6 * (end - first):
                 leaves.append(
                     [
-                        b"".join(row[c * size : (c + TILE) * size] for row in rows[t : t + TILE])
-                        for t in range(0, positions, TILE)
-                        for c in range(0, width, TILE)
+                        b"".join(row[c * size : (c + TILE_COLUMNS) * size] for row in rows[t : t + TILE_ROWS])
+                        for t in range(0, positions, TILE_ROWS)
+                        for c in range(0, width, TILE_COLUMNS)
                     ]
                 )
             else:

@@ -210,9 +210,10 @@ def test_a_long_attention_sum_is_split_by_powers_of_32(tmp_path: Path) -> None:
     long = tiny.make(tmp_path, told, positions=600)
     case = long.case(Kind.ATTEND, layer=1, position=599)
     wsum = 4
-    assert case.chunks(wsum) == 38
-    assert case.sums(wsum, 3, 0, 38) == [sum(case.chunk_sums(wsum, 3)[:32]), sum(case.chunk_sums(wsum, 3)[32:])]
-    assert case.sums(wsum, 3, 32, 38) == case.chunk_sums(wsum, 3)[32:]
+    assert case.chunks(wsum) == 75
+    chunks = case.chunk_sums(wsum, 3)
+    assert case.sums(wsum, 3, 0, 75) == [sum(chunks[:32]), sum(chunks[32:64]), sum(chunks[64:])]
+    assert case.sums(wsum, 3, 64, 75) == chunks[64:]
     assert sum(case.chunk_sums(wsum, 3)) == int(case.vector(wsum)[3])
     assert not case.verdict()
 

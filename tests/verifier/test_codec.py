@@ -51,9 +51,9 @@ def test_zigzag_by_hand() -> None:
         decode_vector(bytes(9), False)
 
 
-def test_vector_leaves_are_512_bytes_and_the_last_is_shorter() -> None:
+def test_vector_leaves_hold_64_or_128_elements_and_the_last_is_shorter() -> None:
     assert [len(x) for x in vector_leaves(range(130), False)] == [512, 512, 16]
-    assert [len(x) for x in vector_leaves(range(33), True)] == [512, 16]
+    assert [len(x) for x in vector_leaves(range(129), True)] == [2048, 16]
     a, b = vector_leaves(range(65), False)
     assert vector_root(range(65), False) == node(leaf(a), leaf(b))
 

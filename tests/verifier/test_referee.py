@@ -69,8 +69,8 @@ def reals(x: torch.Tensor) -> Reals:
 
 
 def tensor_leaves(x: torch.Tensor, tiled: bool) -> list[bytes]:
-    """A served tensor's leaves, cut by slicing: row blocks of 256, or 16 x 16 tiles."""
-    tall, wide = (16, 16) if tiled else (1, 256)
+    """A served tensor's leaves, cut by slicing: row blocks of 256, or tiles of 8 x 32."""
+    tall, wide = (8, 32) if tiled else (1, 256)
     rows, cols = x.shape
     return [raw(x[r : r + tall, c : c + wide]) for r in range(0, rows, tall) for c in range(0, cols, wide)]
 
@@ -358,7 +358,7 @@ def test_the_last_v_tile_holds_no_positions_that_were_not_served() -> None:
     w = world("bfloat16")
     verdict = w.program.segments[Kind.V][-1]
     read = reads_of(w.model, w.cell(1, 299, 0), verdict, 0, 0)[1]
-    assert place_of(w.model, w.cell(1, 299, 0), read).data_bytes == 12 * 16 * 2
+    assert place_of(w.model, w.cell(1, 299, 0), read).data_bytes == 4 * 20 * 2
     beyond = w.cell(1, 298, 0)
     with pytest.raises(errors.IndexOutOfRange):
         place_of(w.model, beyond, replace(read, row=300))

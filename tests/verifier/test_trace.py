@@ -55,12 +55,10 @@ def leaf_bytes(array: Bits, key: str) -> list[bytes]:
     if key.endswith("v"):
         return [
             b"".join(
-                array[t, c].tobytes()
-                for t in range(t0, min(t0 + 16, positions))
-                for c in range(c0, min(c0 + 16, width))
+                array[t, c].tobytes() for t in range(t0, min(t0 + 8, positions)) for c in range(c0, min(c0 + 32, width))
             )
-            for t0 in range(0, positions, 16)
-            for c0 in range(0, width, 16)
+            for t0 in range(0, positions, 8)
+            for c0 in range(0, width, 32)
         ]
     return [array[t, c : c + 256].tobytes() for t in range(positions) for c in range(0, width, 256)]
 
@@ -168,9 +166,9 @@ def test_any_range_of_a_row_or_column_proves(positions: int, width: int, dtype: 
     first = data.draw(st.integers(0, array.shape[1] - 1))
     end = data.draw(st.integers(first + 1, array.shape[1]))
     opening = trace.open_row(key, position, first, end)
-    a_row = -(-array.shape[1] // (16 if key == "2.v" else 256))
-    per = 16 if key == "2.v" else 256
-    row = position // 16 if key == "2.v" else position
+    per = 32 if key == "2.v" else 256
+    a_row = -(-array.shape[1] // per)
+    row = position // 8 if key == "2.v" else position
     head = row * a_row + first // per
     leaves = leaf_bytes(array, key)
     held = leaves[head : row * a_row + (end - 1) // per + 1]
@@ -181,14 +179,14 @@ def test_any_range_of_a_row_or_column_proves(positions: int, width: int, dtype: 
     rest = opening.siblings[used:]
     assert tree.root_of_range([tree.leaf(top)], index, len(trace.keys), rest) == trace.tensors_root
     if key == "2.v":
-        low, high = position // 16 * 16, min(position // 16 * 16 + 16, positions)
+        low, high = position // 8 * 8, min(position // 8 * 8 + 8, positions)
         tile = trace.open_column(key, low, high, first)
-        assert tile.data == leaves[row * a_row + first // 16]
+        assert tile.data == leaves[row * a_row + first // 32]
     else:
         assert trace.block_leaf(key, position, first // 256) == leaves[row * a_row + first // 256]
 
 
-@given(st.lists(st.integers(0, 37), min_size=1, max_size=9), st.sampled_from([1, 15, 16, 100, 256, 300]), st.booleans())
+@given(st.lists(st.integers(0, 37), min_size=1, max_size=9), st.sampled_from([1, 15, 32, 100, 256, 300]), st.booleans())
 @settings(deadline=None)
 def test_rows_in_any_chunks_hash_alike(chunks: list[int], width: int, tiled: bool) -> None:
     rows = np.random.default_rng(1).integers(0, 1 << 16, (sum(chunks) + 1, width), dtype=np.uint16)
@@ -276,7 +274,7 @@ def test_what_a_tensor_does_not_hold_is_refused() -> None:
     for position, first, end in ((20, 0, 1), (-1, 0, 1), (0, 0, 321), (0, 5, 5), (0, -1, 1)):
         with pytest.raises(IndexOutOfRange):
             trace.open_row("0.h", position, first, end)
-    for first, end, column in ((15, 17, 0), (16, 21, 0), (0, 1, 64)):
+    for first, end, column in ((7, 9, 0), (16, 21, 0), (0, 1, 64)):
         with pytest.raises(IndexOutOfRange):
             trace.open_column("0.v", first, end, column)
     with pytest.raises(ValueError, match="expected v"):

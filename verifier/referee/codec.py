@@ -11,11 +11,12 @@ from enum import IntEnum
 from verifier.referee.errors import DataLength
 from verifier.referee.tree import leaf, root
 
-VECTOR_LEAF_BYTES = 512
+NARROW_LEAF, WIDE_LEAF = 64, 128  # elements of a vector's full leaf: 512 and 2048 bytes
 BLOCK = 256
 # Elements of a served or weight leaf, of a row block, and terms of a chunk: one size, so that a chunk opens one leaf.
-TILE = 16
-# v is tiled 16 x 16 (256 elements again), so that one leaf opens a column over a chunk of positions.
+TILE_ROWS, TILE_COLUMNS = 8, 32
+# v is tiled (256 elements again), so that one leaf opens a column over a chunk of positions, and few a head's row: four
+# at 128 columns. 1024 chunks, two lists of partial sums, reach to position 8191.
 FOLD = 128
 # Logits of a chunk of RANK and MASS: 1024 chunks, two lists of sums, hold a vocabulary of 131,072.
 TABLE_LEAF = 64
@@ -230,14 +231,24 @@ def decode_vector(data: bytes, wide: bool) -> list[int]:
     return [code >> 1 ^ -(code & 1) for code in codes]
 
 
+def vector_leaf_elements(wide: bool) -> int:
+    """Elements of a full leaf."""
+    return WIDE_LEAF if wide else NARROW_LEAF
+
+
+def vector_leaf_bytes(wide: bool) -> int:
+    """Bytes of a full leaf."""
+    return WIDE_LEAF * 16 if wide else NARROW_LEAF * 8
+
+
 def slices(data: bytes, leaf_bytes: int) -> list[bytes]:
     """data cut into leaves of leaf_bytes, the last one shorter."""
     return [data[i : i + leaf_bytes] for i in range(0, len(data), leaf_bytes)]
 
 
 def vector_leaves(values: Iterable[int], wide: bool) -> list[bytes]:
-    """The leaves of an integer vector, 512 bytes each, the last one shorter."""
-    return slices(encode_vector(values, wide), VECTOR_LEAF_BYTES)
+    """The leaves of an integer vector, the last one shorter."""
+    return slices(encode_vector(values, wide), vector_leaf_bytes(wide))
 
 
 def vector_root(values: Iterable[int], wide: bool) -> bytes:

@@ -15,8 +15,8 @@ from verifier.referee.codec import (
     BLOCK,
     FOLD,
     TABLE_LEAF,
-    TILE,
-    VECTOR_LEAF_BYTES,
+    TILE_COLUMNS,
+    TILE_ROWS,
     Cell,
     Instruction,
     Model,
@@ -28,6 +28,7 @@ from verifier.referee.codec import (
     Trace,
     decode_vector,
     slices,
+    vector_leaf_elements,
 )
 from verifier.referee.errors import (
     ChunkOutOfRange,
@@ -132,7 +133,7 @@ def _terms(instruction: Instruction, position: int) -> int:
 
 def chunk_terms(instruction: Instruction) -> int:
     """Terms of one chunk of an instruction's sums."""
-    sizes: dict[int, int] = {Op.WSUM: TILE, Op.RANK: FOLD, Op.MASS: FOLD}
+    sizes: dict[int, int] = {Op.WSUM: TILE_ROWS, Op.RANK: FOLD, Op.MASS: FOLD}
     return sizes.get(instruction.op, BLOCK)
 
 
@@ -260,8 +261,9 @@ def place_of(model: Model, cell: Cell, read: Read) -> Place:
     operand, u, first, last = read.operand, cell.unit, read.first, read.first + read.count - 1
     match operand.source:
         case Source.STEP:
-            size = 16 if operand.layer_stride else 8
-            return _row_place(0, 0, first, last, _vector_elements(cell, operand), VECTOR_LEAF_BYTES // size, size, 1)
+            wide = bool(operand.layer_stride)
+            length, full = _vector_elements(cell, operand), vector_leaf_elements(wide)
+            return _row_place(0, 0, first, last, length, full, 16 if wide else 8, 1)
         case Source.SERVED:
             trace = _trace(cell, read)
             size = Dtype(model.served_dtype).size
@@ -380,22 +382,20 @@ def _tile_place(read: Read, first: int, last: int, positions: int, size: int) ->
     """Columns first .. last of v at one position, or one column at read.rows positions of a tile."""
     width, row = read.operand.width, read.row
     _within(first, last, width)
-    head, tail, band = first // TILE, last // TILE, row // TILE
-    _within(row % TILE + read.rows - 1, row % TILE + read.rows - 1, TILE)
-    a_band = -(-width // TILE)
-    tall = min(TILE, positions - TILE * band)
-    held = min((tail + 1) * TILE, width) - head * TILE
+    head, tail, band = first // TILE_COLUMNS, last // TILE_COLUMNS, row // TILE_ROWS
+    _within(row % TILE_ROWS + read.rows - 1, row % TILE_ROWS + read.rows - 1, TILE_ROWS)
+    a_band = -(-width // TILE_COLUMNS)
+    tall = min(TILE_ROWS, positions - TILE_ROWS * band)
+    held = min((tail + 1) * TILE_COLUMNS, width) - head * TILE_COLUMNS
 
     def index(position: int, column: int) -> int:
-        tile = column // TILE
-        wide = min(TILE, width - TILE * tile)
-        return (tile - head) * TILE * tall + position % TILE * wide + column % TILE
+        tile = column // TILE_COLUMNS
+        wide = min(TILE_COLUMNS, width - TILE_COLUMNS * tile)
+        return (tile - head) * TILE_COLUMNS * tall + position % TILE_ROWS * wide + column % TILE_COLUMNS
 
     elements = tuple(index(r, c) for r in range(row, row + read.rows) for c in range(first, last + 1))
-    bands = -(-positions // TILE)
-    return Place(
-        band * a_band + head, tail - head + 1, bands * a_band, tall * TILE * size, tall * held * size, elements
-    )
+    full, data = tall * TILE_COLUMNS * size, tall * held * size
+    return Place(band * a_band + head, tail - head + 1, -(-positions // TILE_ROWS) * a_band, full, data, elements)
 
 
 def _within(first: int, last: int, count: int) -> None:

@@ -4,18 +4,38 @@ pragma solidity 0.8.37;
 import {Codec} from "../referee/Codec.sol";
 import {Ops} from "../referee/Ops.sol";
 import {Tree} from "../referee/Tree.sol";
-import {Instruction, Operand} from "../interfaces/IReferee.sol";
+import {Instruction, Model, Operand} from "../interfaces/IReferee.sol";
 
 /// @title Descent: the shape of every list that a game may post
 /// @notice docs/protocol.md, "The game", 3. All shapes follow from the instruction, the position and the unit, never from the caller.
 library Descent {
-    /// @dev Most levels of a tree that one list of nodes goes down.
-    uint256 private constant LIST_LEVELS = 6;
+    /// @dev Levels of a tree that one list of nodes goes down: five at most, but six where that saves a list of a whole game.
+    uint256 private constant LIST_LEVELS = 5;
+    uint256 private constant ONE_LIST_LEVELS = 6;
     /// @dev Bytes of one partial sum, an i128.
     uint256 internal constant SUM_BYTES = 16;
     uint8 private constant STEP = 1; // operand source
+    uint256 private constant MODEL_BYTES = 14 * 32;
+
+    /// @notice A model's id, of the bytes as they came: with a value too large for its field it is no model's.
+    function modelId(Model calldata model) internal pure returns (bytes32 hash) {
+        uint256 size = MODEL_BYTES;
+        assembly ("memory-safe") {
+            let copy := mload(0x40)
+            calldatacopy(copy, model, size)
+            hash := keccak256(copy, size)
+        }
+    }
 
     // ---- nodes
+
+    /// @notice Concatenated words as a list.
+    function words(bytes calldata list) internal pure returns (bytes32[] memory copy) {
+        copy = new bytes32[](list.length / 32);
+        assembly ("memory-safe") {
+            calldatacopy(add(copy, 32), list.offset, shl(5, mload(copy)))
+        }
+    }
 
     /// @notice Root of a tree of `count` nodes, from one of them.
     function rootOf(bytes32 node, uint256 index, uint256 count, bytes32[] memory siblings)
@@ -30,6 +50,7 @@ library Descent {
 
     /// @notice Levels that each list of nodes goes down in a tree of that depth > 0 (the last may go fewer).
     function levelsPerList(uint256 depth) internal pure returns (uint256) {
+        if (depth <= ONE_LIST_LEVELS) return depth;
         uint256 lists = (depth + LIST_LEVELS - 1) / LIST_LEVELS;
         return (depth + lists - 1) / lists;
     }
@@ -60,8 +81,9 @@ library Descent {
     /// @notice Bytes of leaf `index` of a vector.
     function leafBytes(uint256 elements, bool wide, uint256 index) internal pure returns (uint256) {
         uint256 size = Codec.elementBytes(wide);
-        uint256 rest = elements * size - index * Codec.LEAF_BYTES;
-        return rest < Codec.LEAF_BYTES ? rest : Codec.LEAF_BYTES;
+        uint256 full = Codec.leafBytes(wide);
+        uint256 rest = elements * size - index * full;
+        return rest < full ? rest : full;
     }
 
     // ---- partial sums

@@ -4,7 +4,7 @@ pragma solidity 0.8.37;
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 
 import {Game, HandoffProof, IDisputes, Segment} from "../interfaces/IDisputes.sol";
-import {IEscrow, Job} from "../interfaces/IEscrow.sol";
+import {Brief, IEscrow} from "../interfaces/IEscrow.sol";
 import {Cell, Instruction, IReferee, Model, Opening, Trace} from "../interfaces/IReferee.sol";
 import {IWorkers, Stage} from "../interfaces/IWorkers.sol";
 import {Codec, SegmentHeader} from "../referee/Codec.sol";
@@ -13,12 +13,21 @@ import {Descent} from "./Descent.sol";
 import {Exact} from "./Exact.sol";
 import {Records} from "./Records.sol";
 
-/// @notice What opening a game needs to know of the job.
-struct Terms {
+/// @notice What the evidence yields for a game: all of its state that segment and model do not tell.
+struct Charge {
+    address worker; // account of the accused
+    bytes32 modelId;
+    uint128 gasRate;
     uint32 clock;
+    uint32 grace;
+    uint32 token;
     uint32 steps; // instructions of the segment's program
+    uint32 firstInstruction;
+    bytes32 sampling; // SAMPLE: the request's parameters, as in a Cell
+    uint64 index; // EMBED: the output token
+    Trace trace;
+    bytes32 list; // LINK: leaf of the judged block, the last opening
     bool deflectable; // a signed hand-off may shift the blame
-    bytes block_; // the judged block of LINK
 }
 
 /// @title Evidence: from a named segment and its openings to what is judged
@@ -53,10 +62,9 @@ contract Evidence {
 
     /// @dev The stage that a segment accuses, and what was found so far.
     struct Docket {
-        Job job;
+        Brief job;
         Stage stage;
-        Game game;
-        Terms terms;
+        Charge charge;
     }
 
     constructor(IEscrow escrow_, IWorkers workers_, IReferee referee_) {
@@ -69,40 +77,40 @@ contract Evidence {
     function charge(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
         external
         view
-        returns (Game memory, Terms memory)
+        returns (Charge memory)
     {
         bool token = segment.kind == TOKEN || segment.kind == SAMPLE;
         if (!token && (segment.kind < Q || segment.kind > MLP)) revert IDisputes.WrongSegment("kind");
         _requireCount(evidence, token ? 5 : 2);
         Docket memory docket = _accuse(segment, model);
-        Game memory game = docket.game;
+        Charge memory found = docket.charge;
         _requireLayer(segment, docket.stage);
-        game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-        if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
+        found.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+        if (segment.position >= found.trace.positions) revert IDisputes.WrongSegment("position");
         SegmentHeader memory header = _header(segment, model, evidence[1]);
-        game.firstInstruction = header.first;
-        docket.terms.steps = header.steps;
-        if (!token) return (game, docket.terms);
+        found.firstInstruction = header.first;
+        found.steps = header.steps;
+        if (!token) return found;
 
         if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
-        bytes memory request = _open(evidence[2], docket.job.requestsRoot, segment.request, docket.job.requests);
+        bytes memory request = _open(evidence[2], _requestsRoot(segment), segment.request, docket.job.requests);
         // A request that draws its tokens is judged by another program than a greedy one.
-        game.sampling = Records.sampling(request, segment.request);
-        if ((game.sampling != 0) != (segment.kind == SAMPLE)) revert IDisputes.WrongSegment("kind");
+        found.sampling = Records.sampling(request, segment.request);
+        if ((found.sampling != 0) != (segment.kind == SAMPLE)) revert IDisputes.WrongSegment("kind");
         // Position t yields the token that follows it: the first output token comes from the last prompt position.
         uint256 prompt = Records.promptCount(request);
         if (uint256(segment.position) + 1 < prompt) revert IDisputes.WrongSegment("position");
         uint256 place = uint256(segment.position) + 1 - prompt;
         (uint256 id,) = _outputToken(segment, docket, evidence[3], evidence[4], place);
-        game.token = _known(id, model.vocabulary);
-        return (game, docket.terms);
+        found.token = _known(id, model.vocabulary);
+        return found;
     }
 
     /// @notice EMBED, LINK, STOP, BILL and LENGTH: the same once the segment is proved wrong; reverts with NotWrong if it is right.
     function find(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
         external
         view
-        returns (Game memory, Terms memory)
+        returns (Charge memory)
     {
         Docket memory docket = _accuse(segment, model);
         if (segment.kind == EMBED) _findEmbed(segment, docket, model, evidence);
@@ -111,25 +119,23 @@ contract Evidence {
         else if (segment.kind == BILL) _findBill(segment, docket, model, evidence);
         else if (segment.kind == LENGTH) _findLength(segment, docket, evidence);
         else revert IDisputes.WrongSegment("kind");
-        return (docket.game, docket.terms);
+        return docket.charge;
     }
 
     /// @dev Panics (0x32) for a stage that the pipeline does not have.
     function _accuse(Segment calldata segment, Model calldata model) private view returns (Docket memory docket) {
-        docket.job = escrow.job(segment.job);
-        bytes32 modelId = keccak256(abi.encode(model));
+        docket.job = escrow.brief(segment.job, segment.stage);
+        bytes32 modelId = Descent.modelId(model);
         if (modelId != docket.job.model) revert IDisputes.WrongModel(docket.job.model, modelId);
         if (segment.request >= docket.job.requests) revert IDisputes.WrongSegment("request");
         docket.stage = workers.pipelineStage(docket.job.pipeline, segment.stage);
 
-        docket.game.segment = segment;
-        docket.game.worker = docket.stage.worker;
-        docket.game.modelId = modelId;
-        docket.game.programRoot = model.programRoot;
-        docket.game.programLeaves = model.programLeaves;
-        docket.game.gasRate = docket.job.gasRate;
-        docket.game.grace = docket.job.grace;
-        docket.terms.clock = docket.job.clock;
+        Charge memory found = docket.charge;
+        found.worker = docket.stage.worker;
+        found.modelId = modelId;
+        found.gasRate = docket.job.gasRate;
+        found.clock = docket.job.clock;
+        found.grace = docket.job.grace;
     }
 
     // ---- exact segments
@@ -143,30 +149,30 @@ contract Evidence {
         if (segment.stage != 0) revert IDisputes.WrongSegment("stage");
         if (segment.layer != 0) revert IDisputes.WrongSegment("layer");
         _requireAtLeast(evidence, 3);
-        Game memory game = docket.game;
-        game.trace = _trace(segment, 0, docket.job, docket.stage, evidence[0]);
-        if (segment.position >= game.trace.positions) revert IDisputes.WrongSegment("position");
+        Charge memory found = docket.charge;
+        found.trace = _trace(segment, 0, docket.job, docket.stage, evidence[0]);
+        if (segment.position >= found.trace.positions) revert IDisputes.WrongSegment("position");
 
-        bytes memory request = _open(evidence[1], docket.job.requestsRoot, segment.request, docket.job.requests);
+        bytes memory request = _open(evidence[1], _requestsRoot(segment), segment.request, docket.job.requests);
         uint256 prompt = Records.promptCount(request);
         uint256 used;
         if (segment.position < prompt) {
             used = 3;
             uint256 leaf = segment.position / Records.TOKENS_PER_LEAF;
             bytes memory tokens = _open(evidence[2], Records.promptRoot(request), leaf, Records.tokenLeaves(prompt));
-            game.token = _known(Records.token(tokens, segment.position), model.vocabulary);
+            found.token = _known(Records.token(tokens, segment.position), model.vocabulary);
         } else {
             used = 4;
             _requireAtLeast(evidence, used);
-            game.index = uint64(segment.position - prompt);
-            (uint256 id, uint256 count) = _outputToken(segment, docket, evidence[2], evidence[3], game.index);
+            found.index = uint64(segment.position - prompt);
+            (uint256 id, uint256 count) = _outputToken(segment, docket, evidence[2], evidence[3], found.index);
             // The last output token is not fed back, so no rule says what stands there.
-            if (game.index + 1 == count) revert IDisputes.WrongSegment("position");
-            game.token = _known(id, model.vocabulary);
+            if (found.index + 1 == count) revert IDisputes.WrongSegment("position");
+            found.token = _known(id, model.vocabulary);
             // Where one worker holds all layers, there is no other to blame.
-            docket.terms.deflectable = docket.stage.endLayer != model.layers;
+            found.deflectable = docket.stage.endLayer != model.layers;
         }
-        _judge(game, game.trace, model, evidence, used);
+        _judge(segment, found, found.trace, model, evidence, used);
     }
 
     function _findLink(
@@ -175,7 +181,7 @@ contract Evidence {
         Model calldata model,
         Opening[] calldata evidence
     ) private view {
-        Game memory game = docket.game;
+        Charge memory found = docket.charge;
         // LINK of layer l judges the input of layer l + 1, so at a boundary the receiver is accused.
         bool received = uint256(segment.layer) + 1 == docket.stage.firstLayer;
         uint256 used = received ? 2 : 1;
@@ -183,22 +189,21 @@ contract Evidence {
         Trace memory next;
         if (received) {
             Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
-            game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[0]);
+            found.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[0]);
             next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[1]);
         } else {
             _requireLayer(segment, docket.stage);
             bool last = segment.layer + 1 == docket.stage.endLayer && docket.stage.endLayer != model.layers;
             if (last) revert IDisputes.WrongSegment("stage");
-            game.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-            next = game.trace;
+            found.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
+            next = found.trace;
         }
-        if (segment.position >= game.trace.positions || segment.position >= next.positions) {
+        if (segment.position >= found.trace.positions || segment.position >= next.positions) {
             revert IDisputes.WrongSegment("position");
         }
-        _judge(game, next, model, evidence, used);
-        docket.terms.deflectable = received;
-        docket.terms.block_ = evidence[evidence.length - 1].data;
-        game.list = Tree.leaf(docket.terms.block_);
+        _judge(segment, found, next, model, evidence, used);
+        found.deflectable = received;
+        found.list = Tree.leaf(evidence[evidence.length - 1].data);
     }
 
     function _findStop(
@@ -211,10 +216,10 @@ contract Evidence {
         bool token = segment.unit != NO_TOKEN;
         _requireCount(evidence, token ? 4 : 3);
         uint32 requests = docket.job.requests;
-        bytes memory request = _open(evidence[0], docket.job.requestsRoot, segment.request, requests);
+        bytes memory request = _open(evidence[0], _requestsRoot(segment), segment.request, requests);
         (bytes32 outputs,) = escrow.outputs(segment.job);
         bytes memory output = _open(evidence[1], outputs, segment.request, requests);
-        bytes memory node = _open(evidence[2], escrow.root(segment.job, segment.stage), segment.request, requests);
+        bytes memory node = _open(evidence[2], docket.job.root, segment.request, requests);
         if (Exact.stopBroken(request, output, node, segment.request)) return;
         if (!token) revert IDisputes.NotWrong();
 
@@ -242,25 +247,25 @@ contract Evidence {
     function _findLength(Segment calldata segment, Docket memory docket, Opening[] calldata evidence) private view {
         if (segment.stage == 0) revert IDisputes.WrongSegment("stage");
         _requireCount(evidence, 2);
-        Game memory game = docket.game;
+        Charge memory found = docket.charge;
         Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
         Trace memory next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-        game.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[1]);
-        if (segment.position != game.trace.positions) revert IDisputes.WrongSegment("position");
-        if (next.positions <= game.trace.positions) revert IDisputes.NotWrong();
-        docket.terms.deflectable = true;
+        found.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[1]);
+        if (segment.position != found.trace.positions) revert IDisputes.WrongSegment("position");
+        if (next.positions <= found.trace.positions) revert IDisputes.NotWrong();
+        found.deflectable = true;
     }
 
     /// @dev Runs the single instruction of an exact program on the openings that follow its header and record.
     function _judge(
-        Game memory game,
+        Segment calldata segment,
+        Charge memory found,
         Trace memory next,
         Model calldata model,
         Opening[] calldata evidence,
         uint256 used
     ) private view {
         _requireAtLeast(evidence, used + 3);
-        Segment memory segment = game.segment;
         SegmentHeader memory header = _header(segment, model, evidence[used]);
         if (header.steps != 1) revert IDisputes.WrongSegment("kind");
         Instruction memory ins =
@@ -269,7 +274,7 @@ contract Evidence {
         for (uint256 i = 0; i < openings.length; ++i) {
             openings[i] = evidence[used + 2 + i];
         }
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, next, 0);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, found.token, found.trace, next, 0);
         // No step comes before the first, so an operand that names one finds no root.
         if (referee.step(model, cell, new bytes32[](0), ins, 0, 0, openings) != 1) revert IDisputes.NotWrong();
     }
@@ -326,16 +331,23 @@ contract Evidence {
         if (actual != root) revert RootMismatch(root, actual);
     }
 
-    function _trace(Segment calldata segment, uint8 index, Job memory job, Stage memory stage, Opening calldata opening)
-        private
-        view
-        returns (Trace memory)
-    {
-        bytes memory node = _open(opening, escrow.root(segment.job, index), segment.request, job.requests);
+    function _trace(
+        Segment calldata segment,
+        uint8 index,
+        Brief memory job,
+        Stage memory stage,
+        Opening calldata opening
+    ) private view returns (Trace memory) {
+        bytes32 root = index == segment.stage ? job.root : escrow.root(segment.job, index);
+        bytes memory node = _open(opening, root, segment.request, job.requests);
         return Trace(Records.tensorsRoot(node), uint32(Records.positions(node)), stage.firstLayer, stage.endLayer);
     }
 
-    function _header(Segment memory segment, Model calldata model, Opening calldata opening)
+    function _requestsRoot(Segment calldata segment) private view returns (bytes32) {
+        return escrow.job(segment.job).requestsRoot;
+    }
+
+    function _header(Segment calldata segment, Model calldata model, Opening calldata opening)
         private
         pure
         returns (SegmentHeader memory header)

@@ -20,6 +20,17 @@ struct Job {
     uint64 nonce;
 }
 
+/// @notice What a game needs to know of a job, and the root of the stage that it accuses.
+struct Brief {
+    bytes32 model;
+    bytes32 pipeline;
+    bytes32 root;
+    uint128 gasRate;
+    uint32 requests;
+    uint32 clock;
+    uint32 grace;
+}
+
 enum Status {
     None,
     Open,
@@ -106,6 +117,7 @@ interface IEscrow {
         external;
 
     function job(bytes32 id) external view returns (Job memory);
+    function brief(bytes32 id, uint8 stage) external view returns (Brief memory); // a part of it, for less gas
     function leastLock(Job calldata job) external view returns (uint256); // `open` refuses less
     function requester(bytes32 id) external view returns (address);
     function status(bytes32 id) external view returns (Status);

@@ -16,13 +16,15 @@ library Codec {
     /// @dev A leaf or record must have exactly `expected` bytes.
     error DataLength(uint256 expected, uint256 actual);
 
-    /// @dev Bytes of a full leaf of an integer vector.
-    uint256 internal constant LEAF_BYTES = 512;
+    /// @dev Elements of a full leaf of an integer vector. Rationale: the one long vector of wide elements, WSUM's, has two lists of partial sums
+    /// beneath; with 128 a leaf one list of nodes leads there even from the 64 heads of a 70B model.
+    uint256 private constant NARROW_LEAF = 64;
+    uint256 private constant WIDE_LEAF = 128;
     uint256 internal constant HEADER_BYTES = 16;
     uint256 internal constant INSTRUCTION_BYTES = 128;
     /// @dev Terms of one chunk of a sum, and of a WSUM, whose chunk is a column of one tile of v.
     uint256 internal constant CHUNK_TERMS = 256;
-    uint256 internal constant WSUM_TERMS = 16;
+    uint256 internal constant WSUM_TERMS = 8;
     /// @dev Logits of a chunk of RANK and MASS: 1024 chunks, two lists of sums, hold a vocabulary of 131,072.
     uint256 internal constant FOLD_TERMS = 128;
     uint8 private constant WSUM = 11;
@@ -40,7 +42,12 @@ library Codec {
 
     /// @notice Elements of a full leaf.
     function elementsPerLeaf(bool wide) internal pure returns (uint256) {
-        return wide ? 32 : 64;
+        return wide ? WIDE_LEAF : NARROW_LEAF;
+    }
+
+    /// @notice Bytes of a full leaf.
+    function leafBytes(bool wide) internal pure returns (uint256) {
+        return elementsPerLeaf(wide) * elementBytes(wide);
     }
 
     /// @notice Leaves of a vector of `elements` elements.

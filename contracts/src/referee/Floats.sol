@@ -134,9 +134,6 @@ library Floats {
         pure
     {
         assembly ("memory-safe") {
-            function one(magnitude, shift, negative) -> value {
-                value := mul(sub(1, negative), shl(shift, magnitude))
-            }
             // A lane that may be anything.
             function any(raw, low, tooHigh, other) -> value {
                 let exponent := and(shr(7, raw), 255)
@@ -146,31 +143,50 @@ library Floats {
                 if shr(15, raw) { value := sub(0, value) }
                 if iszero(lt(exponent, tooHigh)) { value := other }
             }
-            let lanes := 0x0001000100010001000100010001000100010001000100010001000100010001
             for {} lt(target, end) { source := add(source, 32) } {
                 let word := mload(source)
                 word := or(
                     shl(8, and(word, 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)),
                     and(shr(8, word), 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)
                 )
-                let magnitude := and(word, mul(lanes, 0x7fff))
+                let magnitude := and(word, 0x7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff)
+                let shift := 0x0001000100010001000100010001000100010001000100010001000100010001
                 // A lane's sum reaches bit 15 exactly if its exponent field is at least `beyond`; or, in the second, at least `base`.
-                let odd := add(magnitude, mul(lanes, sub(0x8000, shl(7, beyond))))
-                odd := or(odd, not(add(magnitude, mul(lanes, sub(0x8000, shl(7, base))))))
-                switch and(odd, mul(lanes, 0x8000))
+                switch and(
+                    or(
+                        add(magnitude, mul(shift, sub(0x8000, shl(7, beyond)))),
+                        not(add(magnitude, mul(shift, sub(0x8000, shl(7, base)))))
+                    ),
+                    0x8000800080008000800080008000800080008000800080008000800080008000
+                )
                 case 0 {
-                    let shift := sub(and(shr(7, magnitude), mul(lanes, 255)), mul(lanes, base))
-                    magnitude := or(and(word, mul(lanes, 127)), mul(lanes, 128))
+                    shift := sub(
+                        and(shr(7, magnitude), 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff),
+                        mul(shift, base)
+                    )
+                    magnitude := or(
+                        and(word, 0x007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f),
+                        0x0080008000800080008000800080008000800080008000800080008000800080
+                    )
                     // Twice the sign bit, taken from 1, is the factor.
-                    let negative := and(shr(14, word), mul(lanes, 2))
+                    word := and(shr(14, word), 0x0002000200020002000200020002000200020002000200020002000200020002)
                     for { let lane := 1 } lt(lane, 32) { lane := add(lane, 2) } {
-                        mstore(target, one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        mstore(target, mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude))))
                         lane := add(lane, 2)
-                        mstore(add(target, 32), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        mstore(
+                            add(target, 32),
+                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
+                        )
                         lane := add(lane, 2)
-                        mstore(add(target, 64), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        mstore(
+                            add(target, 64),
+                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
+                        )
                         lane := add(lane, 2)
-                        mstore(add(target, 96), one(byte(lane, magnitude), byte(lane, shift), byte(lane, negative)))
+                        mstore(
+                            add(target, 96),
+                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
+                        )
                         target := add(target, 128)
                     }
                 }

@@ -153,8 +153,12 @@ library Ops {
         int256[] memory x = args[0];
         if (x.length == 0) revert OperandShape(1, 0);
         largest = x[0];
-        for (uint256 i = 1; i < x.length; ++i) {
-            if (x[i] > largest) largest = x[i];
+        assembly ("memory-safe") {
+            let end := add(add(x, 32), shl(5, mload(x)))
+            for { let place := add(x, 64) } lt(place, end) { place := add(place, 32) } {
+                let other := mload(place)
+                if sgt(other, largest) { largest := other }
+            }
         }
     }
 
@@ -170,9 +174,10 @@ library Ops {
     function sum(int256[][] memory args) internal pure returns (int256 total) {
         _lists(args, 1);
         int256[] memory x = args[0];
-        unchecked {
-            for (uint256 i = 0; i < x.length; ++i) {
-                total += x[i];
+        assembly ("memory-safe") {
+            let end := add(add(x, 32), shl(5, mload(x)))
+            for { let place := add(x, 32) } lt(place, end) { place := add(place, 32) } {
+                total := add(total, mload(place))
             }
         }
     }
@@ -200,17 +205,9 @@ library Ops {
         _length(served, standard.length);
         _length(cell, 3);
         unchecked {
-            uint256 distance = 0;
-            uint256 size = standard.length * uint256(cell[2] * cell[2]);
-            for (uint256 i = 0; i < standard.length; ++i) {
-                (int256 d, int256 s) = (standard[i], served[i]);
-                if (s == Floats.INVALID) {
-                    if (uint256(d < 0 ? -d : d) <= a) return 1;
-                } else {
-                    distance += uint256((s - d) * (s - d));
-                    size += uint256(d * d);
-                }
-            }
+            (bool bad, uint256 distance, uint256 size) = _distance(standard, served, a);
+            if (bad) return 1;
+            size += standard.length * uint256(cell[2] * cell[2]);
             (uint256 num, uint256 den) = (uint256(cell[0]), uint256(cell[1]));
             return distance * den * den > num * num * size ? int256(1) : int256(0);
         }
@@ -231,10 +228,14 @@ library Ops {
         _lists(args, 2);
         (int256[] memory x, int256[] memory y) = (args[0], args[1]);
         _length(y, x.length);
-        for (uint256 i = 0; i < x.length; ++i) {
-            if (x[i] != y[i]) return 1;
+        bytes32 left;
+        bytes32 right;
+        assembly ("memory-safe") {
+            let size := shl(5, mload(x))
+            left := keccak256(add(x, 32), size)
+            right := keccak256(add(y, 32), size)
         }
-        return 0;
+        return left == right ? int256(0) : int256(1);
     }
 
     /// @dev Raw bits [x...], [y...], [z...], [next...] of dtype b: 1 if any next differs from (x + y) + z, else 0.
@@ -253,6 +254,37 @@ library Ops {
     }
 
     // ---- what the ops share
+
+    /// @dev VERDICT's sums over the pairs whose S is valid, of equally long lists; bad where an invalid S is not excused.
+    function _distance(int256[] memory standard, int256[] memory served, uint256 a)
+        private
+        pure
+        returns (bool bad, uint256 distance, uint256 size)
+    {
+        int256 missing = Floats.INVALID;
+        // Assembly for the same reason as the product below.
+        assembly ("memory-safe") {
+            let ahead := sub(served, standard)
+            let place := add(standard, 32)
+            for { let end := add(place, shl(5, mload(standard))) } lt(place, end) { place := add(place, 32) } {
+                let d := mload(place)
+                let s := mload(add(place, ahead))
+                switch eq(s, missing)
+                case 0 {
+                    s := sub(s, d)
+                    distance := add(distance, mul(s, s))
+                    size := add(size, mul(d, d))
+                }
+                default {
+                    if slt(d, 0) { d := sub(0, d) }
+                    if iszero(gt(d, a)) {
+                        bad := 1
+                        break
+                    }
+                }
+            }
+        }
+    }
 
     function _dot(int256[] memory x, int256[] memory y) private pure returns (int256 total) {
         _length(y, x.length);

@@ -38,9 +38,10 @@ contract Referee is IReferee {
     uint8 private constant OUT = 6;
     uint256 private constant KINDS = 6;
 
-    /// @dev Elements of a served or weight leaf, and side of the tiles of v: 16 x 16 is a leaf again.
+    /// @dev Elements of a served or weight leaf, and sides of the tiles of v: 8 x 32 is a leaf again.
     uint256 private constant BLOCK = 256;
-    uint256 private constant TILE = 16;
+    uint256 private constant TILE_ROWS = Codec.WSUM_TERMS;
+    uint256 private constant TILE_COLUMNS = 32;
     uint256 private constant TABLE_LEAF = 64;
     uint256 private constant TABLE_BYTES = 8;
     uint256 private constant PROFILE_BYTES = 16;
@@ -345,7 +346,7 @@ contract Referee is IReferee {
         uint256 length = _vectorLength(place, from);
         uint256 leaf =
             _row(opening.data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
-        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.LEAF_BYTES);
+        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.leafBytes(wide));
         bytes32 root = Tree.rootOfRange(hashes, leaf, Codec.leafCount(length, wide), opening.siblings);
         if (from.id >= place.steps.length) revert Tree.IndexOutOfRange(from.id, 1, place.steps.length);
         _rooted(place.steps[from.id], root);
@@ -435,23 +436,30 @@ contract Referee is IReferee {
         uint256 positions = _trace(place, read).positions;
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
-        uint256 height = _part(positions, read.row / TILE, TILE);
+        uint256 height = _part(positions, read.row / TILE_ROWS, TILE_ROWS);
         uint256 tile;
         {
             // Tiles of one band are the leaves of a row whose every column is `height` elements tall.
             uint256 size = height * Floats.elementBytes(place.model.servedDtype);
-            tile = _row(opening.data, column, read.count, width, TILE, size);
-            _within(read.row % TILE, read.rows, TILE);
-            uint256 first = read.row / TILE * _parts(width, TILE) + tile;
-            _inTrace(place, read, opening, TILE * size, first, _parts(positions, TILE) * _parts(width, TILE));
+            tile = _row(opening.data, column, read.count, width, TILE_COLUMNS, size);
+            _within(read.row % TILE_ROWS, read.rows, TILE_ROWS);
+            uint256 first = read.row / TILE_ROWS * _parts(width, TILE_COLUMNS) + tile;
+            _inTrace(
+                place,
+                read,
+                opening,
+                TILE_COLUMNS * size,
+                first,
+                _parts(positions, TILE_ROWS) * _parts(width, TILE_COLUMNS)
+            );
         }
         values = new int256[](read.rows * read.count);
         uint256 done = 0;
         if (read.count == 1) {
             // One column: all its rows lie in one tile, `wide` elements apart.
-            uint256 wide = _part(width, tile, TILE);
+            uint256 wide = _part(width, tile, TILE_COLUMNS);
             int256[] memory whole = _seen(place, read, opening.data, 0, height * wide);
-            for (uint256 next = read.row % TILE * wide + column % TILE; done < read.rows; next += wide) {
+            for (uint256 next = read.row % TILE_ROWS * wide + column % TILE_COLUMNS; done < read.rows; next += wide) {
                 values[done++] = whole[next];
             }
             return values;
@@ -459,9 +467,10 @@ contract Referee is IReferee {
         while (done < read.count) {
             // All tiles between the first and the one of this column are full.
             uint256 c = column + done;
-            uint256 wide = _part(width, c / TILE, TILE);
-            uint256 element = (c / TILE - tile) * TILE * height + read.row % TILE * wide + c % TILE;
-            uint256 here = wide - c % TILE < read.count - done ? wide - c % TILE : read.count - done;
+            uint256 wide = _part(width, c / TILE_COLUMNS, TILE_COLUMNS);
+            uint256 element =
+                (c / TILE_COLUMNS - tile) * TILE_COLUMNS * height + read.row % TILE_ROWS * wide + c % TILE_COLUMNS;
+            uint256 here = wide - c % TILE_COLUMNS < read.count - done ? wide - c % TILE_COLUMNS : read.count - done;
             int256[] memory part = _seen(place, read, opening.data, element, here);
             for (uint256 i = 0; i < here; ++i) {
                 values[done++] = part[i];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Job} from "../../../contracts/src/interfaces/IEscrow.sol";
+import {Brief, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Cell, Instruction, Model, Opening, Proof} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
 
@@ -54,6 +54,10 @@ contract EscrowMock {
 
     function job(bytes32) external view returns (Job memory) {
         return _job;
+    }
+
+    function brief(bytes32, uint8 stage) external view returns (Brief memory) {
+        return Brief(_job.model, _job.pipeline, roots[stage], _job.gasRate, _job.requests, _job.clock, _job.grace);
     }
 
     function root(bytes32, uint8 stage) external view returns (bytes32) {

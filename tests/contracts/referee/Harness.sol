@@ -57,6 +57,22 @@ contract Harness {
         return Floats.rawBits(data, first, count, dtype);
     }
 
+    function served(bytes memory data, uint256 first, uint256 count, uint8 dtype, int256 instead)
+        external
+        pure
+        returns (int256[] memory)
+    {
+        return Floats.served(data, first, count, dtype, instead);
+    }
+
+    function weights(bytes memory data, uint256 first, uint256 count, uint8 dtype)
+        external
+        pure
+        returns (int256[] memory)
+    {
+        return Floats.weights(data, first, count, dtype);
+    }
+
     function add(uint8 dtype, uint256[] memory a, uint256[] memory b) external pure returns (uint256[] memory sums) {
         sums = new uint256[](a.length);
         for (uint256 i = 0; i < a.length; ++i) {
