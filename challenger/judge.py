@@ -87,7 +87,10 @@ class Judge:
 
     def case(self, evidence: Dossier, verdict: Verdict) -> Case:
         """The canonical truth about a piece. Raises ValueError where the evidence lacks its tensors."""
-        return self.auditor.case(self.model, verdict, stages_of(evidence, verdict.request))
+        r = verdict.request
+        if verdict.kind is Kind.SAMPLE:  # what is kept of a verdict does not hold the request's parameters
+            verdict = replace(verdict, sampling=evidence.requests[r].sampling(r))
+        return self.auditor.case(self.model, verdict, stages_of(evidence, r))
 
     def _request(self, evidence: Evidence, r: int, seen: _Seen) -> None:
         request, output, vocabulary = evidence.requests[r], evidence.outputs[r], self.weights.shape.vocabulary

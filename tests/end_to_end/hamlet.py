@@ -137,9 +137,16 @@ class Hamlet:
         self.village = Village(self.devnet, self.folder, self.model, STAGES, self._build, profile)
         self.village.settle_in()
 
-    def play(self, scenario: Scenario, roles: tuple[Role, ...], home: Path, off: frozenset[Kind] = NOTHING) -> Played:
+    def play(
+        self,
+        scenario: Scenario,
+        roles: tuple[Role, ...],
+        home: Path,
+        off: frozenset[Kind] = NOTHING,
+        requests: tuple[Request, ...] = REQUESTS,
+    ) -> Played:
         """home: an empty folder."""
-        self.scenario, self.roles, self.home, self.off = scenario, roles, home, off
+        self.scenario, self.roles, self.home, self.off, self.requests = scenario, roles, home, off, requests
         self._first_block = self.village.requester.block_number() + 1
         self.village.configs = [
             replace(config, data=home / f"data{index}", chain=replace(config.chain, start_block=self._first_block))
@@ -169,7 +176,7 @@ class Hamlet:
         watches = [await asyncio.to_thread(self._watch, *who) for who in kinds]
         try:
             before = await asyncio.to_thread(self._purses)
-            job = await self.village.open(REQUESTS)
+            job = await self.village.open(self.requests)
             story = await self._follow(job, watches)
             ratio = watches[0].ratio(job)
         finally:
