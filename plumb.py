@@ -61,7 +61,7 @@ def devnet(
 
 @app.command()
 def deploy(
-    rpc: Annotated[str, typer.Option(help="URL of the chain's JSON-RPC.")],
+    rpc: Annotated[str, typer.Option(help="URL of the chain's JSON-RPC, http(s) or ws(s).")],
     keystore: Annotated[Path, typer.Option(help="V3 keystore of the deployer.")],
     password: Annotated[Path, typer.Option(help="File with its password.")],
     addresses: Annotated[Path, typer.Option(help="Where to write the contracts' addresses.")],

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from contracts.client import RpcUrlError, check_rpc_url
+
 
 class ConfigError(ValueError):
     """A configuration file that cannot be used; says which key and what was expected."""
@@ -16,8 +18,8 @@ class ConfigError(ValueError):
 class Config:
     """What a watchtower needs to know.
 
-    rpc_url: the chain, http(s). addresses: JSON file of the deployment. keystore, password: V3 keystore and a file
-    with its password. models: folders of the models that this watchtower can judge. data: folder for what it
+    rpc_url: the chain, http(s):// or ws(s)://. addresses: JSON file of the deployment. keystore, password: V3 keystore
+    and a file with its password. models: folders of the models that this watchtower can judge. data: folder for what it
     downloads. database: SQLAlchemy URL (default: SQLite under `data`). poll_seconds: pause between two looks at the
     chain. from_block: where to start on an empty database. max_stage_bytes: most that one stage of one job may hold;
     larger ones stay unjudged. downloads: jobs that are downloaded at the same time. demand_budget: most that demands
@@ -38,6 +40,10 @@ class Config:
     demand_budget: int = 0
 
     def __post_init__(self) -> None:
+        try:
+            check_rpc_url(self.rpc_url)
+        except RpcUrlError as error:
+            raise ConfigError(f"rpc_url: {error}") from error
         for name, least in (("from_block", 0), ("max_stage_bytes", 1), ("downloads", 1), ("demand_budget", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")

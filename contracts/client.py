@@ -18,9 +18,18 @@ from eth_utils.address import is_address, to_checksum_address
 from contracts import signing
 from contracts.abi import decode_event, event_topics
 from contracts.doors import DemandsDoor, DisputesDoor, EscrowDoor, ModelsDoor, RefereeDoor, TokenDoor, WorkersDoor
-from contracts.errors import AddressesError, ChainError, ChainUnreachable, ContractsError, KeystoreError, ReceiptTimeout
+from contracts.errors import (
+    AddressesError,
+    ChainError,
+    ChainUnreachable,
+    ContractsError,
+    KeystoreError,
+    ReceiptTimeout,
+    RpcUrlError,
+)
 from contracts.events import EVENTS, Event
 from contracts.keys import load_account, save_account
+from contracts.providers import check_rpc_url
 from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
 from contracts.signing import challenge_id, demand_id, game_hash, model_id
 from contracts.transport import Receipt, Transport
@@ -39,10 +48,12 @@ __all__ = [
     "KeystoreError",
     "Receipt",
     "ReceiptTimeout",
+    "RpcUrlError",
     "Stage",
     "Status",
     "Worker",
     "challenge_id",
+    "check_rpc_url",
     "demand_id",
     "game_hash",
     "load_account",
@@ -100,7 +111,7 @@ class Chain:
         patience_seconds: float = 30.0,
         receipt_seconds: float = 300.0,
     ) -> None:
-        """Without a key a Chain reads only.
+        """rpc_url: http(s):// or ws(s)://, else RpcUrlError. Without a key a Chain reads only.
 
         An unreachable node raises ChainUnreachable after `patience_seconds` of asking.
         """

@@ -111,6 +111,11 @@ class WorkersDoor(Door):
     def locked_stake(self, account: str) -> int:
         return int(self._read("lockedStake", account))
 
+    def withdrawal_of(self, account: str) -> tuple[int, int]:
+        """(stake that was requested back, unix seconds from which it may be withdrawn); zeros if nothing was."""
+        amount, available_at = self._read("withdrawalOf", account, hints=(int, int))
+        return int(amount), int(available_at)
+
     def pipeline_model(self, pipeline: bytes) -> bytes:
         return bytes(self._read("pipelineModel", pipeline))
 

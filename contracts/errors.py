@@ -1,7 +1,9 @@
 """What can go wrong on the way to the chain.
 
 ContractsError
+├── RpcUrlError         a URL that no node can be asked at
 ├── ChainUnreachable    nobody answers at the URL
+├── AnswerTooLarge      a node's answer that we read no further
 ├── ChainError          a contract refused; carries the custom error's name and arguments
 ├── ReceiptTimeout      sent, but not in a block in time
 ├── KeystoreError       a keystore that cannot be opened
@@ -9,6 +11,7 @@ ContractsError
 └── BuildError          the compiler refused, or its set-up is incomplete
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -16,11 +19,22 @@ class ContractsError(Exception):
     """Base of everything that contracts/ raises on purpose."""
 
 
+class RpcUrlError(ContractsError, ValueError):
+    def __init__(self, url: str, schemes: Sequence[str]) -> None:
+        expected = ", ".join(f"{scheme}://host" for scheme in schemes)
+        super().__init__(f"expected a URL of a chain, one of {expected}, got {url!r}")
+
+
 class ChainUnreachable(ContractsError):
     def __init__(self, url: str, attempts: int, seconds: float, reason: str) -> None:
         super().__init__(f"no answer from the chain at {url} after {attempts} attempts in {seconds:.1f} s: {reason}")
         self.url = url
         self.attempts = attempts
+
+
+class AnswerTooLarge(ContractsError):
+    def __init__(self, method: str, most: int) -> None:
+        super().__init__(f"{method}: expected an answer of at most {most} bytes, got more")
 
 
 class ChainError(ContractsError):

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from eth_utils.crypto import keccak
+
 from contracts.client import Chain, ChainError
 from contracts.events import Event, GameEnded, GameMoved
-from verifier.game import Game, Move, NothingWrong, Phase, Proof, may_flag, remaining_seconds, solve
+from verifier.game import Game, HandoffProof, Move, NothingWrong, Phase, Proof, may_flag, remaining_seconds, solve
 
 if TYPE_CHECKING:  # Rationale: following games needs no torch
     from verifier.canonical import Case
@@ -73,23 +75,31 @@ class Player:
         self.side_is_worker = side_is_worker
         self._speechless: dict[bytes, Game] = {}  # states that we have no answer to
 
-    def answer(self, followed: Followed) -> Move | Proof | None:
-        """The move for our turn; None if there is none (the opponent's list is true: only its mistake, or ours,
-        leads there).
+    def answer(self, followed: Followed) -> Move | Proof | HandoffProof:
+        """What is to be said on our turn.
+
+        Raises NothingWrong if that is nothing (the opponent's list is true: only its mistake, or ours, leads there),
+        what `case_of` raises, ValueError for a list that is not of the game.
         """
-        if self._speechless.get(followed.id) == followed.game:
-            return None
-        try:
-            return solve(followed.game, followed.list, self.case_of(followed.game), followed.steps)
-        except NothingWrong as reason:
-            log.error("game %s: nothing to answer: %s", followed.id.hex(), reason)
-            self._speechless[followed.id] = followed.game
-            return None
+        game = followed.game
+        if game.phase == Phase.HANDOFF:
+            return self.deflection(game)
+        if keccak(followed.steps) != game.steps:
+            raise ValueError("expected the list of the game's first move, got a later one: its first event was missed")
+        return solve(game, followed.list, self.case_of(game), followed.steps)
+
+    def deflection(self, game: Game) -> HandoffProof:
+        """A signed hand-off that puts the blame on its sender. Only workers have any. Raises NothingWrong."""
+        raise NothingWrong(f"expected a signed hand-off to show for {game.segment}, have none")
+
+    def is_speechless(self, followed: Followed) -> bool:
+        """Whether there was found to be no answer to this state."""
+        return self._speechless.get(followed.id) == followed.game
 
     def step(self, followed: Followed, now: int) -> bool:
         """Makes the move that is due, if any. now: the latest block's timestamp. Returns whether something was sent.
 
-        Raises what `case_of` raises, ContractsError, ValueError for a list that is not of the game.
+        Raises what `answer` raises but for NothingWrong, and ContractsError.
         """
         game = followed.game
         ours = game.worker_turn == self.side_is_worker
@@ -99,27 +109,26 @@ class Player:
                     return False
                 self.chain.disputes.flag(followed.id, game)
                 return True
-            if remaining_seconds(game, now) < 0:
-                return False  # our own flag has fallen: no move is taken any more
-            if game.phase == Phase.HANDOFF:
-                return self.deflect(followed)
+            if remaining_seconds(game, now) < 0 or self.is_speechless(followed):
+                return False  # no move is taken any more once our own flag has fallen
             answer = self.answer(followed)
-            if answer is None:
-                return False
-            if isinstance(answer, Proof):
-                self.chain.disputes.prove(followed.id, game, answer)
-            else:
-                self.chain.disputes.descend(followed.id, game, answer)
+            match answer:
+                case HandoffProof():
+                    self.chain.disputes.deflect(followed.id, game, answer)
+                case Proof():
+                    self.chain.disputes.prove(followed.id, game, answer)
+                case Move():
+                    self.chain.disputes.descend(followed.id, game, answer)
+        except NothingWrong as reason:
+            log.error("game %s: nothing to answer: %s", followed.id.hex(), reason)
+            self._speechless[followed.id] = game
+            return False
         except ChainError as error:
             if error.name not in OVERTAKEN:
                 raise
             log.info("game %s: %s", followed.id.hex(), error)
             return False
         return True
-
-    def deflect(self, followed: Followed) -> bool:
-        """Shows a signed hand-off, where one exists. Only workers have any."""
-        return False
 
     def forget(self, id: bytes) -> None:
         self._speechless.pop(id, None)

@@ -1,25 +1,22 @@
 """The road to one chain: patient JSON-RPC, calls, signed transactions, logs. Knows no contract by name."""
 
 import threading
-import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import requests
 from eth_account.signers.local import LocalAccount
 from eth_typing import ChecksumAddress, HexStr
 from hexbytes import HexBytes
-from web3 import HTTPProvider, Web3
+from web3 import Web3
 from web3.exceptions import ContractLogicError, TimeExhausted, TransactionNotFound, Web3RPCError
-from web3.types import LogReceipt, RPCEndpoint, RPCResponse, TxParams, TxReceipt, Wei
+from web3.types import LogReceipt, TxParams, TxReceipt, Wei
 
 from contracts.abi import Function, decode_error
-from contracts.errors import ChainError, ChainUnreachable, ReceiptTimeout
+from contracts.errors import AnswerTooLarge, ChainError, ReceiptTimeout
+from contracts.providers import PatientSocket, open_provider
 
-_BUSY = (429, 500, 502, 503, 504)  # HTTP answers that mean "later", not "no"
-_FIRST_WAIT_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 5.0
 _NONCE_ATTEMPTS = 5
 
 
@@ -33,41 +30,6 @@ class Receipt:
     calldata_bytes: int
     block: int
     tx: bytes
-
-
-class PatientProvider(HTTPProvider):
-    """Asks again, with growing pauses, until `patience_seconds` are over; then ChainUnreachable.
-
-    Answers of the node, errors included, are never retried. SAFETY: a repeated eth_sendRawTransaction carries the same
-    signed bytes, so it can't
-    act twice; Transport.send looks its hash up when the node calls it known.
-    """
-
-    def __init__(self, url: str, patience_seconds: float) -> None:
-        super().__init__(url, request_kwargs={"timeout": 30}, exception_retry_configuration=None)
-        self.url = url
-        self.patience_seconds = patience_seconds
-
-    def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:
-        started = time.monotonic()
-        wait = _FIRST_WAIT_SECONDS
-        attempts = 0
-        while True:
-            attempts += 1
-            try:
-                return super().make_request(method, params)
-            except requests.HTTPError as error:
-                if error.response is None or error.response.status_code not in _BUSY:
-                    raise ChainUnreachable(self.url, attempts, time.monotonic() - started, str(error)) from error
-                reason = f"HTTP {error.response.status_code}"
-            # ValueError: an answer that is no JSON
-            except (requests.ConnectionError, requests.Timeout, ValueError) as error:
-                reason = _short(error)
-            elapsed = time.monotonic() - started
-            if elapsed + wait > self.patience_seconds:
-                raise ChainUnreachable(self.url, attempts, elapsed, reason)
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
 
 class _Nonces:
@@ -92,14 +54,17 @@ class Transport:
     def __init__(
         self, url: str, key: LocalAccount | None, patience_seconds: float = 30.0, receipt_seconds: float = 300.0
     ) -> None:
-        """Nothing is sent before the first question.
+        """url: http(s):// or ws(s)://. Nothing is sent before the first question. Raises RpcUrlError.
 
         `receipt_seconds`: how long a transaction may wait for its block.
         """
         self.url = url
         self.key = key
         self.receipt_seconds = receipt_seconds
-        self.web3 = Web3(PatientProvider(url, patience_seconds))
+        provider = open_provider(url, patience_seconds)
+        self.web3 = Web3(provider)
+        if isinstance(provider, PatientSocket):  # Rationale: web3's caches keep a provider long after its last use
+            weakref.finalize(self, provider.close).atexit = False
         self.receipts: list[Receipt] = []
         self._chain_id: int | None = None
 
@@ -163,13 +128,27 @@ class Transport:
         return receipt
 
     def logs(self, addresses: Sequence[str], from_block: int, to_block: int, step: int) -> Iterator[LogReceipt]:
-        """Logs of `addresses` in order, both ends included, `step` blocks a question."""
+        """Logs of `addresses` in order, both ends included, `step` blocks a question; fewer where the node, or we,
+        can't take so many. Raises ChainError where a single block is refused.
+        """
         first = from_block
         while first <= to_block:
             last = min(first + step - 1, to_block)
-            found = self.web3.eth.get_logs(
-                {"address": [cast(ChecksumAddress, item) for item in addresses], "fromBlock": first, "toBlock": last}
-            )
+            try:
+                found = self.web3.eth.get_logs(
+                    {
+                        "address": [cast(ChecksumAddress, item) for item in addresses],
+                        "fromBlock": first,
+                        "toBlock": last,
+                    }
+                )
+            except (AnswerTooLarge, Web3RPCError) as error:
+                if last == first:
+                    if isinstance(error, AnswerTooLarge):
+                        raise
+                    raise explain(error, "eth_getLogs") from error
+                step = (last - first + 1) // 2
+                continue
             yield from sorted(found, key=lambda log: (log["blockNumber"], log["logIndex"]))
             first = last + 1
 
@@ -245,10 +224,3 @@ def explain(error: Exception, label: str) -> ChainError:
 def _about_nonce(error: Web3RPCError) -> bool:
     text = str(error).lower()
     return "nonce" in text or "underpriced" in text
-
-
-def _short(error: Exception) -> str:
-    """The innermost reason: requests wraps urllib3 wraps the system's."""
-    inner = error.args[0] if error.args else error
-    reason = getattr(inner, "reason", inner)
-    return f"{type(error).__name__}: {reason}"

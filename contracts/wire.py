@@ -29,7 +29,7 @@ def parse_requests(body: bytes) -> tuple[Request, ...]:
     WireError.
     """
     requests = []
-    for place, item in _items(body, "requests"):
+    for place, item in _items(body, "requests", alone=True):
         if not {"prompt", "limit"} <= set(item) <= _REQUEST_KEYS:
             raise WireError(f"{place}: expected prompt, limit and at most {sorted(_REQUEST_KEYS)}")
         prompt, stops = (_numbers(place, key, item.get(key, []), _U32) for key in ("prompt", "stops"))
@@ -42,7 +42,7 @@ def parse_requests(body: bytes) -> tuple[Request, ...]:
 def parse_outputs(body: bytes) -> tuple[Output, ...]:
     """`{"outputs": [{"start", "count", "code", "tokens": [ids]}]}`, lawful or not. Raises WireError."""
     outputs = []
-    for place, item in _items(body, "outputs"):
+    for place, item in _items(body, "outputs", alone=True):
         if set(item) != _OUTPUT_KEYS:
             raise WireError(f"{place}: expected {sorted(_OUTPUT_KEYS)}, got {sorted(item)}")
         tokens = _numbers(place, "tokens", item["tokens"], _U32)
@@ -63,14 +63,15 @@ def parse_nodes(body: bytes) -> tuple[TraceNode, ...]:
     return tuple(nodes)
 
 
-def _items(body: bytes, key: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _items(body: bytes, key: str, alone: bool = False) -> Iterable[tuple[str, dict[str, Any]]]:
+    """alone: no other key may stand beside `key`."""
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise WireError(f"expected JSON: {error}") from error
     items = parsed.get(key) if isinstance(parsed, dict) else None
-    if not isinstance(items, list) or not items:
-        raise WireError(f'expected {{"{key}": [...]}} with an entry or more')
+    if not isinstance(items, list) or not items or (alone and len(parsed) > 1):
+        raise WireError(f'expected {{"{key}": [...]}} with an entry or more{" and nothing else" if alone else ""}')
     for index, item in enumerate(items):
         if not isinstance(item, dict):
             raise WireError(f"{key}[{index}]: expected an object, got {type(item).__name__}")

@@ -45,15 +45,23 @@ def calibrate(
     margin: Annotated[float, typer.Option(help="Threshold over the worst honest distance, 1.25 to 1.4.")] = MARGIN,
 ) -> None:
     """Serve the model honestly in several settings and write its tolerance profile beside it."""
-    from deploy.calibrate import calibrate as measure
-
     if not 1.25 <= margin <= 1.4:
         raise _fail(f"expected a margin of 1.25 to 1.4, got {margin}")
     try:
-        profile, seen = measure(folder, margin, progress=lambda name: console.print(f"  {name}"))
-        path = profile.save(folder)
+        measure(folder, margin)
     except REFUSALS as error:
         raise _fail(error) from error
+
+
+def measure(folder: Path, margin: float = MARGIN) -> None:
+    """Writes tolerance.json and tells what was measured.
+
+    Raises ModelFolderError, UnsupportedModel, UnseparableModel.
+    """
+    from deploy.calibrate import calibrate as serve_and_measure
+
+    profile, seen = serve_and_measure(folder, margin, progress=lambda name: console.print(f"  {name}"))
+    path = profile.save(folder)
     table = Table("tensor", "pieces", "median", "99.9 %", "worst", "threshold")
     for kind, row in seen.report(margin).items():
         numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0], row.threshold)
@@ -100,6 +108,14 @@ def register(
 @app.command()
 def demo(folder: Folder, steps: Annotated[int, typer.Option(help="Training steps.")] = 0) -> None:
     """Train the demo's small Llama from text that ships with Python, and calibrate it."""
+    try:
+        make_demo(folder, steps)
+    except REFUSALS as error:
+        raise _fail(error) from error
+
+
+def make_demo(folder: Path, steps: int = 0) -> None:
+    """steps: 0 for the recipe's own. Raises what `measure` raises."""
     from dataclasses import replace
 
     from deploy.demo.train import Recipe, train
@@ -107,4 +123,4 @@ def demo(folder: Folder, steps: Annotated[int, typer.Option(help="Training steps
     recipe = replace(Recipe(), steps=steps) if steps else Recipe()
     loss = train(folder, recipe, lambda step, mean: console.print(f"  step {step}/{recipe.steps}, loss {mean:.2f}"))
     console.print(f"{folder}: trained to {loss:.2f} nats a token")
-    calibrate(folder)
+    measure(folder)

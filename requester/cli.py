@@ -29,7 +29,7 @@ FINAL = (Status.PAID, Status.VOID, Status.REFUNDED)
 FOLLOW_SECONDS = 2.0
 
 JobId = Annotated[str, typer.Argument(help="The job's id, hex.")]
-Rpc = Annotated[str, typer.Option("--rpc", envvar="PLUMB_RPC", help="The chain's JSON-RPC URL.")]
+Rpc = Annotated[str, typer.Option("--rpc", envvar="PLUMB_RPC", help="The chain's JSON-RPC URL, http(s) or ws(s).")]
 AddressFile = Annotated[
     Path, typer.Option("--addresses", envvar="PLUMB_ADDRESSES", help="JSON file of the deployment.")
 ]

@@ -149,65 +149,53 @@ class RecordTree:
         return Opening(self._records[index], siblings)
 
 
-class RequestsTree:
-    """The requests root and its openings."""
+class TextTree:
+    """The root over records that each commit to tokens, and its openings."""
+
+    def __init__(self, records: Sequence[bytes], tokens: Sequence[Sequence[int]]) -> None:
+        """tokens: those of each record. Raises IndexOutOfRange for no records."""
+        self._records = RecordTree(records)
+        self._tokens = tuple(tokens)
+
+    @property
+    def root(self) -> bytes:
+        return self._records.root
+
+    def record_opening(self, r: int) -> Opening:
+        """Record r under the root. Raises IndexOutOfRange."""
+        return self._records.opening(r)
+
+    def token_opening(self, r: int, index: int) -> Opening:
+        """The leaf that holds token `index`, under the root of tokens in record r. Raises IndexOutOfRange."""
+        self._records.opening(r)
+        return _token_opening(self._tokens[r], index)
+
+
+class RequestsTree(TextTree):
+    """The requests root; tokens are those of the prompts."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         """requests: one or more. Raises IndexOutOfRange for none, or for an empty prompt."""
-        self._requests = tuple(requests)
-        self._records = RecordTree([request.record(r) for r, request in enumerate(self._requests)])
-
-    @property
-    def root(self) -> bytes:
-        return self._records.root
-
-    def record_opening(self, r: int) -> Opening:
-        """Request record r under the requests root. Raises IndexOutOfRange."""
-        return self._records.opening(r)
-
-    def token_opening(self, r: int, index: int) -> Opening:
-        """The leaf that holds prompt token `index`, under the record's promptRoot. Raises IndexOutOfRange."""
-        self._records.opening(r)
-        return _token_opening(self._requests[r].prompt, index)
+        records = [request.record(r) for r, request in enumerate(requests)]
+        super().__init__(records, [request.prompt for request in requests])
 
 
-class OutputsTree:
-    """The outputs root and its openings."""
+class OutputsTree(TextTree):
+    """The outputs root; tokens are the produced ones."""
 
     def __init__(self, outputs: Sequence[Output]) -> None:
         """outputs: one or more. Raises IndexOutOfRange for none, or for an output without tokens."""
-        self._outputs = tuple(outputs)
-        self._records = RecordTree([output.record(r) for r, output in enumerate(self._outputs)])
-
-    @property
-    def root(self) -> bytes:
-        return self._records.root
-
-    def record_opening(self, r: int) -> Opening:
-        """Output record r under the outputs root. Raises IndexOutOfRange."""
-        return self._records.opening(r)
-
-    def token_opening(self, r: int, index: int) -> Opening:
-        """The leaf that holds output token `index`, under the record's tokensRoot. Raises IndexOutOfRange."""
-        self._records.opening(r)
-        return _token_opening(self._outputs[r].tokens, index)
+        records = [output.record(r) for r, output in enumerate(outputs)]
+        super().__init__(records, [output.tokens for output in outputs])
 
 
-class StageTree:
+class StageTree(RecordTree):
     """A stage's root over its requests' trace nodes."""
 
     def __init__(self, nodes: Sequence[TraceNode]) -> None:
         """nodes: one a request, in the batch's order. Raises IndexOutOfRange for none."""
         self.nodes = tuple(nodes)
-        self._records = RecordTree([node.record(r) for r, node in enumerate(self.nodes)])
-
-    @property
-    def root(self) -> bytes:
-        return self._records.root
-
-    def opening(self, r: int) -> Opening:
-        """Trace node r under the stage root. Raises IndexOutOfRange."""
-        return self._records.opening(r)
+        super().__init__([node.record(r) for r, node in enumerate(self.nodes)])
 
 
 class HandoffTree(RecordTree):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -156,10 +157,8 @@ class Agent:
         match event:
             case JobOpened(id=id, job=job):
                 await self._opened(id, job)
-            case GameMoved():
-                self.responder.moved(event)
-            case GameEnded():
-                self.responder.ended(event)
+            case GameMoved() | GameEnded():
+                self.responder.feed(event)
             case DemandOpened():
                 self.answerer.opened(event)
             case DemandAnswered() | DemandLapsed():
@@ -204,7 +203,7 @@ class Agent:
         except KeyError:
             raise UnknownJob(job) from None
 
-    async def take_requests(self, job: bytes, requests: list[Request]) -> None:
+    async def take_requests(self, job: bytes, requests: Sequence[Request]) -> None:
         await (await self.engagement(job)).take_requests(requests)
 
     async def accept(self, job: bytes) -> tuple[int, bytes]:

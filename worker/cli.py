@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import logging
 import secrets
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from contracts.client import Addresses, Chain, ContractsError, Worker, load_acco
 from verifier.weights import ModelFolderError
 from worker import config as configuration
 from worker import tls
-from worker.errors import WorkerError
+from worker.errors import Refused, WorkerError
 
 app = typer.Typer(help="Serve one stage of a pipeline.", no_args_is_help=True)
 
@@ -48,20 +49,56 @@ def register(
 ) -> None:
     """Write URL, signing key and certificate fingerprint to the chain, and stake."""
     settings = _load(config)
-    key = load_account(settings.keystore, settings.password_file)
-    addresses = settings.chain.addresses
-    chain = Chain(settings.chain.rpc, Addresses(**vars(addresses)), key)
     try:
-        chain.workers.register(
-            Worker(key.address, tls.fingerprint(settings.tls_certificate.read_bytes()), settings.url)
-        )
+        chain = _open(settings)
+        fingerprint = tls.fingerprint(settings.tls_certificate.read_bytes())
+        chain.workers.register(Worker(chain.account, fingerprint, settings.url))
         if stake:
-            chain.token.approve(addresses.workers, stake)
+            chain.token.approve(chain.workers.address, stake)
             chain.workers.stake(stake)
-        free = chain.workers.free_stake(key.address)
-    except ContractsError as error:
+        free = chain.workers.free_stake(chain.account)
+    except (ContractsError, OSError, ValueError) as error:
         raise _stop(error) from error
-    typer.echo(f"registered {key.address} at {settings.url}, free stake {free}")
+    typer.echo(f"registered {chain.account} at {settings.url}, free stake {free}")
+
+
+@app.command()
+def unstake(
+    config: Config,
+    amount: Annotated[int, typer.Argument(min=0, help="base units that shall leave in all; 0: none after all")],
+) -> None:
+    """Ask for free stake back. It backs no job any more, and `withdraw` draws it after the contract's delay.
+
+    Asking again replaces what was asked for before, and the delay begins anew.
+    """
+    settings = _load(config)
+    try:
+        chain = _open_staked(settings)
+        chain.workers.request_withdrawal(amount)
+        leaving, available_at = chain.workers.withdrawal_of(chain.account)
+        free = chain.workers.free_stake(chain.account)
+    except (WorkerError, ContractsError) as error:
+        raise _stop(error) from error
+    until = f", to be withdrawn from {_date(available_at)} on" if leaving else ""
+    typer.echo(f"leaving {leaving}{until}, free stake {free}")
+
+
+@app.command()
+def withdraw(config: Config) -> None:
+    """Draw the stake that `unstake` asked for, once the contract's delay is over."""
+    settings = _load(config)
+    try:
+        chain = _open_staked(settings)
+        leaving, available_at = chain.workers.withdrawal_of(chain.account)
+        if not leaving:
+            raise Refused("no stake is leaving: `plumb worker unstake AMOUNT` asks for it")
+        now = chain.block_timestamp()
+        if now < available_at:
+            raise Refused(f"{leaving} may be withdrawn from {_date(available_at)} on, it is {_date(now)}")
+        chain.workers.withdraw()
+    except (WorkerError, ContractsError) as error:
+        raise _stop(error) from error
+    typer.echo(f"withdrew {leaving} to {chain.account}")
 
 
 @app.command()
@@ -75,9 +112,7 @@ def propose(
 
     settings = _load(config)
     try:
-        key = load_account(settings.keystore, settings.password_file)
-        chain = Chain(settings.chain.rpc, Addresses(**vars(settings.chain.addresses)), key)
-        pipeline = create(chain, [to_checksum_address(worker) for worker in workers], share or ())
+        pipeline = create(_open(settings), [to_checksum_address(worker) for worker in workers], share or ())
     except (WorkerError, ContractsError, ValueError) as error:
         raise _stop(error) from error
     typer.echo(f"0x{pipeline.hex()}")
@@ -96,6 +131,24 @@ def run(config: Config, verbose: Annotated[bool, typer.Option(help="log every st
     except (WorkerError, ContractsError, ModelFolderError, OSError) as error:
         raise _stop(error) from error
     asyncio.run(agent.run())
+
+
+def _open(settings: configuration.WorkerConfig) -> Chain:
+    key = load_account(settings.keystore, settings.password_file)
+    return Chain(settings.chain.rpc, Addresses(**vars(settings.chain.addresses)), key)
+
+
+def _open_staked(settings: configuration.WorkerConfig) -> Chain:
+    """With the staked account's own key: to no other is stake given back. Raises Refused."""
+    chain = _open(settings)
+    staked = settings.account or chain.account
+    if staked.lower() != chain.account.lower():
+        raise Refused(f"expected the keystore of the staked account {staked}, got that of its signer {chain.account}")
+    return chain
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _load(path: Path) -> configuration.WorkerConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from contracts.client import RpcUrlError, check_rpc_url
 from worker.errors import ConfigError
 
 T = TypeVar("T")
@@ -27,10 +28,16 @@ class Contracts:
 
 @dataclass(frozen=True)
 class ChainConfig:
-    rpc: str
+    rpc: str  # http(s):// or ws(s)://
     addresses: Contracts
     start_block: int = 0  # events before this block concern nobody here
     poll_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            check_rpc_url(self.rpc)
+        except RpcUrlError as error:
+            raise ConfigError(f"chain.rpc: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
@@ -79,7 +79,7 @@ class Engagement:
 
     # ------------------------------------------------------------------------------------------------------- accepting
 
-    async def take_requests(self, requests: list[Request]) -> None:
+    async def take_requests(self, requests: Sequence[Request]) -> None:
         """Stage 0: the requester's prompts. Raises Refused."""
         if self.index != 0:
             raise Refused(f"prompts go to stage 0, this is stage {self.index}")

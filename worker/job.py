@@ -12,8 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from contracts.wire import parse_requests, request_json
 from verifier.commit import Request, TraceNode
-from worker.errors import Refused, UnknownJob
+from worker.errors import UnknownJob
 from worker.handoff import Handoff
 
 
@@ -59,7 +60,7 @@ class JobFolder:
 
     def load_requests(self) -> list[Request]:
         """Raises UnknownJob."""
-        return requests_from_json(self._read("requests.json"))
+        return list(parse_requests(self._read("requests.json")))
 
     def has_requests(self) -> bool:
         return (self.path / "requests.json").exists()
@@ -69,7 +70,7 @@ class JobFolder:
 
     def load_state(self) -> JobState:
         """Raises UnknownJob."""
-        table = self._read("state.json")
+        table = json.loads(self._read("state.json"))
         nodes = tuple(TraceNode(n["positions"], bytes.fromhex(n["tensors_root"])) for n in table.pop("nodes"))
         return JobState(
             phase=Phase(table.pop("phase")),
@@ -82,9 +83,9 @@ class JobFolder:
             **table,
         )
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> bytes:
         try:
-            return json.loads((self.path / name).read_text())
+            return (self.path / name).read_bytes()
         except FileNotFoundError as error:
             raise UnknownJob(self.job) from error
 
@@ -111,41 +112,6 @@ def stored_jobs(data: Path) -> list[bytes]:
     """Ids of the jobs on disk."""
     folder = data / "jobs"
     return sorted(bytes.fromhex(path.name) for path in folder.iterdir()) if folder.exists() else []
-
-
-REQUEST_KEYS = {"prompt", "limit", "stops", "temperature", "top_k", "top_p", "seed"}
-
-
-def request_json(request: Request) -> dict[str, Any]:
-    return {
-        "prompt": list(request.prompt),
-        "limit": request.limit,
-        "stops": list(request.stops),
-        "temperature": request.temperature,
-        "top_k": request.top_k,
-        "top_p": request.top_p,
-        "seed": request.seed,
-    }
-
-
-def requests_from_json(body: Any) -> list[Request]:
-    """{"requests": [{"prompt": [ids], "limit": n, ...}]}; keys besides prompt and limit may be left out. Raises
-    Refused.
-    """
-    if not isinstance(body, dict) or set(body) != {"requests"} or not isinstance(body["requests"], list):
-        raise Refused('expected {"requests": [...]}')
-    return [_request(r, item) for r, item in enumerate(body["requests"])]
-
-
-def _request(r: int, item: Any) -> Request:
-    if not isinstance(item, dict) or not {"prompt", "limit"} <= set(item) <= REQUEST_KEYS:
-        raise Refused(f"request {r}: expected prompt, limit and at most {sorted(REQUEST_KEYS)}")
-    for key, value in item.items():
-        values = value if key in ("prompt", "stops") else [value]
-        if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**64 for v in values):
-            raise Refused(f"request {r}: {key}: expected whole numbers")
-    fields = dict(item, prompt=tuple(item["prompt"]), stops=tuple(item.get("stops", ())))
-    return Request(**fields)
 
 
 def _plain(value: Any) -> Any:

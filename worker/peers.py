@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from contracts.client import Chain, Claim, Stage
+from contracts.wire import WireError, parse_requests
 from verifier.commit import Request
 from worker import tls
 from worker.channel import Link, Peer
-from worker.errors import PeerFault, Refused
-from worker.job import requests_from_json
+from worker.errors import PeerFault
 from worker.settle import stage_name
 
 log = logging.getLogger("plumb.worker.peers")
@@ -60,11 +60,11 @@ class Peers:
             raise PeerFault(name, str(error)) from error
         return Peer(name, account, pem), address
 
-    async def requests(self, name: str, url: str, job: bytes) -> list[Request]:
-        body = await self._ask(name, "GET", f"{url}/jobs/{job.hex()}/requests", self._max_body_bytes)
+    async def requests(self, name: str, url: str, job: bytes) -> tuple[Request, ...]:
+        body = await self._fetch(name, "GET", f"{url}/jobs/{job.hex()}/requests", self._max_body_bytes)
         try:
-            return requests_from_json(body)
-        except Refused as error:
+            return parse_requests(body)
+        except WireError as error:
             raise PeerFault(name, str(error)) from error
 
     async def acceptance(self, name: str, url: str, job: bytes) -> bytes:
@@ -85,6 +85,10 @@ class Peers:
 
     async def _ask(self, name: str, method: str, url: str, most: int) -> dict[str, Any]:
         """A JSON object of at most `most` bytes."""
+        return _object(name, f"{method} {url}", await self._fetch(name, method, url, most))
+
+    async def _fetch(self, name: str, method: str, url: str, most: int) -> bytes:
+        """What it answers, at most `most` bytes; PeerFault with its reason if it refuses."""
         try:
             async with self._client.stream(method, url) as response:
                 parts, size = [], 0
@@ -96,14 +100,10 @@ class Peers:
                 status = response.status_code
         except httpx.HTTPError as error:
             raise PeerFault(name, f"{method} {url}: {type(error).__name__} {error}") from error
-        try:
-            body = json.loads(b"".join(parts))
-        except (ValueError, RecursionError) as error:
-            raise PeerFault(name, f"{method} {url}: status {status}, no JSON") from error
-        if not isinstance(body, dict):
-            raise PeerFault(name, f"{method} {url}: expected an object")
+        body = b"".join(parts)
         if status != 200:
-            raise PeerFault(name, f"refuses: {str(body.get('error'))[:500]}")
+            reason = _object(name, f"{method} {url}: status {status}", body).get("error")
+            raise PeerFault(name, f"refuses: {str(reason)[:500]}")
         return body
 
 
@@ -128,6 +128,16 @@ class Links:
     async def close(self) -> None:
         for link in self._links.values():
             await link.close()
+
+
+def _object(name: str, what: str, body: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise PeerFault(name, f"{what}: expected JSON, came none") from error
+    if not isinstance(parsed, dict):
+        raise PeerFault(name, f"{what}: expected an object, came {type(parsed).__name__}")
+    return parsed
 
 
 def _hex(name: str, body: dict[str, Any], key: str) -> bytes:

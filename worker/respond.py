@@ -6,14 +6,12 @@ All it needs is on disk and on chain, so a restarted worker takes its games up w
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from eth_utils.crypto import keccak
-
-from contracts.client import Chain, ChainError, ContractsError
+from contracts.client import Chain, ContractsError
 from contracts.events import GameEnded, GameMoved
+from contracts.play import Followed, GameLog, Player
 from verifier.canonical import Case
-from verifier.game import Game, HandoffProof, Move, NothingWrong, Phase, Proof, may_flag, solve
+from verifier.game import Game, HandoffProof, NothingWrong, Segment, may_flag
 from verifier.program import Kind
 from verifier.referee.codec import Model
 from verifier.tolerance import Profile
@@ -28,26 +26,8 @@ log = logging.getLogger("plumb.worker.respond")
 
 RETRY_SECONDS = 2.0  # before a move that failed is tried again
 
-SETTLED = ("WrongState", "GameExists", "UnknownCommitment")  # the game moved on while we wrote
 
-
-@dataclass
-class _Following:
-    """A live game: its latest state, what was posted last, and the challenger's first list."""
-
-    game: Game
-    list: bytes
-    steps: bytes
-    case: Case | None = None
-    answered: Game | None = None  # the state that we moved from last, or found nothing to answer to
-    task: asyncio.Task[None] | None = None
-
-
-class Indefensible(WorkerError):
-    """There is no honest answer: what we served is wrong."""
-
-
-class Responder:
+class Responder(Player):
     """Answers games whose `worker` is `account`. `folder_of` finds a job's files."""
 
     def __init__(
@@ -59,91 +39,65 @@ class Responder:
         profile: Profile,
         folder_of: Callable[[bytes], JobFolder],
     ) -> None:
-        self.chain = chain
+        super().__init__(chain, self.case, side_is_worker=True)
         self.account = account
         self.model = model
         self.weights = weights
         self.profile = profile
         self.folder_of = folder_of
-        self._games: dict[bytes, _Following] = {}
+        self._log = GameLog()
+        self._cases: dict[tuple[Segment, int], Case] = {}
+        self._tasks: dict[bytes, asyncio.Task[None]] = {}  # what is being sent, one a game
 
-    @property
-    def open_games(self) -> dict[bytes, Game]:
-        return {id: following.game for id, following in self._games.items()}
-
-    def moved(self, event: GameMoved) -> None:
-        """A state of a game, in the chain's order."""
-        if event.game.worker.lower() != self.account.lower():
-            return
-        following = self._games.get(event.id)
-        if following is None:
-            self._games[event.id] = _Following(event.game, event.list, event.list)
-        else:
-            following.game, following.list = event.game, event.list
-
-    def ended(self, event: GameEnded) -> None:
-        following = self._games.pop(event.id, None)
-        if following is not None:
+    def feed(self, event: GameMoved | GameEnded) -> None:
+        """A game's next event, in the chain's order."""
+        if isinstance(event, GameMoved):
+            if event.game.worker.lower() == self.account.lower():
+                self._log.feed([event])
+        elif event.id in self._log.games:
             outcome = "won" if event.convicted != event.stage else "LOST"
-            log.warning(
-                "game %s over job %s: %s (reason %d)", event.id.hex()[:8], event.job.hex()[:8], outcome, event.reason
-            )
+            job = event.job.hex()[:8]
+            log.warning("game %s over job %s: %s (reason %d)", event.id.hex()[:8], job, outcome, event.reason)
+            self.forget(event.id)
 
     def tick(self, now: int) -> None:
         """Answers every game that waits for us, flags whoever let its time run out. now: unix seconds."""
-        for id, following in self._games.items():
-            if following.task is not None and not following.task.done():
-                continue
-            game = following.game
-            if game.worker_turn and following.answered != game:
-                following.task = asyncio.create_task(self._attempt(id, following, self.respond))
-            elif not game.worker_turn and may_flag(game, now):
-                following.task = asyncio.create_task(self._attempt(id, following, self._flag))
+        self._tasks = {id: task for id, task in self._tasks.items() if not task.done()}
+        for id, followed in self._log.games.items():
+            ours = followed.game.worker_turn
+            due = not self.is_speechless(followed) if ours else may_flag(followed.game, now)
+            if due and id not in self._tasks:
+                self._tasks[id] = asyncio.create_task(self._attempt(followed, now))
 
     async def stop(self) -> None:
-        tasks = [f.task for f in self._games.values() if f.task is not None]
-        for task in tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    # -------------------------------------------------------------------------------------------------- one answer
-
-    def respond(self, id: bytes, game: Game, posted: bytes, steps: bytes) -> None:
-        """Computes our answer and sends it. Blocking. Raises Indefensible."""
-        if game.phase == Phase.HANDOFF:
-            self.chain.disputes.deflect(id, game, self.deflection(game))
-            return
-        answer = self.solve(game, posted, steps)
-        if isinstance(answer, Proof):
-            self.chain.disputes.prove(id, game, answer)
-        else:
-            self.chain.disputes.descend(id, game, answer)
-
-    def solve(self, game: Game, posted: bytes, steps: bytes) -> Move | Proof:
-        """Our move. Raises Indefensible."""
-        try:
-            return solve(game, posted, self.case(game), steps)
-        except NothingWrong as error:
-            raise Indefensible(f"{game.segment}: {error}") from error
+    def forget(self, id: bytes) -> None:
+        """Of a game that has ended."""
+        super().forget(id)
+        self._log.forget(id)
+        live = {_piece(followed.game) for followed in self._log.games.values()}
+        self._cases = {piece: case for piece, case in self._cases.items() if piece in live}
 
     def case(self, game: Game) -> Case:
         """The truth about the judged piece, from our own trace; kept while the game lives."""
-        following = next((f for f in list(self._games.values()) if f.game.segment == game.segment), None)
-        if following is not None and following.case is not None:
-            return following.case
-        folder = self.folder_of(game.segment.job)
-        trace = RequestTrace.load(trace_path(folder.path, game.segment.request), self.weights.shape)
-        case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token)
-        if following is not None:
-            following.case = case
+        piece = _piece(game)
+        case = self._cases.get(piece)
+        if case is None:
+            folder = self.folder_of(game.segment.job)
+            trace = RequestTrace.load(trace_path(folder.path, game.segment.request), self.weights.shape)
+            case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token)
+            self._cases[piece] = case
         return case
 
     def deflection(self, game: Game) -> HandoffProof:
-        """The record that our predecessor signed, which puts the blame on it. Raises Indefensible without one."""
+        """The record that our predecessor signed, which puts the blame on it."""
         folder = self.folder_of(game.segment.job)
         state, segment = folder.load_state(), game.segment
         if state.received is None:
-            raise Indefensible(f"{segment}: no signed hand-off of a predecessor")
+            return super().deflection(game)
         kind = Kind(segment.kind)
         if kind is Kind.EMBED:
             index = segment.position - len(folder.load_requests()[segment.request].prompt)
@@ -154,39 +108,32 @@ class Responder:
             rows = [trace.arrays[f"{trace.first_layer}.h"] for trace in traces]
             block = segment.unit if kind is Kind.LINK else 0
             if segment.position >= len(rows[segment.request]):
-                raise Indefensible(f"{segment}: we hold {len(rows[segment.request])} positions")
+                raise NothingWrong(f"{segment}: we hold {len(rows[segment.request])} positions")
             place, record, siblings = prove_row(rows, segment.request, segment.position, block)
         else:
-            raise Indefensible(f"{segment}: not a segment that a hand-off can shift")
+            raise NothingWrong(f"{segment}: not a segment that a hand-off can shift")
         return HandoffProof(
             state.received.root, state.received.leaves, place, record, siblings, state.received.signature
         )
 
-    # ---------------------------------------------------------------------------------------------------------------
-
-    def _flag(self, id: bytes, game: Game, posted: bytes, steps: bytes) -> None:
-        self.chain.disputes.flag(id, game)
-
-    async def _attempt(
-        self, id: bytes, following: _Following, act: Callable[[bytes, Game, bytes, bytes], None]
-    ) -> None:
-        game, posted = following.game, following.list
-        if keccak(following.steps) != game.steps and game.phase != Phase.HANDOFF:
-            log.error("game %s: we missed its first list", id.hex()[:8])
-            return
+    async def _attempt(self, followed: Followed, now: int) -> None:
+        name = followed.id.hex()[:8]
         try:
-            await asyncio.to_thread(act, id, game, posted, following.steps)
-            following.answered = game
-            log.info("game %s: answered %s", id.hex()[:8], Phase(game.phase).name)
-        except Indefensible as error:
-            following.answered = game  # nothing will change; the clock runs out
-            log.error("game %s: %s", id.hex()[:8], error)
-        except ChainError as error:
-            if error.name in SETTLED:
-                log.info("game %s: %s", id.hex()[:8], error)
-            else:
-                log.error("game %s: refused: %s", id.hex()[:8], error)
-            await asyncio.sleep(RETRY_SECONDS)
+            if await asyncio.to_thread(self._step, followed, now):
+                log.info("game %s: answered %s", name, followed.game.phase.name)
+            return
         except (ContractsError, WorkerError, ValueError, OSError) as error:
-            log.error("game %s: %s: %s", id.hex()[:8], type(error).__name__, error)
-            await asyncio.sleep(RETRY_SECONDS)
+            log.error("game %s: %s: %s", name, type(error).__name__, error)
+        except Exception:  # one game's fault must not cost the others anything
+            log.exception("game %s", name)
+        await asyncio.sleep(RETRY_SECONDS)
+
+    def _step(self, followed: Followed, now: int) -> bool:
+        """SAFETY: whether our own time is over is for the chain's clock alone to say. A worker whose clock is fast
+        would fall silent, and be convicted for that.
+        """
+        return self.step(followed, self.chain.block_timestamp() if followed.game.worker_turn else now)
+
+
+def _piece(game: Game) -> tuple[Segment, int]:
+    return game.segment, game.token

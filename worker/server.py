@@ -13,11 +13,12 @@ from fastapi.responses import JSONResponse
 
 from contracts.client import ContractsError
 from contracts.client import Stage as PipelineStage
+from contracts.wire import WireError, parse_requests, request_json
 from verifier.commit import make_outputs
 from verifier.trace import RequestTrace, tensor_keys
 from worker.agent import Agent
 from worker.errors import Refused, UnknownJob, WorkerError
-from worker.job import JobFolder, JobState, Phase, request_json, requests_from_json
+from worker.job import JobFolder, JobState, Phase
 from worker.recorder import load_roots, trace_path
 
 log = logging.getLogger("plumb.worker.server")
@@ -43,6 +44,7 @@ def create_app(agent: Agent) -> FastAPI:
 
     app.add_exception_handler(UnknownJob, answer(404))
     app.add_exception_handler(Refused, answer(409))
+    app.add_exception_handler(WireError, answer(409))
     app.add_exception_handler(TooLarge, answer(413))
     app.add_exception_handler(ContractsError, answer(503))
 
@@ -63,7 +65,7 @@ def create_app(agent: Agent) -> FastAPI:
 
     @app.post("/pipelines/join")
     async def join(request: Request) -> dict[str, Any]:
-        body = await _json(request, SMALL_BODY_BYTES)
+        body = _json(await _body(request, SMALL_BODY_BYTES))
         try:
             model = _bytes32(body["model"])
             stages = tuple(
@@ -80,7 +82,7 @@ def create_app(agent: Agent) -> FastAPI:
     @app.put("/jobs/{job}")
     async def put_requests(job: str, request: Request) -> dict[str, Any]:
         id = _bytes32(job)
-        requests = requests_from_json(await _json(request, config.serving.max_body_bytes))
+        requests = parse_requests(await _body(request, config.serving.max_body_bytes))
         await agent.take_requests(id, requests)
         return {"job": id.hex(), "requests": len(requests)}
 
@@ -184,15 +186,20 @@ def _bytes32(text: Any) -> bytes:
     return value
 
 
-async def _json(request: Request, most: int) -> Any:
-    """The body, read no further than `most` bytes. Raises TooLarge, Refused."""
+async def _body(request: Request, most: int) -> bytes:
+    """Read no further than `most` bytes. Raises TooLarge."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > most:
             raise TooLarge(f"expected a body of at most {most} bytes")
         parts.append(part)
+    return b"".join(parts)
+
+
+def _json(body: bytes) -> Any:
+    """Raises Refused."""
     try:
-        return json.loads(b"".join(parts))
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(f"expected JSON: {error}") from error

@@ -60,17 +60,20 @@ def demo(
 
 
 def prepare_model(given: Path | None) -> Path:
-    """The folder to run on, trained and calibrated if need be. A given folder is calibrated, never trained."""
+    """The folder to run on, trained and calibrated if need be. A given folder is calibrated, never trained.
+
+    Raises ModelFolderError, UnsupportedModel, UnseparableModel.
+    """
     from deploy import model as tools
 
     folder = given or DEFAULT_MODEL
     if given is None and not (folder / "model.safetensors").exists():
         console.print(f"training the demo model in {folder}, one to two minutes")
-        tools.demo(folder)
+        tools.make_demo(folder)
     Weights.open(folder)  # a folder that is none is refused here, as the caller expects it
     if not (folder / "tolerance.json").exists():
         console.print(f"calibrating {folder}")
-        tools.calibrate(folder)
+        tools.measure(folder)
     return folder
 
 

@@ -17,19 +17,24 @@ from verifier.referee.ops import Op, finish
 LINEAR_SUMS = (Op.LINEAR, Op.LOGIT)
 
 
-class DenyingCase(Case):
-    """The truth, but for the verdict: "within tolerance"."""
+class _Pretence(Case):
+    """Another view of the piece that `truth` is about."""
 
     def __init__(self, truth: Case) -> None:
         super().__init__(
             truth.model, truth.weights, truth.profile, truth.segment, truth.trace, truth.next_trace, truth.token
         )
+        self._truth = truth
+
+
+class DenyingCase(_Pretence):
+    """The truth, but for the verdict: "within tolerance"."""
 
     def vector(self, i: int) -> Vector:
         return np.zeros(1, dtype=np.int64) if i == len(self.instructions) - 1 else super().vector(i)
 
 
-class LyingCase(Case):
+class LyingCase(_Pretence):
     """`truth` seen by somebody who wants the verdict to be `wrong`.
 
     The first false vector is the first that fits in one leaf, so that the very next move puts a false number on the
@@ -37,10 +42,7 @@ class LyingCase(Case):
     """
 
     def __init__(self, truth: Case, wrong: bool) -> None:
-        super().__init__(
-            truth.model, truth.weights, truth.profile, truth.segment, truth.trace, truth.next_trace, truth.token
-        )
-        self._truth = truth
+        super().__init__(truth)
         self._wrong = wrong
         self._told = len(self.instructions) - 2
         self._first = next(i for i in range(self._told + 1) if self.leaves(i) == 1)

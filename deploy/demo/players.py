@@ -25,7 +25,7 @@ from deploy.demo.liar import DenyingCase, LyingCase
 from verifier.audit import Verdict
 from verifier.canonical import Case
 from verifier.commit import Request
-from verifier.game import Game, Move, Proof
+from verifier.game import Game
 from verifier.program import Kind
 from worker.agent import build_worker
 from worker.config import load as load_worker_config
@@ -95,11 +95,8 @@ class DenyingResponder(Responder):
 class SilentResponder(Responder):
     """Never answers."""
 
-    def respond(self, id: bytes, game: Game, posted: bytes, steps: bytes) -> None:
+    def tick(self, now: int) -> None:
         return
-
-    def solve(self, game: Game, posted: bytes, steps: bytes) -> Move | Proof:
-        raise AssertionError("a silent worker is never asked")
 
 
 class MuteSettler(Settler):

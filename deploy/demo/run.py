@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from verifier.program import Kind
 
 STAGES = 3
 TERMS = Terms(accept_seconds=60, serve_seconds=90, window=20, clock=10, grace=5)
-MUTE_TERMS = Terms(accept_seconds=25, serve_seconds=12, window=20, clock=10, grace=5)
+MUTE_TERMS = Terms(accept_seconds=15, serve_seconds=10, window=20, clock=10, grace=5)
 SCENARIO_SECONDS = 240.0
 PROMPTS = (
     "The following functions",
@@ -96,8 +97,14 @@ class Demo:
         cuts = [layers * stage // STAGES for stage in range(STAGES + 1)]
         self.ranges = list(pairwise(cuts))
         self.progress("starting three workers and a watchtower")
-        self.honest = [village.worker("honest", *self.ranges[stage], f"stage-{stage}") for stage in range(STAGES)]
-        self.watchtower = village.watcher("watchtower")
+        # Side by side: each waits for a block after every transaction of its own.
+        with ThreadPoolExecutor(STAGES + 1) as pool:
+            watchtower = pool.submit(village.watcher, "watchtower")
+            stages = [
+                pool.submit(village.worker, "honest", *self.ranges[stage], f"stage-{stage}") for stage in range(STAGES)
+            ]
+            self.honest = [stage.result() for stage in stages]
+            self.watchtower = watchtower.result()
         village.ready(*self.honest)
         village.watching(self.watchtower)
 
@@ -111,16 +118,18 @@ class Demo:
 
     def play(self, scenarios: Sequence[Scenario]) -> list[Result]:
         results = []
-        upcoming = self.prepare(scenarios[0])
-        for index, scenario in enumerate(scenarios):
-            line = upcoming
-            self.village.ready(*line)
-            self.progress(f"({scenario.name}) {scenario.title}")
-            upcoming = self.prepare(scenarios[index + 1]) if index + 1 < len(scenarios) else []
-            results.append(self._play(scenario, line))
-            for player in line:
-                if player not in self.honest:
-                    self.village.stop(player)
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = pool.submit(self.prepare, scenarios[0])
+            for index, scenario in enumerate(scenarios):
+                line = upcoming.result()
+                self.village.ready(*line)
+                self.progress(f"({scenario.name}) {scenario.title}")
+                if index + 1 < len(scenarios):
+                    upcoming = pool.submit(self.prepare, scenarios[index + 1])
+                results.append(self._play(scenario, line))
+                for player in line:
+                    if player not in self.honest:
+                        self.village.stop(player)
         return results
 
     def _play(self, scenario: Scenario, line: list[Player]) -> Result:

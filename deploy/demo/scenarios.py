@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -46,19 +46,20 @@ SCENARIOS = (
 
 
 def select(only: str | None, stage: int | None, stages: int) -> list[Scenario]:
-    """The scenarios to run. Raises ValueError for an unknown name or a stage that a scenario cannot have."""
+    """The scenarios to run, those that can move at `stage`.
+
+    Raises ValueError for an unknown name, no stage, or a stage for the one scenario that stays where it is.
+    """
     names = [scenario.name for scenario in SCENARIOS]
     if only is not None and only not in names:
         raise ValueError(f"expected a scenario of {', '.join(names)}, got {only!r}")
-    chosen = []
-    for scenario in SCENARIOS:
-        if only is not None and scenario.name != only:
-            continue
-        at = scenario.stage % stages
-        if stage is not None and scenario.movable:
-            if not 0 <= stage < stages:
-                raise ValueError(f"expected a stage below {stages}, got {stage}")
-            at = stage
-        place = {**scenario.__dict__, "stage": at}
-        chosen.append(Scenario(**place))
-    return chosen
+    chosen = [scenario for scenario in SCENARIOS if only in (None, scenario.name)]
+    if stage is not None and not any(scenario.movable for scenario in chosen):
+        movable = ", ".join(scenario.name for scenario in SCENARIOS if scenario.movable)
+        raise ValueError(f"expected no stage for scenario {only}, got {stage}: only {movable} can move")
+    if stage is not None and not 0 <= stage < stages:
+        raise ValueError(f"expected a stage below {stages}, got {stage}")
+    return [
+        replace(scenario, stage=stage if stage is not None and scenario.movable else scenario.stage % stages)
+        for scenario in chosen
+    ]

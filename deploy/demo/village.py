@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import httpx
 from eth_account.signers.local import LocalAccount
 
 from contracts.client import Addresses, Chain, Worker
+from deploy.demo import nursery
 from deploy.demo.players import ROLES
 from deploy.deployment import deploy
 from deploy.devnet import Devnet, free_port
@@ -27,11 +27,9 @@ from worker.errors import Refused
 from worker.pipeline import propose
 
 START_SECONDS = 300.0
-STOP_SECONDS = 10.0
 MONEY = 10**15  # base units given to every party: more than all jobs cost
 STAKE = 10**14
 ETHER = 10**20  # wei for gas
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class DemoError(Exception):
@@ -45,7 +43,7 @@ class Player:
     name: str
     role: str
     account: str
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     log: Path
     url: str = ""
     first_layer: int = 0
@@ -61,6 +59,7 @@ class Village:
     players: list[Player] = field(default_factory=list)
 
     def __enter__(self) -> Village:
+        nursery.warm()
         self.home.mkdir(parents=True, exist_ok=True)
         self.devnet = Devnet(block_seconds=1, accounts=2, log=self.home / "anvil.log")
         self.devnet.start()
@@ -77,15 +76,11 @@ class Village:
         for player in self.players:
             player.process.terminate()
         for player in self.players:
-            try:
-                player.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                player.process.kill()
-                player.process.wait()
+            nursery.stop(player.process)
         self.devnet.stop()
 
     def _settle(self) -> None:
-        self._accounts = 2  # 0 deploys, 1 pays
+        self._newcomers = count(2)  # 0 deploys, 1 pays; next() is safe between threads
         deployer = dev_account(0)
         self.addresses: Addresses = deploy(self.devnet.url, deployer, withdrawal_seconds=60)
         self.addresses.save(self.home / "addresses.json")
@@ -175,8 +170,8 @@ class Village:
             time.sleep(0.1)
 
     def alive(self, player: Player) -> None:
-        if player.process.poll() is not None:
-            raise DemoError(f"{player.name} ended with status {player.process.returncode}: {_tail(player.log)}")
+        if not player.process.is_alive():
+            raise DemoError(f"{player.name} ended with status {player.process.exitcode}: {_tail(player.log)}")
 
     def pipeline(self, workers: list[Player]) -> bytes:
         """Creates a pipeline of these workers; pay by layers. Each signs over HTTP."""
@@ -186,12 +181,7 @@ class Village:
             raise DemoError(f"no pipeline: {error}") from error
 
     def stop(self, player: Player) -> None:
-        player.process.terminate()
-        try:
-            player.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            player.process.kill()
-            player.process.wait()
+        nursery.stop(player.process)
         self.players.remove(player)
 
     def wealth(self, account: str) -> int:
@@ -207,33 +197,23 @@ class Village:
 
     def _newcomer(self) -> tuple[LocalAccount, Chain]:
         """A fresh account with ether and tokens."""
-        account = dev_account(self._accounts)
-        self._accounts += 1
+        account = dev_account(next(self._newcomers))
         self.devnet.give_ether(account.address, ETHER)
         self.bank.token.mint(account.address, MONEY)
         return account, Chain(self.devnet.url, self.addresses, account)
 
     def _start(self, name: str, role: str | None, account: str, config: Path) -> Player:
         log = config.parent / "log.txt"
-        command = [sys.executable, "-m"]
         if role is None:
-            command += ["plumb", "challenger", "run"]
+            command = ["plumb", "challenger", "run"]
         elif role == "honest":
-            command += ["plumb", "worker", "run", "--verbose"]
+            command = ["plumb", "worker", "run", "--verbose"]
         else:
-            command += ["deploy.demo.players", role]
-        with log.open("wb") as file:
-            process = _spawn([*command, "--config", str(config)], file)
+            command = ["players", role]
+        process = nursery.start([*command, "--config", str(config)], log)
         player = Player(name, role or "watchtower", account, process, log)
         self.players.append(player)
         return player
-
-
-def _spawn(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
-    )
 
 
 def _toml(table: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Place:
         data.mkdir(exist_ok=True)
         head = self.town.requester.block_number()
         config = Config(
-            "unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
+            "http://unused", data, data, data, (self.folder,), data, poll_seconds=0.01, from_block=head + 1, downloads=2
         )
         return replace(config, **changes)
 

@@ -28,6 +28,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         (RIGHT + "colour = 1", "unknown keys colour"),
+        (
+            RIGHT.replace("http://", "ftp://"),
+            "rpc_url: expected a URL of a chain, one of http://host, https://host, ws://",
+        ),
+        (RIGHT.replace("http://", ""), "rpc_url: expected a URL"),
+        (RIGHT.replace("127.0.0.1:8545", ""), "rpc_url: expected a URL"),
+        (RIGHT.replace("8545", "port"), "rpc_url: expected a URL"),
         ('rpc_url = "x"', "missing keys addresses, keystore"),
         (RIGHT.replace('"data"', "5"), "data: expected str, got 5"),
         (RIGHT + 'from_block = "3"', "from_block: expected int"),
@@ -48,6 +55,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, reason: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=reason):
         load_config(path)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ws", "wss"])
+def test_the_chain_may_be_asked_over_http_or_websocket(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "watch.toml").write_text(RIGHT.replace("http", scheme))
+    assert load_config(tmp_path / "watch.toml").rpc_url == f"{scheme}://127.0.0.1:8545"
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Players against the contract's twin, without a chain: who tells the truth wins, and nothing is sent twice."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from contracts.client import Chain, ChainError
 from contracts.events import Event, GameEnded, GameMoved
-from contracts.play import NOBODY, GameLog, Player
+from contracts.play import NOBODY, Followed, GameLog, Player
 from tests.verifier import tiny
 from verifier.canonical import Case
 from verifier.game import Game, Move, Phase, Proof, may_flag, opening_steps
@@ -185,6 +186,25 @@ def test_who_has_no_answer_computes_it_once_and_who_is_late_sends_nothing(guilty
     late = Player(cast(Chain, rules), case_of, side_is_worker=True)
     assert not late.step(log.games[ID], rules.now + CLOCK_SECONDS + 1)
     assert len(asked) == 1
+
+
+def test_without_the_games_first_list_nothing_is_sent(guilty: Case) -> None:
+    rules = Rules(guilty, opening_steps(guilty))
+    followed = Followed(ID, rules.game, b"\x11" * 32, b"\x11" * 32)
+    worker, _ = players(rules, guilty, guilty)
+    with pytest.raises(ValueError, match="its first event was missed"):
+        worker.step(followed, rules.now)
+    assert len(rules.events) == 1
+
+
+def test_who_has_no_signed_hand_off_is_speechless(guilty: Case) -> None:
+    rules = Rules(guilty, opening_steps(guilty))
+    followed = Followed(ID, replace(rules.game, phase=Phase.HANDOFF), b"", b"")
+    worker, _ = players(rules, guilty, guilty)
+    assert not worker.is_speechless(followed)
+    assert not worker.step(followed, rules.now) and worker.is_speechless(followed)
+    worker.forget(ID)
+    assert not worker.is_speechless(followed)
 
 
 def test_a_reorganised_end_is_no_end(guilty: Case) -> None:

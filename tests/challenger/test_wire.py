@@ -75,6 +75,21 @@ def test_requests_of_other_types(change: dict[str, Any]) -> None:
         parse_requests(json.dumps({"requests": [{"prompt": [1], "limit": 1, **change}]}).encode())
 
 
+@pytest.mark.parametrize(
+    ("parse", "key", "entry"),
+    [
+        (parse_requests, "requests", {"prompt": [1], "limit": 1}),
+        (parse_outputs, "outputs", {"start": 0, "count": 1, "code": 1, "tokens": [1]}),
+    ],
+)
+def test_a_batch_stands_alone_and_holds_something(parse: Any, key: str, entry: dict[str, Any]) -> None:
+    assert len(parse(json.dumps({key: [entry]}).encode())) == 1
+    bodies: list[Any] = [{key: [entry], "more": 1}, {key: []}, {key: entry}, [entry]]
+    for body in bodies:
+        with pytest.raises(WireError, match="with an entry or more and nothing else"):
+            parse(json.dumps(body).encode())
+
+
 def test_deep_json_kills_no_process() -> None:
     """eth-account's py_ecc raises Python's recursion limit; contracts/ takes it back."""
     code = (

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,18 +24,6 @@ SMALL: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "intermediate
 
 def make(folder: Path, **changes: Any) -> Weights:
     return tiny.make_weights(folder, tiny.config(**{**SMALL, **changes}))
-
-
-def set_weight(folder: Path, name: str, index: tuple[int, ...], bits: int) -> None:
-    """Overwrites one bf16 weight in the file."""
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    place = json.loads(data[8 : 8 + size])[name]
-    at = int(np.ravel_multi_index(index, place["shape"]))
-    start = 8 + size + place["data_offsets"][0] + 2 * at
-    data[start : start + 2] = bits.to_bytes(2, "little")
-    path.write_bytes(data)
 
 
 def test_calibration_is_deterministic_and_tells_its_steps(tmp_path: Path) -> None:
@@ -90,7 +77,7 @@ def test_the_models_own_length_bounds_the_sequences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bits", "what"), [(0x7FC0, "NaN"), (0xFF80, "-infinity"), (0x4380, "256")])
 def test_a_weight_that_the_law_can_not_hold_is_refused_by_name(tmp_path: Path, bits: int, what: str) -> None:
     make(tmp_path)
-    set_weight(tmp_path, "model.layers.1.mlp.up_proj.weight", (3, 5), bits)
+    tiny.set_weight(tmp_path, "model.layers.1.mlp.up_proj.weight", (3, 5), bits)
     with pytest.raises(InvalidWeight, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\].*0x" + f"{bits:04x}"):
         calibrate(tmp_path, sequences=1, length=4)
     assert not (tmp_path / "tolerance.json").exists(), what

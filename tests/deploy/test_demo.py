@@ -101,14 +101,19 @@ def test_all_scenarios_run_in_order_with_their_stages_resolved() -> None:
 
 def test_one_scenario_moves_to_the_stage_that_was_asked_for() -> None:
     assert [scenario.stage for scenario in select("b", 2, STAGES)] == [2]
-    assert [scenario.stage for scenario in select("d", 0, STAGES)] == [STAGES - 1]
     moved_to = {scenario.stage for scenario in select(None, 0, STAGES) if scenario.movable}
     assert moved_to == {0}
     assert SCENARIOS[1].stage == 1  # select made copies
 
 
 @pytest.mark.parametrize(
-    ("only", "stage", "reason"), [("z", None, "got 'z'"), ("b", 3, "below 3, got 3"), (None, -1, "got -1")]
+    ("only", "stage", "reason"),
+    [
+        ("z", None, "got 'z'"),
+        ("b", 3, "below 3, got 3"),
+        (None, -1, "got -1"),
+        *((name, 0, f"no stage for scenario {name}, got 0: only b, c, e, f, h can move") for name in "adg"),
+    ],
 )
 def test_what_does_not_exist_is_refused(only: str | None, stage: int | None, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
@@ -227,6 +232,7 @@ def test_the_prompts_of_a_model_without_tokenizer_are_servable(tmp_path: Path) -
         (["--only", "z"], "expected a scenario of a, b, c, d, e, f, g, h, got 'z'"),
         (["--stage", "9"], "expected a stage below 3, got 9"),
         (["--only", "b", "--stage", "-1"], "expected a stage below 3, got -1"),
+        (["--only", "d", "--stage", "0"], "expected no stage for scenario d, got 0: only b, c, e, f, h can move"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(arguments: list[str], reason: str) -> None:
@@ -239,6 +245,15 @@ def test_a_missing_model_folder_is_no_verdict(tmp_path: Path) -> None:
     answer = CliRunner().invoke(cli.app, ["--only", "a", "--model", str(tmp_path / "absent")])
     assert answer.exit_code == 2  # 1 would say that a scenario ended otherwise than it must
     assert "error: expected" in answer.output and "absent" in answer.output
+
+
+def test_a_model_that_can_not_be_calibrated_is_no_verdict(tmp_path: Path) -> None:
+    tiny.make_weights(tmp_path, tiny.config())
+    tiny.set_weight(tmp_path, "model.layers.1.mlp.up_proj.weight", (3, 5), 0x7FC0)  # NaN
+    answer = CliRunner().invoke(cli.app, ["--only", "a", "--model", str(tmp_path)])
+    assert answer.exit_code == 2, answer.output
+    assert "error: model.layers.1.mlp.up_proj.weight[3, 5]" in answer.output and "0x7fc0" in answer.output
+    assert not (tmp_path / "tolerance.json").exists()
 
 
 class Played:

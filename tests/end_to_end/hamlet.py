@@ -159,7 +159,7 @@ class Hamlet:
         chain = self.village.chain(dev_account(account))
         chain.token.mint(chain.account, STAKE)
         here = self._first_block
-        config = Config("unused", data, data, data, (self.model,), data, poll_seconds=0.05, from_block=here)
+        config = Config("http://unused", data, data, data, (self.model,), data, poll_seconds=0.05, from_block=here)
         return Watch(kind(config, chain, {judge.id: judge}, Store(config.database_url)))
 
     async def _story(self) -> Played:

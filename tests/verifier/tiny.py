@@ -72,6 +72,18 @@ def make_weights(folder: Path, told: dict[str, Any], seed: int = 0) -> Weights:
     return Weights.open(folder, threads=1)
 
 
+def set_weight(folder: Path, name: str, index: tuple[int, ...], bits: int) -> None:
+    """Overwrites one bf16 weight in the file."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    place = json.loads(data[8 : 8 + size])[name]
+    at = int(np.ravel_multi_index(index, place["shape"]))
+    start = 8 + size + place["data_offsets"][0] + 2 * at
+    data[start : start + 2] = bits.to_bytes(2, "little")
+    path.write_bytes(data)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A model, a profile and one request's honest tensors."""

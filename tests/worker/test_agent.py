@@ -1,10 +1,12 @@
 """Jobs from opening to pay on a local chain, workers as agents in this process."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -86,6 +88,19 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
         ):
             answer = await village.send(other, requests)
             assert answer.status_code == 409 and reason in answer.json()["error"], answer.text
+
+        told = {"prompt": list(good.prompt), "limit": good.limit}
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            for body, reason in (
+                ("[" * 100_000, "expected JSON"),
+                ({"requests": [told], "more": 1}, "nothing else"),
+                ({"requests": []}, "an entry or more"),
+                ({"requests": [{**told, "limit": 1 << 32}]}, "requests[0]: limit: expected a whole number below"),
+                ({"requests": [{**told, "colour": 1}]}, "requests[0]: expected prompt, limit and at most"),
+            ):
+                content = body if isinstance(body, str) else json.dumps(body)
+                answer = await client.put(f"{village.configs[0].url}/jobs/{other.hex()}", content=content)
+                assert answer.status_code == 409 and reason in answer.json()["error"], answer.text
 
         cheap = await village.open([good], token_price=0)
         for _ in range(50):

@@ -50,6 +50,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     )
 
 
+def test_the_chain_may_be_asked_over_websocket(tmp_path: Path) -> None:
+    config = load(written(tmp_path, GOOD.replace("http://127.0.0.1:8545", "wss://node.example/key")))
+    assert config.chain.rpc == "wss://node.example/key"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
@@ -60,6 +65,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("end_layer = 2", 'end_layer = "2"', "end_layer: expected int, came '2'"),
         ("127.0.0.1:9101", "127.0.0.1", "grpc: expected host:port"),
         ("[chain]", "[chain", "stage.toml"),
+        ("http://127.0.0.1:8545", "tcp://127.0.0.1:8545", r"chain\.rpc: expected a URL .* wss://host, got 'tcp:"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, what: str) -> None:

@@ -3,30 +3,38 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from contracts.client import Status, challenge_id
 from contracts.events import GameEnded, GameMoved, JobVoided
+from contracts.play import Followed
 from deploy.devnet import Devnet
 from tests.worker.pipeline_in_process import Tiny
 from tests.worker.village import CLOCK_SECONDS, WINDOW_SECONDS, Village
 from verifier.canonical import Case
 from verifier.commit import Request, StageTree
-from verifier.game import WRONG, Move, Segment
+from verifier.game import WRONG, Game, HandoffProof, Move, NothingWrong, Phase, Proof, Segment
 from verifier.program import Kind
-from verifier.referee.codec import Opening, decode_vector, encode_vector, slices
+from verifier.referee.codec import Opening, Trace, decode_vector, encode_vector, slices
 from verifier.referee.tree import Tree
 from verifier.trace import RequestTrace
+from worker import respond
 from worker.agent import Agent, build_worker
 from worker.batch import Batch
 from worker.cache import Cache
 from worker.config import WorkerConfig
 from worker.recorder import trace_path
+from worker.respond import Responder
 from worker.stage import Captured, Stage
 
+ACCOUNT = "0x" + "ab" * 20
 SALT = bytes(32)
+GAME = b"\x05" * 32
+ANSWER = Move(b"", (), 0, b"", b"")
 
 
 class Diverting(Stage):
@@ -45,6 +53,123 @@ def build(index: int, config: WorkerConfig) -> Agent:
 def devnet() -> Iterator[Devnet]:
     with Devnet() as made:
         yield made
+
+
+class Disputes:
+    """Takes every move, and says which."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def descend(self, id: bytes, game: Game, move: Move) -> None:
+        self.sent.append(move)
+
+    def flag(self, id: bytes, game: Game) -> None:
+        self.sent.append("flag")
+
+
+class Prepared(Responder):
+    """Has its answers ready; the chain's clock stands at 1000 seconds."""
+
+    def __init__(self, answers: list[Any], account: str = ACCOUNT) -> None:
+        self.disputes, self.answers, self.asked = Disputes(), answers, 0
+        chain: Any = SimpleNamespace(disputes=self.disputes, block_timestamp=lambda: 1000)
+        nothing: Any = None
+        super().__init__(chain, account, nothing, nothing, nothing, nothing)
+
+    def answer(self, followed: Followed) -> Move | Proof | HandoffProof:
+        self.asked += 1
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        answer: Move = found
+        return answer
+
+
+def moved(worker: str = ACCOUNT, turn_started: int = 990, seconds: int = 100, worker_turn: bool = True) -> GameMoved:
+    """A state of a game whose side to move has `seconds` left."""
+    zero: dict[str, Any] = dict.fromkeys(
+        (
+            *("program_leaves", "token", "first_instruction", "step", "level", "index", "first_chunk", "end_chunk"),
+            *("worker_moves", "challenger_moves", "committed_at", "bond"),
+        ),
+        0,
+    )
+    roots: dict[str, Any] = dict.fromkeys(("model_id", "program_root", "steps", "instruction", "list"), bytes(32))
+    trace = Trace(bytes(32), 0, 0, 0)
+    segment = Segment(bytes(32), 1, int(Kind.MLP), 0, 0, 0, 0)
+    place_and_turn: dict[str, Any] = {
+        **{"segment": segment, "challenger": "0x", "worker": worker, "trace": trace, "next": trace},
+        **{"phase": Phase.STEPS, "worker_turn": worker_turn, "turn_started": turn_started},
+        **{"worker_seconds": seconds, "challenger_seconds": seconds},
+    }
+    game = Game(**place_and_turn, **roots, **zero)
+    place: dict[str, Any] = {"contract": "Disputes", "block": 1, "log_index": 0, "transaction": bytes(32)}
+    return GameMoved(id=GAME, job=bytes(32), mover="", game=game, list=b"", **place)
+
+
+def ticks(responder: Responder, now: int, count: int = 1) -> None:
+    async def story() -> None:
+        for _ in range(count):
+            responder.tick(now)
+            while any(not task.done() for task in responder._tasks.values()):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_a_worker_whose_own_clock_is_fast_answers_all_the_same() -> None:
+    responder = Prepared([ANSWER])
+    responder.feed(moved())
+    ticks(responder, now=1_000_000)
+    assert responder.disputes.sent == [ANSWER]
+
+
+def test_a_worker_whose_time_is_over_sends_nothing() -> None:
+    responder = Prepared([ANSWER])
+    responder.feed(moved(turn_started=800))
+    ticks(responder, now=1000)
+    assert (responder.disputes.sent, responder.asked) == ([], 0)
+
+
+def test_a_late_challenger_is_flagged_and_one_in_time_is_not() -> None:
+    for now, sent in ((1090, []), (1091, ["flag"])):
+        responder = Prepared([])
+        responder.feed(moved(worker_turn=False))
+        ticks(responder, now)
+        assert responder.disputes.sent == sent
+
+
+def test_games_of_others_concern_nobody_here() -> None:
+    responder = Prepared([ANSWER])
+    responder.feed(moved(worker="0x" + "33" * 20))
+    ticks(responder, now=1000)
+    assert responder.asked == 0
+    responder = Prepared([ANSWER], account=ACCOUNT.upper().replace("0X", "0x"))
+    responder.feed(moved())
+    ticks(responder, now=1000)
+    assert responder.asked == 1
+
+
+def test_what_fails_is_tried_again_and_what_has_no_answer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(respond, "RETRY_SECONDS", 0.0)
+    responder = Prepared([OSError("disk"), KeyError("a fault of ours"), ANSWER])
+    responder.feed(moved())
+    ticks(responder, now=1000, count=3)
+    assert (responder.disputes.sent, responder.asked) == ([ANSWER], 3)
+    responder = Prepared([NothingWrong("all is true"), ANSWER])
+    responder.feed(moved())
+    ticks(responder, now=1000, count=3)
+    assert (responder.disputes.sent, responder.asked) == ([], 1)
+
+
+def test_an_ended_game_is_forgotten() -> None:
+    responder = Prepared([ANSWER])
+    responder.feed(moved())
+    place: dict[str, Any] = {"contract": "Disputes", "block": 2, "log_index": 0, "transaction": bytes(32)}
+    responder.feed(GameEnded(id=GAME, job=bytes(32), stage=1, convicted=255, reason=1, **place))
+    ticks(responder, now=1000)
+    assert responder.asked == 0
 
 
 def trace_of(agent: Agent, job: bytes, request: int) -> RequestTrace:

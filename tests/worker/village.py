@@ -13,6 +13,7 @@ from eth_account.signers.local import LocalAccount
 
 from contracts.client import Addresses, Chain, Job, Status, Worker
 from contracts.client import Stage as PipelineStage
+from contracts.wire import request_json
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account, write_keystore
@@ -22,7 +23,6 @@ from verifier.weights import Weights, identify
 from worker import tls
 from worker.agent import Agent, build_worker
 from worker.config import ChainConfig, Contracts, Policy, Serving, WorkerConfig
-from worker.job import request_json
 
 WINDOW_SECONDS = 600
 CLOCK_SECONDS = 300
