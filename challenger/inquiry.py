@@ -63,6 +63,9 @@ class Inquiry:
         stop = audit_stop(last, r, request, output, known[last].positions, shape.vocabulary)
         if stop is not None:
             return Step(wrong=(stop,))
+        bill = self._bill(r, last)
+        if bill is not None:
+            return Step(wrong=(bill,))
         lengths = audit_length([[node] for node in known])
         if lengths:
             return Step(wrong=tuple(replace(verdict, request=r) for verdict in lengths[:1]))
@@ -75,6 +78,19 @@ class Inquiry:
         if found == Step():
             found = self._search(own, r, position, fed)
         return found if found != Step() else self._probe(r, len(fed))
+
+    def _bill(self, r: int, stage: int) -> Verdict | None:
+        """BILL up to request r, whose neighbours come to light one after the other."""
+        output, posted = self.posted.outputs[r], self.posted
+        if r == 0 and output.start != 0:
+            return Verdict(WRONG, stage, Kind.BILL, 0, 0, 0, 0, reason="expected start 0")
+        before = posted.outputs.get(r - 1) if r else None
+        if before is not None and before.start + before.count != output.start:
+            return Verdict(WRONG, stage, Kind.BILL, r - 1, 0, 0, 0, reason=f"expected the next start {output.start}")
+        total = posted.facts.tokens
+        if r + 1 == posted.job.requests and output.start + output.count != total:
+            return Verdict(WRONG, stage, Kind.BILL, r, 0, 0, 0, reason=f"expected a total of {total}")
+        return None
 
     # ---- a position, and the layers there
 

@@ -112,6 +112,16 @@ def test_coarse_weights_everywhere_are_found_wherever_one_looks(judge: Judge) ->
     assert len(rounds) <= 6
 
 
+def test_a_wrong_bill_is_seen_between_neighbours(judge: Judge) -> None:
+    honest = serve(judge.weights, requests=REQUESTS)
+    first, second = honest.outputs
+    step, rounds = inquire(judge, replace(honest, outputs=(first, replace(second, start=3))), r=1)
+    assert step.wrong[0].kind == Kind.BILL and len(rounds) == 1  # the total, at the last request
+    step, rounds = inquire(judge, replace(honest, outputs=(replace(first, start=1), second)))
+    (verdict,) = step.wrong
+    assert (verdict.kind, verdict.request, verdict.stage) == (Kind.BILL, 0, 1) and len(rounds) == 1
+
+
 def test_records_that_break_the_law_need_no_rows(judge: Judge) -> None:
     honest = serve(judge.weights, requests=REQUESTS)
     step, rounds = inquire(judge, replace(honest, outputs=(replace(honest.outputs[0], code=1), *honest.outputs[1:])))

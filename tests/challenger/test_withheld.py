@@ -77,6 +77,27 @@ def test_a_quantised_stage_that_withholds_everything_is_convicted_from_the_roots
     assert row is not None and 0 < int(row.receipt["demands_cost"]) <= BUDGET
 
 
+def test_what_one_stage_withholds_is_demanded_of_it_alone(place: Place, quantised: Served) -> None:
+    place.town.hall.misbehave = lambda handler, path: path.startswith("/s1/") and say(handler, b"", 503)
+    config = place.config("one", demand_budget=BUDGET)
+    job = place.town.commit(quantised)
+    agent, poster, defence = place.agent(config), Poster(place, quantised, config), Defence(place, quantised, config)
+    agent.tick()
+    place.devnet.pass_seconds(160)
+    for _ in range(300):
+        agent.tick()
+        poster.post()
+        defence.play()
+        place.devnet.mine()
+        games = agent.store.games_of(job.hex())
+        if games and games[0].state == GameState.WON:
+            break
+    place.town.hall.misbehave = lambda handler, path: say(handler, b"", 503)
+    assert agent.chain.escrow.convicted(job, STAGE) and not agent.chain.escrow.convicted(job, 0)
+    assert {demand.stage for demand in poster.posted} == {STAGE}
+    assert len(poster.posted) <= 10
+
+
 def test_a_stage_that_never_answers_loses_by_the_clock(place: Place, quantised: Served) -> None:
     config = place.config("silence", demand_budget=BUDGET)
     job = place.town.commit(quantised)
