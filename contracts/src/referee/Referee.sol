@@ -430,7 +430,7 @@ contract Referee is IReferee {
     function _readTiles(Place memory place, Read memory read, Opening memory opening)
         private
         pure
-        returns (int256[] memory values)
+        returns (int256[] memory)
     {
         uint256 width = read.operand.width;
         uint256 positions = _trace(place, read).positions;
@@ -453,28 +453,47 @@ contract Referee is IReferee {
                 _parts(positions, TILE_ROWS) * _parts(width, TILE_COLUMNS)
             );
         }
-        values = new int256[](read.rows * read.count);
-        uint256 done = 0;
-        if (read.count == 1) {
-            // One column: all its rows lie in one tile, `wide` elements apart.
-            uint256 wide = _part(width, tile, TILE_COLUMNS);
-            int256[] memory whole = _seen(place, read, opening.data, 0, height * wide);
-            for (uint256 next = read.row % TILE_ROWS * wide + column % TILE_COLUMNS; done < read.rows; next += wide) {
-                values[done++] = whole[next];
-            }
-            return values;
+        uint256 size = Floats.elementBytes(place.model.servedDtype);
+        bytes memory wanted = read.count == 1
+            ? _column(read, opening.data, _part(width, tile, TILE_COLUMNS), column % TILE_COLUMNS, size)
+            : _across(read, opening.data, column, height, size);
+        return _seen(place, read, wanted, 0, read.rows * read.count);
+    }
+
+    /// @dev The bytes of one column of a tile that is `wide` elements wide, `skipped` of them before it.
+    function _column(Read memory read, bytes memory data, uint256 wide, uint256 skipped, uint256 size)
+        private
+        pure
+        returns (bytes memory wanted)
+    {
+        wanted = new bytes(read.rows * size);
+        for (uint256 i = 0; i < read.rows; ++i) {
+            _copy(wanted, i * size, data, ((read.row % TILE_ROWS + i) * wide + skipped) * size, size);
         }
-        while (done < read.count) {
-            // All tiles between the first and the one of this column are full.
-            uint256 c = column + done;
-            uint256 wide = _part(width, c / TILE_COLUMNS, TILE_COLUMNS);
-            uint256 element =
-                (c / TILE_COLUMNS - tile) * TILE_COLUMNS * height + read.row % TILE_ROWS * wide + c % TILE_COLUMNS;
-            uint256 here = wide - c % TILE_COLUMNS < read.count - done ? wide - c % TILE_COLUMNS : read.count - done;
-            int256[] memory part = _seen(place, read, opening.data, element, here);
-            for (uint256 i = 0; i < here; ++i) {
-                values[done++] = part[i];
-            }
+    }
+
+    /// @dev The bytes of one row across tiles that are `height` elements tall, from `column` on. All tiles but the last are full.
+    function _across(Read memory read, bytes memory data, uint256 column, uint256 height, uint256 size)
+        private
+        pure
+        returns (bytes memory wanted)
+    {
+        uint256 start = column / TILE_COLUMNS * TILE_COLUMNS; // of the first tile
+        uint256 end = column + read.count;
+        wanted = new bytes(read.count * size);
+        for (uint256 c = column; c < end;) {
+            uint256 wide = _part(read.operand.width, c / TILE_COLUMNS, TILE_COLUMNS);
+            uint256 here = wide - c % TILE_COLUMNS;
+            if (here > end - c) here = end - c;
+            uint256 from = (c / TILE_COLUMNS * TILE_COLUMNS - start) * height + read.row % TILE_ROWS * wide;
+            _copy(wanted, (c - column) * size, data, (from + c % TILE_COLUMNS) * size, here * size);
+            c += here;
+        }
+    }
+
+    function _copy(bytes memory target, uint256 start, bytes memory source, uint256 from, uint256 length) private pure {
+        assembly ("memory-safe") {
+            mcopy(add(add(target, 32), start), add(add(source, 32), from), length)
         }
     }
 

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Games} from "../../contracts/src/game/Games.sol";
+import {Game, Move, Proof, Segment} from "../../contracts/src/interfaces/IDisputes.sol";
+import {Opening} from "../../contracts/src/interfaces/IReferee.sol";
+import {DisputesTable} from "./Disputes.t.sol";
+
+/// @title What each kind of move costs in Disputes, escrow and referee set aside
+/// @dev Without base fee and calldata, and with warm slots: `plumb bench dispute` measures whole transactions.
+contract DisputesGasTest is DisputesTable {
+    function _note(string memory name) private {
+        vm.snapshotGasLastCall("Disputes", name);
+    }
+
+    function test_moves_by_kind() external {
+        Segment memory segment = _segment();
+        bytes32 id = keccak256(abi.encode(CHALLENGER, segment, bytes32(uint256(1))));
+        Opening[] memory evidence = _evidence();
+        bytes memory steps = _steps();
+        vm.prank(CHALLENGER);
+        disputes.commit(id);
+        _note("commit");
+        vm.roll(block.number + 1);
+        vm.recordLogs();
+        vm.prank(CHALLENGER);
+        disputes.challenge(segment, bytes32(uint256(1)), model, evidence, steps);
+        _note("challenge");
+        (Game memory game,) = _last();
+
+        bytes memory nodes = _workerNodes();
+        game = _noted(WORKER, id, game, _pickStep(0, nodes), "descend to nodes");
+        bytes32[] memory words = abi.decode(abi.encodePacked(uint256(32), uint256(2), nodes), (bytes32[]));
+        Move memory move = Move(records[0], _prove(words, 1), 1, abi.encodePacked(words[1]), new bytes(288));
+        game = _noted(CHALLENGER, id, game, move, "descend to elements");
+        move = Move(records[0], new bytes32[](0), 35, new bytes(288), new bytes(32));
+        move.list = _claim(move.list, 0, abi.encodePacked(uint128(2)));
+        game = _noted(WORKER, id, game, move, "descend to partial sums");
+        move = Move(records[0], new bytes32[](0), 0, move.list, new bytes(512));
+        game = _noted(CHALLENGER, id, game, move, "descend to chunks");
+
+        referee.set(-5);
+        bytes32[] memory roots = abi.decode(abi.encodePacked(uint256(32), uint256(3), steps), (bytes32[]));
+        Proof memory proof = Proof(model, records[0], 3, new bytes(512), roots, new Opening[](0));
+        bytes memory state = Games.pack(game);
+        vm.prank(WORKER);
+        disputes.prove(id, state, proof);
+        _note("prove");
+    }
+
+    function test_a_flag() external {
+        (bytes32 id, Game memory game) = _open();
+        bytes memory state = Games.pack(game);
+        vm.warp(block.timestamp + CLOCK + 1);
+        disputes.flag(id, state);
+        _note("flag");
+    }
+
+    function _noted(address mover, bytes32 id, Game memory game, Move memory move, string memory name)
+        private
+        returns (Game memory next)
+    {
+        bytes memory state = Games.pack(game);
+        vm.recordLogs();
+        vm.prank(mover);
+        disputes.descend(id, state, move);
+        _note(name);
+        (next,) = _last();
+    }
+}
