@@ -454,46 +454,32 @@ contract Referee is IReferee {
             );
         }
         uint256 size = Floats.elementBytes(place.model.servedDtype);
-        bytes memory wanted = read.count == 1
-            ? _column(read, opening.data, _part(width, tile, TILE_COLUMNS), column % TILE_COLUMNS, size)
-            : _across(read, opening.data, column, height, size);
-        return _seen(place, read, wanted, 0, read.rows * read.count);
+        return _seen(place, read, _tiled(read, opening.data, column, height, size), 0, read.rows * read.count);
     }
 
-    /// @dev The bytes of one column of a tile that is `wide` elements wide, `skipped` of them before it.
-    function _column(Read memory read, bytes memory data, uint256 wide, uint256 skipped, uint256 size)
+    /// @dev The bytes of a column within a tile, or of one row across tiles, of tiles that are `height` elements tall. All but the row's last
+    /// tile are full.
+    function _tiled(Read memory read, bytes memory data, uint256 column, uint256 height, uint256 size)
         private
         pure
         returns (bytes memory wanted)
     {
-        wanted = new bytes(read.rows * size);
-        for (uint256 i = 0; i < read.rows; ++i) {
-            _copy(wanted, i * size, data, ((read.row % TILE_ROWS + i) * wide + skipped) * size, size);
-        }
-    }
-
-    /// @dev The bytes of one row across tiles that are `height` elements tall, from `column` on. All tiles but the last are full.
-    function _across(Read memory read, bytes memory data, uint256 column, uint256 height, uint256 size)
-        private
-        pure
-        returns (bytes memory wanted)
-    {
-        uint256 start = column / TILE_COLUMNS * TILE_COLUMNS; // of the first tile
-        uint256 end = column + read.count;
-        wanted = new bytes(read.count * size);
-        for (uint256 c = column; c < end;) {
+        uint256 start = column - column % TILE_COLUMNS; // of the first tile
+        wanted = new bytes(read.rows * read.count * size);
+        uint256 done = 0;
+        for (uint256 c = column; done < wanted.length;) {
             uint256 wide = _part(read.operand.width, c / TILE_COLUMNS, TILE_COLUMNS);
             uint256 here = wide - c % TILE_COLUMNS;
-            if (here > end - c) here = end - c;
-            uint256 from = (c / TILE_COLUMNS * TILE_COLUMNS - start) * height + read.row % TILE_ROWS * wide;
-            _copy(wanted, (c - column) * size, data, (from + c % TILE_COLUMNS) * size, here * size);
+            if (here > column + read.count - c) here = column + read.count - c;
+            uint256 from = (c - c % TILE_COLUMNS - start) * height + c % TILE_COLUMNS;
+            for (uint256 row = read.row % TILE_ROWS; row < read.row % TILE_ROWS + read.rows; ++row) {
+                uint256 place_ = (from + row * wide) * size;
+                assembly ("memory-safe") {
+                    mcopy(add(add(wanted, 32), done), add(add(data, 32), place_), mul(here, size))
+                }
+                done += here * size;
+            }
             c += here;
-        }
-    }
-
-    function _copy(bytes memory target, uint256 start, bytes memory source, uint256 from, uint256 length) private pure {
-        assembly ("memory-safe") {
-            mcopy(add(add(target, 32), start), add(add(source, 32), from), length)
         }
     }
 
