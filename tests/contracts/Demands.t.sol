@@ -23,7 +23,7 @@ abstract contract Archive is Market {
     uint256 internal constant POSITIONS = 20;
     uint256 internal constant STAGE_TENSORS = 192; // of stage 0
     uint32 internal constant H = 0; // 300 columns: two leaves a row
-    uint32 internal constant V = 3; // 40 columns: three tiles across, two bands
+    uint32 internal constant V = 3; // 40 columns: two tiles across, three bands
     address internal constant ALICE = address(0xA1);
     address internal constant BOB = address(0xB0B);
     uint128 internal constant GAS_RATE = 2;
@@ -78,7 +78,7 @@ abstract contract Archive is Market {
             rows.push(_noise("h", i, i % 2 == 0 ? 512 : 88));
         }
         for (uint256 i; i < 6; ++i) {
-            tiles.push(_noise("v", i, uint256(2) * (i < 3 ? 16 : 4) * (i % 3 == 2 ? 8 : 16)));
+            tiles.push(_noise("v", i, uint256(2) * (i < 4 ? 8 : 4) * (i % 2 == 1 ? 8 : 32)));
         }
         for (uint256 i; i < STAGE_TENSORS; ++i) {
             bytes32 root = i == H ? _rootOf(rows) : i == V ? _rootOf(tiles) : keccak256(abi.encode("root", i));
