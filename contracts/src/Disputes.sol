@@ -24,8 +24,10 @@ contract Disputes is IDisputes {
     using SafeERC20 for IERC20;
 
     uint256 public constant GAME_GAS = 2_000_000;
+    /// @notice What a winner's move is paid for.
+    // Rationale: the dearest honest move at the shapes measured (`plumb bench dispute`), a VERDICT that convicts, takes just under it.
     uint256 public constant MOVE_GAS = 350_000;
-    /// @dev An honest move needs at most a list of 64 nodes, a leaf of 512 bytes and its openings: under 12 KB at every shape served.
+    /// @dev An honest move needs at most a list of 64 nodes, a leaf of 2048 bytes and its openings: under 7 KB at every shape measured.
     uint256 public constant MAX_CALLDATA_BYTES = 24 * 1024;
     /// @notice Where burned bonds go: the token need not know how to burn.
     address public constant BURN = 0x000000000000000000000000000000000000dEaD;

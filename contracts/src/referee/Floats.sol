@@ -170,24 +170,19 @@ library Floats {
                     )
                     // Twice the sign bit, taken from 1, is the factor.
                     word := and(shr(14, word), 0x0002000200020002000200020002000200020002000200020002000200020002)
-                    for { let lane := 1 } lt(lane, 32) { lane := add(lane, 2) } {
-                        mstore(target, mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude))))
-                        lane := add(lane, 2)
-                        mstore(
-                            add(target, 32),
-                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
-                        )
-                        lane := add(lane, 2)
-                        mstore(
-                            add(target, 64),
-                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
-                        )
-                        lane := add(lane, 2)
-                        mstore(
-                            add(target, 96),
-                            mul(sub(1, byte(lane, word)), shl(byte(lane, shift), byte(lane, magnitude)))
-                        )
-                        target := add(target, 128)
+                    // Eight lanes, then the other eight. INVARIANT: every magnitude has its hidden bit, so 0 means that both were done.
+                    for {} magnitude { magnitude := shl(128, magnitude) } {
+                        mstore(target, mul(sub(1, byte(1, word)), shl(byte(1, shift), byte(1, magnitude))))
+                        mstore(add(target, 32), mul(sub(1, byte(3, word)), shl(byte(3, shift), byte(3, magnitude))))
+                        mstore(add(target, 64), mul(sub(1, byte(5, word)), shl(byte(5, shift), byte(5, magnitude))))
+                        mstore(add(target, 96), mul(sub(1, byte(7, word)), shl(byte(7, shift), byte(7, magnitude))))
+                        mstore(add(target, 128), mul(sub(1, byte(9, word)), shl(byte(9, shift), byte(9, magnitude))))
+                        mstore(add(target, 160), mul(sub(1, byte(11, word)), shl(byte(11, shift), byte(11, magnitude))))
+                        mstore(add(target, 192), mul(sub(1, byte(13, word)), shl(byte(13, shift), byte(13, magnitude))))
+                        mstore(add(target, 224), mul(sub(1, byte(15, word)), shl(byte(15, shift), byte(15, magnitude))))
+                        target := add(target, 256)
+                        word := shl(128, word)
+                        shift := shl(128, shift)
                     }
                 }
                 default {
