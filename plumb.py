@@ -18,7 +18,7 @@ import typer
 _PARTIES: dict[str, tuple[str, str]] = {
     "worker": ("worker.cli", "Stake, join pipelines and serve a stage."),
     "challenger": ("challenger.cli", "Watch jobs, re-execute them and dispute what is wrong."),
-    "request": ("requester.cli", "Open jobs, fetch their results, serve an OpenAI-compatible gateway."),
+    "request": ("requester.cli", "Open jobs from batch files, fetch their results and receipts."),
     "model": ("deploy.model", "A model's id: compute, check, register, calibrate; make a demo model."),
     "demo": ("deploy.demo.cli", "The whole protocol on this machine, honest and dishonest."),
 }
@@ -35,27 +35,37 @@ app = typer.Typer(
 
 @app.command()
 def devnet(
-    port: Annotated[int, typer.Option(help="Loopback port of the JSON-RPC.")] = _DEV_PORT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Loopback port of the JSON-RPC.")] = _DEV_PORT,
     block_time: Annotated[int, typer.Option(help="Seconds between blocks; 0: a block for each transaction.")] = 1,
     state: Annotated[Path | None, typer.Option(help="Keep the chain in this file across runs.")] = None,
     addresses: Annotated[
-        Path | None, typer.Option(help="Deploy the contracts too, and write their addresses here.")
+        Path | None,
+        typer.Option(help="Deploy the contracts too, and write their addresses here; those that are there are kept."),
     ] = None,
 ) -> None:
     """Run a local chain with funded accounts until interrupted."""
+    from contracts.client import Addresses, Chain, ContractsError
     from deploy.deployment import deploy as deploy_contracts
-    from deploy.devnet import Devnet
+    from deploy.devnet import Devnet, DevnetError
     from deploy.keys import DEV_PHRASE, dev_account
 
     stopped = threading.Event()
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: stopped.set())
-    with Devnet(block_seconds=block_time or None, port=port, state=state) as chain:
-        typer.echo(f'chain at {chain.url}, accounts of the phrase "{DEV_PHRASE}"')
-        if addresses is not None:
-            deploy_contracts(chain.url, dev_account(0), withdrawal_seconds=60).save(addresses)
-            typer.echo(f"contracts deployed, addresses in {addresses}")
-        stopped.wait()
+    try:
+        with Devnet(block_seconds=block_time or None, port=port, state=state) as chain:
+            typer.echo(f'chain at {chain.url}, accounts of the phrase "{DEV_PHRASE}"')
+            if addresses is not None:
+                try:
+                    Chain(chain.url, Addresses.load(addresses))
+                    typer.echo(f"the contracts of {addresses} are on this chain")
+                except (ContractsError, OSError):
+                    typer.echo("deploying the contracts; the first time they are compiled, a minute or two")
+                    deploy_contracts(chain.url, dev_account(0), withdrawal_seconds=60).save(addresses)
+                    typer.echo(f"contracts deployed, addresses in {addresses}")
+            stopped.wait()
+    except DevnetError as error:
+        _refuse(str(error))
     typer.echo("stopped")
 
 

@@ -19,7 +19,7 @@ import torch
 from worker import ring_pb2 as pb
 from worker import ring_pb2_grpc
 from worker.batch import Batch, Piece, Token
-from worker.errors import BadMessage
+from worker.errors import BadMessage, ConfigError
 from worker.stage import BITS, from_bits, to_bits
 from worker.tls import PEER_NAME, fingerprint
 
@@ -138,6 +138,7 @@ class Link:
             ("grpc.max_send_message_length", self._limit + SLACK_BYTES),
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),  # a link may be idle for long, and should be known to live
         ]
         while True:
             while not self._unacknowledged or self.refusal is not None:
@@ -208,15 +209,22 @@ class Ring(ring_pb2_grpc.RingServicer):
         self._credentials_changed = True
 
     async def start(self, address: str) -> int:
-        """Listens on host:port (port 0: any); returns the port."""
+        """Listens on host:port (port 0: any); returns the port. Raises ConfigError if the address can't be had."""
         self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", self._limit + SLACK_BYTES), ("grpc.so_reuseport", 0)]
+            options=[
+                ("grpc.max_receive_message_length", self._limit + SLACK_BYTES),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_recv_interval_without_data_ms", 10_000),  # half of what peers keep to
+            ]
         )
         ring_pb2_grpc.add_RingServicer_to_server(self, self._server)
         credentials = grpc.dynamic_ssl_server_credentials(
             self._configuration(), self._fetch, require_client_authentication=True
         )
-        port: int = self._server.add_secure_port(address, credentials)
+        try:
+            port: int = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"grpc: {address} cannot be listened on: is this worker running already?") from error
         await self._server.start()
         return port
 

@@ -130,7 +130,10 @@ def run(config: Config, verbose: Annotated[bool, typer.Option(help="log every st
         agent = build_worker(_load(config))
     except (WorkerError, ContractsError, ModelFolderError, OSError) as error:
         raise _stop(error) from error
-    asyncio.run(agent.run())
+    try:
+        asyncio.run(agent.run())
+    except WorkerError as error:
+        raise _stop(error) from error
 
 
 def _open(settings: configuration.WorkerConfig) -> Chain:

@@ -83,7 +83,7 @@ def test_an_honest_worker_answers_spam_and_ends_no_poorer(
         across = -(-shape.hidden // 256)
         rows = trace.arrays[trace.keys[0]][3 // across :]
         assert told[3].leaves[0] == rows[0, 3 % across * 256 :][:256].tobytes()
-        assert told[4].leaves[0] == trace.arrays[trace.keys[3]][:16, :16].tobytes()
+        assert told[4].leaves[0] == trace.arrays[trace.keys[3]][:TILE_ROWS, :TILE_COLUMNS].tobytes()
         assert told[5].leaves == ()
 
         # Every answer was worth its gas, the worker's locks are as they were, and nothing can be asked twice.
