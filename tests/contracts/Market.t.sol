@@ -45,7 +45,7 @@ abstract contract Market is Base {
         token.approve(address(escrow), type(uint256).max);
     }
 
-    function _model() internal pure returns (Model memory) {
+    function _model() internal pure virtual returns (Model memory) {
         return Model({
             weightsRoot: bytes32(uint256(1)),
             weightsLeaves: 1,
@@ -87,7 +87,7 @@ abstract contract Market is Base {
     }
 
     /// @notice Stages of equal numbers of layers; shares 10000 / count, the last one takes what is left over.
-    function _stages(uint256 count) internal pure returns (Stage[] memory stages) {
+    function _stages(uint256 count) internal pure virtual returns (Stage[] memory stages) {
         stages = new Stage[](count);
         for (uint256 i; i < count; ++i) {
             stages[i] = Stage({
