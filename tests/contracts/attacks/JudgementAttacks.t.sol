@@ -136,6 +136,7 @@ contract JudgementAttacks is Scene {
     }
 
     /// forge-config: default.fuzz.runs = 16
+    /// forge-config: nightly.fuzz.runs = 500
     /// @dev Whatever sums a liar posts, one of them is proved wrong: `prove` never reverts on well-formed data.
     function testFuzz_totalProve_anySumsAreProvedWrong(bytes32 sums) external {
         Batch memory b = Batches.build(Lie.NONE);

@@ -11,6 +11,7 @@ import {Batches, Lie} from "../village/Batches.sol";
 import {Villagers} from "./Villagers.sol";
 
 /// forge-config: default.invariant.runs = 8
+/// forge-config: nightly.invariant.runs = 100
 /// @title The laws of docs/laws.md, whoever plays whom in whatever order: real games, judged by the real Referee
 /// @dev One invariant for all laws, because forge plays a campaign for each, and the same one.
 contract GameInvariants is Base {
