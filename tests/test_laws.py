@@ -39,6 +39,11 @@ def test_every_row_names_tests_that_exist(heading: str) -> None:
         assert [f"{path}::{name}" for path, name in named if name not in defined(path)] == []
 
 
+def test_every_file_that_is_named_exists() -> None:
+    named = re.findall(r"`(tests/[\w/.]+)`", DOCUMENT.read_text(encoding="utf-8"))
+    assert named and [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_attack_and_every_law_of_a_campaign_is_named() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     folder = ROOT / "tests" / "contracts"

@@ -8,7 +8,7 @@ import {Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Base} from "../Base.t.sol";
 import {Parties} from "./Parties.sol";
 
-/// forge-config: default.invariant.runs = 16
+/// forge-config: default.invariant.runs = 8
 /// forge-config: nightly.invariant.runs = 500
 /// @title The laws of money and stake, whoever does what in whatever order
 /// @dev One invariant for all, because forge plays a campaign for each, and the same one.

@@ -303,6 +303,8 @@ contract Villagers is Village {
             _states[play.id] = abi.encode(seen.game);
             _lists[play.id] = seen.list;
             (play.due, play.silent) = (_deadline(seen.game), false);
+            bool running = seen.game.phase != Phase.None && !seen.ended;
+            if (running && play.due < seen.game.turnStarted + escrow.job(play.job).grace) ++wrongClocks;
         }
         if (!seen.ended) return;
         if (!seen.moved) bonds -= _game(play.id).bond;
