@@ -118,21 +118,37 @@ contract JudgementAttacks is Scene {
         assertEq(escrow.openGames(s.job, 0), 0, "games");
     }
 
-    /// @dev A liar writes the right value with other bytes, or values that no honest list holds: extremes of i64 and i128.
+    /// @dev A liar writes the right value with other bytes, one bit away, or a value at the end of its width. The lowest bit is the sign.
     function test_injectiveEncoding_everyOtherByteStringIsProvedWrong() external {
         Batch memory b = Batches.build(Lie.NONE);
-        bytes32 job = _serve(b);
-        Segment memory s = Segment(job, 0, Plan.MLP, 0, 0, 1, 0);
+        Segment memory s = Segment(_serve(b), 0, Plan.MLP, 0, 0, 1, 0);
         Case memory truth = Cases.truth(b, s);
-        int256[4] memory values = [int256(type(int64).min), type(int64).max, 0, -1];
-        for (uint256 i = 0; i < values.length; ++i) {
-            Case memory claim = _lying(b, s, 3, 7, true);
-            claim.vectors[3][7] = values[i];
-            assertEq(_playOut(_challenged(LIAR, b, s, claim), truth, claim), NOBODY, "narrow");
-            claim = _lying(b, s, 1, 0, true);
-            claim.vectors[1][0] = i == 0 ? int256(type(int128).min) : i == 1 ? type(int128).max : values[i];
-            assertEq(_playOut(_challenged(LIAR, b, s, claim), truth, claim), NOBODY, "wide");
+        uint256[3] memory flipped = [uint256(1), 1 << 32, 1 << 63];
+        for (uint256 i = 0; i < flipped.length; ++i) {
+            _provedWrong(b, s, truth, 3, 7, _flip(truth.vectors[3][7], flipped[i]));
+            _provedWrong(b, s, truth, 1, 0, _flip(truth.vectors[1][0], flipped[i] << 64 * (i / 2)));
         }
+        _provedWrong(b, s, truth, 3, 7, type(int64).min);
+        _provedWrong(b, s, truth, 1, 0, type(int128).max);
+    }
+
+    /// @dev The value whose encoding has those bits changed.
+    function _flip(int256 value, uint256 bits) private pure returns (int256) {
+        uint256 zigzag = uint256((value << 1) ^ (value >> 255)) ^ bits;
+        return int256(zigzag >> 1) ^ -int256(zigzag & 1);
+    }
+
+    function _provedWrong(
+        Batch memory b,
+        Segment memory s,
+        Case memory truth,
+        uint256 step,
+        uint256 element,
+        int256 value
+    ) private {
+        Case memory claim = _lying(b, s, step, element, true);
+        claim.vectors[step][element] = value;
+        assertEq(_playOut(_challenged(LIAR, b, s, claim), truth, claim), NOBODY, "the liar loses");
     }
 
     /// forge-config: default.fuzz.runs = 16
