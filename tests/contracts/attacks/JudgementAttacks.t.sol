@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Games} from "../../../contracts/src/game/Games.sol";
 import {IDisputes, Move, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
 import {Ops} from "../../../contracts/src/referee/Ops.sol";
 import {Batch, Batches, Lie} from "../village/Batches.sol";
@@ -165,7 +166,7 @@ contract JudgementAttacks is Scene {
         Move memory move = Solver.solve(Board(t.seen.game, t.seen.list, t.steps, 0), claim).move;
         move.list = abi.encodePacked(sums);
         if (keccak256(move.list) == keccak256(Cases.sums(truth, 1, 0, 0, 2))) return;
-        (bool done,) = _send(LIAR, abi.encodeCall(IDisputes.descend, (t.id, t.seen.game, move)));
+        (bool done,) = _send(LIAR, abi.encodeCall(IDisputes.descend, (t.id, Games.pack(t.seen.game), move)));
         if (!done) return; // they add up to what they dispute
         t.seen = _seen();
         assertTrue(_moves(t, truth), "the worker proves one of them wrong");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Games} from "../../../contracts/src/game/Games.sol";
 import {HandoffProof, IDisputes, Phase, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
 import {IEscrow, Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Batch, Batches, Lie} from "../village/Batches.sol";
@@ -85,7 +86,7 @@ contract MoveAttacks is Scene {
         _refused(_account(0), calls[0], IDisputes.WrongState.selector);
         _refused(_account(0), calls[1], IDisputes.WrongState.selector);
         HandoffProof memory none = HandoffProof(0, 1, 0, "", new bytes32[](0), "");
-        bytes memory deflection = abi.encodeCall(IDisputes.deflect, (t.id, t.seen.game, none));
+        bytes memory deflection = abi.encodeCall(IDisputes.deflect, (t.id, Games.pack(t.seen.game), none));
         _refused(_account(0), deflection, IDisputes.WrongPhase.selector);
         _refused(_account(0), _callOf(t, worker), IDisputes.NotWrong.selector);
         _refused(WATCH, _callOf(t, worker), IDisputes.NotYourTurn.selector);

@@ -77,7 +77,7 @@ contract GameInvariants is Base {
     /// @dev Equal, not just at least: what nobody is owed would be trapped.
     function law1_everyContractHoldsWhatItOwes() public view {
         uint256 owedByEscrow;
-        uint256 owedByDisputes = all.bonds();
+        uint256 owedByDisputes = all.bonds() + all.toBurn();
         for (uint256 i; i < all.parties(); ++i) {
             owedByEscrow += escrow.credit(all.party(i));
             owedByDisputes += disputes.credit(all.party(i));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Games} from "../../../contracts/src/game/Games.sol";
 import {Game, IDisputes, Phase, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
 import {Job, Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Batch, Batches, Lie} from "../village/Batches.sol";
@@ -171,7 +172,7 @@ contract Villagers is Village {
                 if (_sendQuietly(others[i], call)) ++copiesAccepted;
             }
         }
-        if (_sendQuietly(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, game)))) ++wrongClocks;
+        if (_sendQuietly(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, Games.pack(game))))) ++wrongClocks;
         if (_sendQuietly(_lastSender, _lastCall)) ++copiesAccepted;
         if (_sendQuietly(COPIER, _lastCall)) ++copiesAccepted;
         if (disputes.stateOf(play.id) != before) ++copiesAccepted;
@@ -185,6 +186,7 @@ contract Villagers is Village {
     function withdraw(uint256 seed) external {
         vm.warp(_now);
         _withdraw(party(seed % parties()));
+        if ((seed >> 8) % 2 == 0) _burn();
     }
 
     /// @notice Time passes. On its way the honest do what they must in the last second in which they may; of the others some do, some are
@@ -209,6 +211,7 @@ contract Villagers is Village {
         for (uint256 i = 0; i < parties(); ++i) {
             _withdraw(party(i));
         }
+        _burn();
     }
 
     // ---- games
@@ -362,7 +365,9 @@ contract Villagers is Village {
     function _lastSecond(uint256 number, uint256 seed) private {
         Play memory play = plays[number];
         bool honest = _honestTurn(play);
-        if (_sendQuietly(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, _game(play.id))))) ++wrongClocks;
+        if (_sendQuietly(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, Games.pack(_game(play.id)))))) {
+            ++wrongClocks;
+        }
         bytes32 before = disputes.stateOf(play.id);
         if (honest || seed % 4 != 0) _answer(number, seed);
         if (disputes.stateOf(play.id) != before) return;
@@ -389,7 +394,7 @@ contract Villagers is Village {
         Game memory game = _game(play.id);
         bytes memory late = _callOf(play, game, true, 0);
         if (late.length > 0 && _sendQuietly(game.workerTurn ? game.worker : game.challenger, late)) ++wrongClocks;
-        (bool done,) = _send(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, game)));
+        (bool done,) = _send(STRANGER, abi.encodeCall(IDisputes.flag, (play.id, Games.pack(game))));
         if (!done) {
             ++silenceUnpunished;
             return;
@@ -426,7 +431,16 @@ contract Villagers is Village {
         fromEscrow = fromDisputes; // either may have nothing
     }
 
+    function _burn() private {
+        if (disputes.credit(BURN) > 0) disputes.burn();
+    }
+
     // ---- what the invariants ask
+
+    /// @notice What lost bonds left and nobody has burned yet.
+    function toBurn() external view returns (uint256) {
+        return disputes.credit(BURN);
+    }
 
     function jobCount() external view returns (uint256) {
         return jobs.length;

@@ -90,7 +90,7 @@ library Cases {
     }
 
     function leaves(Case memory c, uint256 step) internal pure returns (bytes32[] memory) {
-        return Tree.leaves(encoded(c, step), Codec.LEAF_BYTES);
+        return Tree.leaves(encoded(c, step), Codec.leafBytes(c.program[step].wide != 0));
     }
 
     function roots(Case memory c) internal pure returns (bytes32[] memory all) {
@@ -102,8 +102,9 @@ library Cases {
 
     function leaf(Case memory c, uint256 step, uint256 index) internal pure returns (bytes memory) {
         bytes memory data = encoded(c, step);
-        uint256 start = index * Codec.LEAF_BYTES;
-        return Forest.cut(data, start, data.length - start < Codec.LEAF_BYTES ? data.length - start : Codec.LEAF_BYTES);
+        uint256 size = Codec.leafBytes(c.program[step].wide != 0);
+        uint256 start = index * size;
+        return Forest.cut(data, start, data.length - start < size ? data.length - start : size);
     }
 
     /// @notice Partial sums of chunks first .. end-1 of an element, one a chunk: no sum of this model has more than two.
@@ -203,14 +204,14 @@ library Cases {
 
     function _steps(Case memory c, uint256 step, uint256 first, uint256 count) private pure returns (Opening memory) {
         bytes memory data = encoded(c, step);
-        uint256 perLeaf = Codec.elementsPerLeaf(c.program[step].wide != 0);
-        uint256 from = first / perLeaf;
-        uint256 to = (first + count - 1) / perLeaf;
-        uint256 end = (to + 1) * 512 < data.length ? (to + 1) * 512 : data.length;
-        return
-            Opening(
-                Forest.cut(data, from * 512, end - from * 512), Forest.siblings(leaves(c, step), from, to - from + 1)
-            );
+        bool wide = c.program[step].wide != 0;
+        uint256 size = Codec.leafBytes(wide);
+        uint256 from = first / Codec.elementsPerLeaf(wide);
+        uint256 to = (first + count - 1) / Codec.elementsPerLeaf(wide);
+        uint256 end = (to + 1) * size < data.length ? (to + 1) * size : data.length;
+        return Opening(
+            Forest.cut(data, from * size, end - from * size), Forest.siblings(leaves(c, step), from, to - from + 1)
+        );
     }
 
     function _cell(uint256 index) private pure returns (Opening memory) {

@@ -51,7 +51,7 @@ library Plan {
     uint64 internal constant MARGIN_Q30 = 1 << 24;
     uint64 private constant EPS_60 = 1152921504606; // 1e-6
     uint64 private constant OVERFLOW_BOUND = 1 << 49;
-    uint256 private constant HEADERS = 8;
+    uint256 private constant HEADERS = 12;
 
     // ---- programs
 

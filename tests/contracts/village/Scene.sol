@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Games} from "../../../contracts/src/game/Games.sol";
 import {IDisputes, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
 import {Batch} from "./Batches.sol";
 import {Case, Cases} from "./Cases.sol";
@@ -110,7 +111,7 @@ abstract contract Scene is Village {
     }
 
     function _flagCall(Table memory t) internal pure returns (bytes memory) {
-        return abi.encodeCall(IDisputes.flag, (t.id, t.seen.game));
+        return abi.encodeCall(IDisputes.flag, (t.id, Games.pack(t.seen.game)));
     }
 
     /// @notice The last second in which the mover may move.

@@ -3,7 +3,9 @@ pragma solidity 0.8.37;
 
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 
+import {Demands} from "../../../contracts/src/Demands.sol";
 import {Disputes} from "../../../contracts/src/Disputes.sol";
+import {Games} from "../../../contracts/src/game/Games.sol";
 import {Game, HandoffProof, IDisputes, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
 import {IEscrow, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Model, Opening} from "../../../contracts/src/interfaces/IReferee.sol";
@@ -39,17 +41,20 @@ abstract contract Village is Market {
 
     Referee internal referee;
     Disputes internal disputes;
+    Demands internal demands;
     bytes32 internal line; // the pipeline
     Model internal model;
     uint256 internal salts;
     uint64 internal nonces;
 
     function _settleIn() internal {
-        // After Market's four: Referee and Disputes, nonces 5 and 6 of this contract.
-        _deploy(address(uint160(uint256(keccak256(abi.encodePacked(hex"d694", address(this), hex"06"))))));
+        // After Market's four: Referee, Disputes and Demands, nonces 5, 6 and 7 of this contract.
+        _deploy(_created(hex"06"), _created(hex"07"));
         referee = new Referee();
         disputes = new Disputes(IERC20(token), IEscrow(escrow), IWorkers(workers), referee);
+        demands = new Demands(IERC20(token), IEscrow(escrow), IWorkers(workers));
         assertEq(address(disputes), escrow.disputes(), "address of Disputes");
+        assertEq(address(demands), escrow.demands(), "address of Demands");
         line = _pipeline(STAGES);
         model = Plan.model();
         address[3] memory bonded = [WATCH, LIAR, COPIER];
@@ -58,6 +63,10 @@ abstract contract Village is Market {
             vm.prank(bonded[i]);
             token.approve(address(disputes), type(uint256).max);
         }
+    }
+
+    function _created(bytes1 nonce) private view returns (address) {
+        return address(uint160(uint256(keccak256(abi.encodePacked(hex"d694", address(this), nonce)))));
     }
 
     function _model() internal pure override returns (Model memory) {
@@ -145,14 +154,18 @@ abstract contract Village is Market {
     function _answerCall(bytes32 id, Board memory board, Case memory c) internal view returns (bytes memory) {
         Answer memory answer = Solver.solve(board, c);
         answer.proof.model = model;
-        if (answer.kind == Kind.MOVE) return abi.encodeCall(IDisputes.descend, (id, board.game, answer.move));
-        if (answer.kind == Kind.PROOF) return abi.encodeCall(IDisputes.prove, (id, board.game, answer.proof));
+        if (answer.kind == Kind.MOVE) {
+            return abi.encodeCall(IDisputes.descend, (id, Games.pack(board.game), answer.move));
+        }
+        if (answer.kind == Kind.PROOF) {
+            return abi.encodeCall(IDisputes.prove, (id, Games.pack(board.game), answer.proof));
+        }
         return "";
     }
 
     /// @notice The call by which an honest receiver shows what it was sent.
     function _deflectionCall(bytes32 id, Game memory game, Batch memory b) internal view returns (bytes memory) {
-        return abi.encodeCall(IDisputes.deflect, (id, game, _handoff(game.segment, b)));
+        return abi.encodeCall(IDisputes.deflect, (id, Games.pack(game), _handoff(game.segment, b)));
     }
 
     function _handoff(Segment memory s, Batch memory b) internal view returns (HandoffProof memory) {
@@ -180,6 +193,11 @@ abstract contract Village is Market {
         uint8 reason;
     }
 
+    /// @notice A game's state from its bytes, which are read from calldata only.
+    function read(bytes calldata state) external pure returns (Game memory) {
+        return Games.read(state);
+    }
+
     /// @notice What Disputes said since the last `_send`.
     function _seen() internal returns (Seen memory seen) {
         Log[] memory logs = Logs(address(vm)).getRecordedLogs();
@@ -187,7 +205,9 @@ abstract contract Village is Market {
             if (logs[i].emitter != address(disputes)) continue;
             if (logs[i].topics[0] == IDisputes.GameMoved.selector) {
                 seen.moved = true;
-                (seen.game, seen.list) = abi.decode(logs[i].data, (Game, bytes));
+                bytes memory state;
+                (state, seen.list) = abi.decode(logs[i].data, (bytes, bytes));
+                seen.game = this.read(state);
             } else if (logs[i].topics[0] == IDisputes.GameEnded.selector) {
                 seen.ended = true;
                 (, seen.convicted, seen.reason) = abi.decode(logs[i].data, (uint8, uint8, uint8));
