@@ -13,7 +13,7 @@ FORGE = $$($(RUN) -c 'from deploy.devnet import foundry_binary as f; print(f("fo
 # $(call PROTOC,FOLDER): the generated half of the ring's wire format.
 PROTOC = mkdir -p $(1) && $(RUN) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) worker/ring.proto
 
-.PHONY: help setup demo test check format test-system vectors snapshots proto bench clean
+.PHONY: help setup demo test nightly prove slither check format test-system vectors snapshots proto bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,23 @@ test: setup ## every test that needs Python and Node alone
 	FORGE_SNAPSHOT_CHECK=true "$(FORGE)" test || status=1; \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile || status=1; \
 	exit $$status
+
+nightly: setup ## the contracts' tests with 10,000 fuzz runs and long campaigns; hours
+	FOUNDRY_PROFILE=nightly "$(FORGE)" test
+
+# Tools that pin other versions of what the project uses, each in a venv of its own. They look for `forge` on the path.
+# $(call TOOL,NAME,PACKAGE): installs it once.
+TOOL = test -x build/tools/$(1)/bin/$(1) || { $(PYTHON) -m venv build/tools/$(1); build/tools/$(1)/bin/pip install --quiet --disable-pip-version-check '$(2)'; }
+
+prove: setup ## halmos proves the arithmetic and the trees for every input (tests/contracts/proofs); minutes
+	$(call TOOL,halmos,halmos==0.3.3)
+	export PATH="$$(dirname "$(FORGE)"):$$PATH" FOUNDRY_PROFILE=proofs; \
+	build/tools/halmos/bin/halmos --root . --forge-build-out build/proofs/out --loop 256 --solver-timeout-assertion 300000
+
+slither: setup ## static analysis of the contracts; docs/threats.md answers its findings
+	$(call TOOL,slither,slither-analyzer==0.11.6)
+	export PATH="$$(dirname "$(FORGE)"):$$PATH" FOUNDRY_TEST=contracts/src; \
+	build/tools/slither/bin/slither . --foundry-out-directory build/out --exclude-dependencies --filter-paths node_modules --fail-none
 
 check: setup ## style, types, and that what is generated is current
 	$(BIN)/ruff check .

@@ -92,7 +92,7 @@ abstract contract Market is Base {
     }
 
     /// @notice Stages of equal numbers of layers; shares 10000 / count, the last one takes what is left over.
-    function _stages(uint256 count) internal pure returns (Stage[] memory stages) {
+    function _stages(uint256 count) internal pure virtual returns (Stage[] memory stages) {
         stages = new Stage[](count);
         for (uint256 i; i < count; ++i) {
             stages[i] = Stage({

@@ -9,7 +9,9 @@ import {Base} from "../Base.t.sol";
 import {Parties} from "./Parties.sol";
 
 /// forge-config: default.invariant.runs = 8
+/// forge-config: nightly.invariant.runs = 500
 /// @title The laws of money and stake, whoever does what in whatever order
+/// @dev One invariant for all, because forge plays a campaign for each, and the same one.
 contract EscrowInvariants is Base {
     uint256 private constant STAGES = 3;
 
@@ -30,8 +32,19 @@ contract EscrowInvariants is Base {
         targets[0] = address(all);
     }
 
+    function invariant_everyLawOfMoneyHolds() public view {
+        escrowHoldsWhatItOwes();
+        workersHoldsAllStake();
+        aJobEndsExactlyOnce();
+        locksAreDisjoint();
+        locksLiveAsLongAsTheJob();
+        onlyTheGuiltyAndTheAbsentLoseStake();
+        gamesAreCountedAndConvictionsStay();
+        nothingSucceedsThatShouldNot();
+    }
+
     /// @dev Equal, not just at least: what nobody is owed would be trapped.
-    function invariant_escrowHoldsWhatItOwes() public view {
+    function escrowHoldsWhatItOwes() public view {
         uint256 owed;
         for (uint256 i; i < all.parties(); ++i) {
             owed += escrow.credit(all.party(i));
@@ -46,7 +59,7 @@ contract EscrowInvariants is Base {
         assertEq(token.balanceOf(address(escrow)), owed, "balance of the escrow");
     }
 
-    function invariant_workersHoldsAllStake() public view {
+    function workersHoldsAllStake() public view {
         uint256 stake;
         for (uint256 i; i < STAGES; ++i) {
             stake += _stake(all.party(1 + i));
@@ -54,7 +67,7 @@ contract EscrowInvariants is Base {
         assertEq(token.balanceOf(address(workers)), stake, "balance of Workers");
     }
 
-    function invariant_aJobEndsExactlyOnce() public view {
+    function aJobEndsExactlyOnce() public view {
         for (uint256 i; i < all.jobCount(); ++i) {
             bytes32 id = all.jobs(i);
             Status status = escrow.status(id);
@@ -64,7 +77,7 @@ contract EscrowInvariants is Base {
         }
     }
 
-    function invariant_locksAreDisjoint() public view {
+    function locksAreDisjoint() public view {
         for (uint8 stage; stage < STAGES; ++stage) {
             uint256 held;
             for (uint256 i; i < all.jobCount(); ++i) {
@@ -75,7 +88,7 @@ contract EscrowInvariants is Base {
         }
     }
 
-    function invariant_locksLiveAsLongAsTheJob() public view {
+    function locksLiveAsLongAsTheJob() public view {
         for (uint256 i; i < all.jobCount(); ++i) {
             bytes32 id = all.jobs(i);
             Status status = escrow.status(id);
@@ -88,14 +101,14 @@ contract EscrowInvariants is Base {
         }
     }
 
-    function invariant_onlyTheGuiltyAndTheAbsentLoseStake() public view {
+    function onlyTheGuiltyAndTheAbsentLoseStake() public view {
         for (uint256 i; i < STAGES; ++i) {
             address account = all.party(1 + i);
             assertEq(_stake(account), all.expectedStake(account), "stake");
         }
     }
 
-    function invariant_gamesAreCountedAndConvictionsStay() public view {
+    function gamesAreCountedAndConvictionsStay() public view {
         for (uint256 i; i < all.jobCount(); ++i) {
             bytes32 id = all.jobs(i);
             bool anyGuilty;
@@ -108,7 +121,7 @@ contract EscrowInvariants is Base {
         }
     }
 
-    function invariant_nothingSucceedsThatShouldNot() public view {
+    function nothingSucceedsThatShouldNot() public view {
         assertEq(all.wrongAnswers(), 0, "wrong answers");
     }
 
