@@ -67,11 +67,12 @@ class Devnet:
         log: Path | None = None,
         gas_limit: int | None = None,
         timestamp: int | None = None,
+        code_size_limit: int | None = None,
     ) -> None:
         """block_seconds:
 
         a block each so often; None: a block a transaction. `state` keeps the chain across runs. Accounts 0.. of
-        deploy/keys.py hold ether.
+        deploy/keys.py hold ether. code_size_limit: bytes of a contract, EIP-170's by default.
         """
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -89,6 +90,8 @@ class Devnet:
             self._command += ["--gas-limit", str(gas_limit)]
         if timestamp is not None:
             self._command += ["--timestamp", str(timestamp)]
+        if code_size_limit is not None:
+            self._command += ["--code-size-limit", str(code_size_limit)]
         self._log_path = log
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None

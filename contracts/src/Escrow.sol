@@ -8,6 +8,7 @@ import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 
 import {Acceptance, Brief, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
 import {IWorkers, Stage} from "./interfaces/IWorkers.sol";
+import {MAX_WINNERS, Winner, Winners} from "./game/Winners.sol";
 
 /// @title See IEscrow
 /// @dev Over 500 lines: a job's whole life, so that "a job ends exactly once" is read in one file.
@@ -36,7 +37,6 @@ contract Escrow is IEscrow, EIP712 {
     uint256 public constant NO_SHOW_BPS = 100;
     /// @notice Winners remembered for one convicted stage: those with the oldest commitments.
     // Rationale: bounds `release`; with 64 stages and 8 winners each it stays below 2^24 gas, the limit of one transaction (EIP-7825).
-    uint256 public constant MAX_WINNERS = 8;
     address public constant BURN_ADDRESS = 0x000000000000000000000000000000000000dEaD;
     uint8 private constant NOBODY = 255;
     uint256 private constant BPS = 10_000;
@@ -45,12 +45,6 @@ contract Escrow is IEscrow, EIP712 {
     IWorkers public immutable workers;
     address public immutable disputes;
     address public immutable demands;
-
-    struct Winner {
-        address challenger;
-        uint64 committedAt;
-        uint32 gasUnits;
-    }
 
     struct Record {
         address requester;
@@ -408,7 +402,7 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @notice The remembered winners against `stage`, in no particular order.
     function winners(bytes32 id, uint8 stage) external view returns (Winner[] memory) {
-        return _list(_records[id].winners[stage]);
+        return Winners.list(_records[id].winners[stage]);
     }
 
     // ---- one stage ----
@@ -448,7 +442,7 @@ contract Escrow is IEscrow, EIP712 {
 
     function _convict(bytes32 id, Record storage record, uint8 guilty, Winner memory winner) private {
         record.convictedSet |= _bit(guilty);
-        _remember(record.winners[guilty], winner);
+        Winners.remember(record.winners[guilty], winner);
         emit StageConvicted(id, guilty, workers.pipelineStage(record.job.pipeline, guilty).worker, winner.challenger);
         if (record.status == Status.Committed) {
             uint256 refund = _maximumPrice(record.job);
@@ -471,8 +465,8 @@ contract Escrow is IEscrow, EIP712 {
         private
         returns (uint256 burned)
     {
-        Winner[] memory list = _list(record.winners[stage]);
-        _sortOldestFirst(list);
+        Winner[] memory list = Winners.list(record.winners[stage]);
+        Winners.sortOldestFirst(list);
         uint256 rest = record.job.lock - toStages;
         uint256 gasLeft = rest / 2;
         uint256 toOldest;
@@ -489,41 +483,6 @@ contract Escrow is IEscrow, EIP712 {
         burned = rest - toChallenger;
         _credit(list[0].challenger, toOldest + toChallenger, id);
         emit StageSlashed(id, stage, toStages, toGas, burned, toChallenger);
-    }
-
-    /// @dev Keeps the oldest commitments: a cheat that convicts itself eight times can't crowd out whoever committed before.
-    function _remember(Winner[MAX_WINNERS] storage list, Winner memory winner) private {
-        uint256 youngest;
-        for (uint256 i = 0; i < MAX_WINNERS; ++i) {
-            if (list[i].challenger == address(0)) {
-                list[i] = winner;
-                return;
-            }
-            if (list[i].committedAt > list[youngest].committedAt) youngest = i;
-        }
-        if (winner.committedAt < list[youngest].committedAt) list[youngest] = winner;
-    }
-
-    /// @dev Without the empty places. Rationale: a length of its own would cost every first conviction a slot.
-    function _list(Winner[MAX_WINNERS] storage places) private view returns (Winner[] memory list) {
-        uint256 count;
-        while (count < MAX_WINNERS && places[count].challenger != address(0)) ++count;
-        list = new Winner[](count);
-        for (uint256 i; i < count; ++i) {
-            list[i] = places[i];
-        }
-    }
-
-    /// @dev By insertion: at most 8 entries. Stable, so of two equally old ones the first that won stays first.
-    function _sortOldestFirst(Winner[] memory list) private pure {
-        for (uint256 i = 1; i < list.length; ++i) {
-            Winner memory winner = list[i];
-            uint256 k = i;
-            for (; k > 0 && list[k - 1].committedAt > winner.committedAt; --k) {
-                list[k] = list[k - 1];
-            }
-            list[k] = winner;
-        }
     }
 
     function _credit(address account, uint256 amount, bytes32 id) private {

@@ -14,7 +14,7 @@ from tests.worker.village import Village
 from verifier.commit import Request
 from verifier.demand import Demand, Wanted, read_answer
 from verifier.keccak import keccak256
-from verifier.referee.codec import Output, token_leaves
+from verifier.referee.codec import TILE_COLUMNS, TILE_ROWS, Output, token_leaves
 from verifier.trace import RequestTrace
 from worker.recorder import trace_path
 
