@@ -48,6 +48,7 @@ def test_a_quantised_stage_that_withholds_everything_is_convicted_from_the_roots
     agent, poster, defence = place.agent(config), Poster(place, quantised, config), Defence(place, quantised, config)
     agent.tick()
     place.devnet.pass_seconds(160)  # what is missing now will not come
+    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
     states = []
     for turn in range(400):
         agent.tick()
@@ -67,7 +68,7 @@ def test_a_quantised_stage_that_withholds_everything_is_convicted_from_the_roots
             break
     (game,) = games
     assert game.state == GameState.CLOSED, game.note
-    assert states == [JobState.WATCHED, JobState.WITHHELD, JobState.SUSPECT]
+    assert states == [JobState.WITHHELD, JobState.SUSPECT]
     (end,) = place.events(GameEnded, job, config)
     assert (end.stage, end.convicted) == (STAGE, STAGE)
     assert agent.chain.escrow.convicted(job, STAGE) and not agent.chain.escrow.convicted(job, 0)
@@ -84,6 +85,7 @@ def test_what_one_stage_withholds_is_demanded_of_it_alone(place: Place, quantise
     agent, poster, defence = place.agent(config), Poster(place, quantised, config), Defence(place, quantised, config)
     agent.tick()
     place.devnet.pass_seconds(160)
+    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
     for _ in range(300):
         agent.tick()
         poster.post()
@@ -106,6 +108,7 @@ def test_a_stage_that_never_answers_loses_by_the_clock(place: Place, quantised: 
     before = agent.chain.token.balance(agent.chain.account)
     agent.tick()
     place.devnet.pass_seconds(160)
+    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
     for _ in range(200):
         agent.tick()
         poster.post()
@@ -131,6 +134,7 @@ def test_an_honest_stage_that_only_posts_is_left_alone_and_no_poorer(place: Plac
     credit = [agent.chain.demands.credit(account) for account in workers]
     agent.tick()
     place.devnet.pass_seconds(160)
+    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
     for _ in range(200):
         agent.tick()
         poster.post()
