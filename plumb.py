@@ -44,8 +44,8 @@ def devnet(
     ] = None,
 ) -> None:
     """Run a local chain with funded accounts until interrupted."""
-    from contracts.client import Addresses, Chain, ContractsError
-    from deploy.deployment import deploy as deploy_contracts
+    from contracts.client import ContractsError
+    from deploy.deployment import deploy_once
     from deploy.devnet import Devnet, DevnetError
     from deploy.keys import DEV_PHRASE, dev_account
 
@@ -56,15 +56,11 @@ def devnet(
         with Devnet(block_seconds=block_time or None, port=port, state=state) as chain:
             typer.echo(f'chain at {chain.url}, accounts of the phrase "{DEV_PHRASE}"')
             if addresses is not None:
-                try:
-                    Chain(chain.url, Addresses.load(addresses))
-                    typer.echo(f"the contracts of {addresses} are on this chain")
-                except (ContractsError, OSError):
-                    typer.echo("deploying the contracts; the first time they are compiled, a minute or two")
-                    deploy_contracts(chain.url, dev_account(0), withdrawal_seconds=60).save(addresses)
-                    typer.echo(f"contracts deployed, addresses in {addresses}")
+                typer.echo("looking for the contracts; the first time they are compiled, a minute or two")
+                new = deploy_once(chain.url, dev_account(0), addresses, withdrawal_seconds=60)
+                typer.echo(f"contracts {'deployed' if new else 'already there'}, addresses in {addresses}")
             stopped.wait()
-    except DevnetError as error:
+    except (DevnetError, ContractsError) as error:
         _refuse(str(error))
     typer.echo("stopped")
 

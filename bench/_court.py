@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
+from typing import Any
+
+from eth_account.signers.local import LocalAccount
 
 from contracts.client import Acceptance, Addresses, Chain, ChainError, Claim, Job, Receipt, Stage, Worker, challenge_id
 from contracts.events import GameEnded, GameMoved
@@ -34,6 +37,35 @@ class Played:
     outcome: str
     sent: tuple[tuple[Receipt, bool], ...]
     solve_seconds: float
+
+
+def in_window(
+    requester: Chain,
+    keys: Sequence[LocalAccount],
+    roots: Sequence[bytes],
+    outputs: bytes,
+    tokens: int,
+    *,
+    model: bytes,
+    **terms: Any,
+) -> bytes:
+    """Opens a job with a month's window, accepts and commits it with every stage's key. Returns its id.
+
+    keys, roots: signer and trace root of each stage; outputs, tokens: what the last one claims; terms: of the Job.
+    """
+    now = requester.block_timestamp()
+    prices: dict[str, Any] = {"prompt_price": 1000, "token_price": 2000, "lock": 10**17, "gas_rate": GAS_RATE}
+    times: dict[str, Any] = {"accept_by": now + 1000, "commit_by": now + 2000, "window": 30 * 86400}
+    job = requester.escrow.open(Job(model=model, **prices, **times, **terms))
+    signed = [requester.sign_accept(job, s, model, key) for s, key in enumerate(keys)]
+    requester.escrow.accept(job, [Acceptance(s, signature) for s, signature in enumerate(signed)])
+    claims = []
+    for s, (key, root) in enumerate(zip(keys, roots, strict=True)):
+        told = (outputs, tokens) if s + 1 == len(keys) else (bytes(32), 0)
+        signature = requester.sign_commit(job, s, model, root, *told, key=key)
+        claims.append(Claim(s, root, *told, signature))
+    requester.escrow.commit(job, claims)
+    return job
 
 
 class Court:
@@ -90,35 +122,22 @@ class Court:
             joins = [requester.sign_join(name, self.worker(s).key) for s in range(self._stages)]
             self._pipelines[model_id] = requester.workers.create_pipeline(model_id, stages, 0, joins)
         self._nonce += 1
-        now = requester.block_timestamp()
-        job = Job(
+        return in_window(
+            requester,
+            [dev_account(FIRST_WORKER + s) for s in range(self._stages)],
+            [batch.tree.root] * self._stages,
+            batch.outputs.root,
+            REQUESTS,
             model=model_id,
             pipeline=self._pipelines[model_id],
             requests_root=batch.requests.root,
             requests=REQUESTS,
             prompt_tokens=batch.prompt_tokens,
             max_tokens=REQUESTS,
-            prompt_price=1000,
-            token_price=2000,
-            lock=10**17,
-            gas_rate=GAS_RATE,
-            accept_by=now + 1000,
-            commit_by=now + 2000,
-            window=30 * 86400,
             clock=CLOCK_SECONDS,
             grace=GRACE_SECONDS,
             nonce=self._nonce,
         )
-        at = requester.escrow.open(job)
-        signed = [requester.sign_accept(at, s, model_id, self.worker(s).key) for s in range(self._stages)]
-        requester.escrow.accept(at, [Acceptance(s, signature) for s, signature in enumerate(signed)])
-        claims = []
-        for s in range(self._stages):
-            told = (batch.outputs.root, REQUESTS) if s + 1 == self._stages else (bytes(32), 0)
-            signature = requester.sign_commit(at, s, model_id, batch.tree.root, *told, key=self.worker(s).key)
-            claims.append(Claim(s, batch.tree.root, *told, signature))
-        requester.escrow.commit(at, claims)
-        return at
 
     def play(
         self, segment: Segment, model: Model, evidence: Sequence[Opening], worker: Case, challenger: Case

@@ -1,6 +1,8 @@
 """Puts the seven contracts on a chain."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import rlp
@@ -60,6 +62,19 @@ def deploy(
         if receipt["contractAddress"] != at[name]:
             raise DeploymentError(f"{name}: expected at {at[name]}, came to lie at {receipt['contractAddress']}")
     return Addresses(**{name.lower(): address for name, address in at.items()})
+
+
+def deploy_once(rpc_url: str, key: LocalAccount, file: Path, withdrawal_seconds: int) -> bool:
+    """Deploys and writes the addresses to `file`, unless every address that it names holds code on this chain.
+
+    Returns whether it deployed. Raises AddressesError for a file of another form.
+    """
+    if file.exists():
+        eth = Transport(rpc_url, key).web3.eth
+        if all(eth.get_code(to_checksum_address(address)) for address in asdict(Addresses.load(file)).values()):
+            return False
+    deploy(rpc_url, key, withdrawal_seconds).save(file)
+    return True
 
 
 def creation_code(artifact: Artifact, arguments: Sequence[Any]) -> bytes:

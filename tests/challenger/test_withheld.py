@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from challenger.agent import Agent
 from challenger.store import GameState, JobState
 from contracts.client import Status
 from contracts.events import DemandLapsed, DemandOpened, GameEnded, StageConvicted
@@ -13,7 +14,7 @@ from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.challenger.cheats import coarse, made
 from tests.challenger.place import Defence, Place, Poster
-from tests.challenger.town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve
+from tests.challenger.town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve, until
 
 STAGE = 1  # the one with other weights
 BUDGET = 10**9
@@ -40,33 +41,42 @@ def quantised(place: Place) -> Served:
     return serve(place.town.weights, make=made(coarse((STAGE,))))
 
 
+def wait_out(place: Place, agent: Agent, job: bytes) -> None:
+    """Until what is missing will not come: the downloads take real time."""
+    agent.tick()
+    place.devnet.pass_seconds(160)
+    assert place.judged(agent, job) == JobState.WITHHELD
+
+
 def test_a_quantised_stage_that_withholds_everything_is_convicted_from_the_roots(
     place: Place, quantised: Served
 ) -> None:
     config = place.config("roots", demand_budget=BUDGET)
     job = place.town.commit(quantised)
     agent, poster, defence = place.agent(config), Poster(place, quantised, config), Defence(place, quantised, config)
-    agent.tick()
-    place.devnet.pass_seconds(160)  # what is missing now will not come
-    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
-    states = []
-    for turn in range(400):
+    wait_out(place, agent, job)
+    states, seen = [], 0
+
+    def closed() -> bool:
+        nonlocal agent, seen
         agent.tick()
         row = agent.store.job(job.hex())
         if row is not None and row.state not in states:
             states.append(row.state)
-        if turn % 3 == 2:  # killed again and again: all that counts is on chain
-            agent.store.close()
-            agent = place.agent(config)
         poster.post()
         defence.play()
         place.devnet.mine()
-        games = agent.store.games_of(job.hex())
-        if games and games[0].state == GameState.WON:
+        happened = len(list(place.town.requester.events(config.from_block)))
+        if happened > seen:  # killed at every step: all that counts is on chain
+            seen = happened
+            agent.store.close()
+            agent = place.agent(config)
+        if any(game.state == GameState.WON for game in agent.store.games_of(job.hex())):
             place.devnet.pass_seconds(601)
-        if games and games[0].state == GameState.CLOSED:
-            break
-    (game,) = games
+        return any(game.state == GameState.CLOSED for game in agent.store.games_of(job.hex()))
+
+    until(closed)
+    (game,) = agent.store.games_of(job.hex())
     assert game.state == GameState.CLOSED, game.note
     assert states == [JobState.WITHHELD, JobState.SUSPECT]
     (end,) = place.events(GameEnded, job, config)
@@ -83,17 +93,16 @@ def test_what_one_stage_withholds_is_demanded_of_it_alone(place: Place, quantise
     config = place.config("one", demand_budget=BUDGET)
     job = place.town.commit(quantised)
     agent, poster, defence = place.agent(config), Poster(place, quantised, config), Defence(place, quantised, config)
-    agent.tick()
-    place.devnet.pass_seconds(160)
-    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
-    for _ in range(300):
+    wait_out(place, agent, job)
+
+    def won() -> bool:
         agent.tick()
         poster.post()
         defence.play()
         place.devnet.mine()
-        games = agent.store.games_of(job.hex())
-        if games and games[0].state == GameState.WON:
-            break
+        return any(game.state == GameState.WON for game in agent.store.games_of(job.hex()))
+
+    until(won)
     place.town.hall.misbehave = lambda handler, path: say(handler, b"", 503)
     assert agent.chain.escrow.convicted(job, STAGE) and not agent.chain.escrow.convicted(job, 0)
     assert {demand.stage for demand in poster.posted} == {STAGE}
@@ -106,17 +115,18 @@ def test_a_stage_that_never_answers_loses_by_the_clock(place: Place, quantised: 
     agent = place.agent(config)
     poster = Poster(place, quantised, config, accounts=(1,))  # stage 0 posts, stage 1 does not
     before = agent.chain.token.balance(agent.chain.account)
-    agent.tick()
-    place.devnet.pass_seconds(160)
-    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
-    for _ in range(200):
+    wait_out(place, agent, job)
+
+    def judged() -> bool:
         agent.tick()
         poster.post()
         place.devnet.pass_seconds(CLOCK_SECONDS // 5)
         row = agent.store.job(job.hex())
-        if row is not None and row.state == JobState.SUSPECT:
-            break
-    assert row is not None and row.state == JobState.SUSPECT
+        return row is not None and row.state == JobState.SUSPECT
+
+    until(judged)
+    row = agent.store.job(job.hex())
+    assert row is not None
     assert f"stage {STAGE} did not post" in row.receipt["why"]
     assert {lapse.stage for lapse in place.events(DemandLapsed, job, config)} == {STAGE}
     convicted = [event for event in place.events(StageConvicted, job, config) if event.id == job]
@@ -132,16 +142,17 @@ def test_an_honest_stage_that_only_posts_is_left_alone_and_no_poorer(place: Plac
     agent, poster = place.agent(config), Poster(place, honest, config)
     workers = [chain.account for chain in poster.chains]
     credit = [agent.chain.demands.credit(account) for account in workers]
-    agent.tick()
-    place.devnet.pass_seconds(160)
-    assert place.judged(agent, job) == JobState.WITHHELD  # downloads take real time
-    for _ in range(200):
+    wait_out(place, agent, job)
+
+    def over() -> bool:
         agent.tick()
         poster.post()
         place.devnet.mine()
         row = agent.store.job(job.hex())
-        if row is not None and row.state == JobState.UNJUDGED:
-            break
+        return row is not None and row.state == JobState.UNJUDGED
+
+    until(over)
+    row = agent.store.job(job.hex())
     assert row is not None and "nothing wrong was found in what was posted" in row.receipt["why"]
     assert all(agent.chain.demands.credit(a) > before for a, before in zip(workers, credit, strict=True))
     place.devnet.pass_seconds(700)

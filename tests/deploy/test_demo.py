@@ -24,7 +24,7 @@ from contracts.records import Job
 from deploy.demo import cli
 from deploy.demo.outcome import FLAG, NOBODY, Outcome, events_of, is_final, outcome
 from deploy.demo.players import ROLES
-from deploy.demo.run import PROMPTS, STAGES, Result, make_requests, report, write_report
+from deploy.demo.run import PROMPTS, STAGES, Result, make_requests, report, terms_for, write_report
 from deploy.demo.scenarios import SCENARIOS, Ending, select
 from tests.verifier import tiny
 from verifier.commit import validate_request
@@ -97,6 +97,14 @@ def test_all_scenarios_run_in_order_with_their_stages_resolved() -> None:
     assert {scenario.role for scenario in chosen} == set(ROLES)
     assert chosen[3].stage == STAGES - 1  # tokens are the last stage's
     assert {scenario.expected for scenario in chosen} == set(Ending) - {Ending.UNFINISHED}
+
+
+def test_a_busy_machine_gets_a_longer_window_and_clock() -> None:
+    assert [(t.window, t.clock) for t in (terms_for(False, busy) for busy in (0.0, 2.0, 5.0))] == [
+        (20, 10),
+        (20, 10),
+        (50, 25),
+    ]
 
 
 def test_one_scenario_moves_to_the_stage_that_was_asked_for() -> None:

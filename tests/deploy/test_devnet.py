@@ -10,7 +10,7 @@ import pytest
 
 from contracts.client import Chain, ChainUnreachable, KeystoreError, load_account
 from contracts.transport import Transport
-from deploy.deployment import deploy, predict
+from deploy.deployment import deploy, deploy_once, predict
 from deploy.devnet import Devnet, DevnetError, foundry_binary
 from deploy.keys import dev_account, write_keystore
 
@@ -84,3 +84,14 @@ def test_a_local_chain_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(DevnetError, match=r"did not come up .* output: .*state"):
         Devnet(state=broken, log=tmp_path / "anvil.log").start()
     assert foundry_binary("forge").name == "forge"
+
+
+def test_contracts_that_are_on_the_chain_are_not_deployed_again(tmp_path: Path) -> None:
+    file = tmp_path / "addresses.json"
+    with Devnet(accounts=1) as chain:
+        assert deploy_once(chain.url, dev_account(0), file, withdrawal_seconds=60)
+        first = file.read_bytes()
+        assert not deploy_once(chain.url, dev_account(0), file, withdrawal_seconds=60)
+        assert file.read_bytes() == first
+    with Devnet(accounts=1) as another:
+        assert deploy_once(another.url, dev_account(0), file, withdrawal_seconds=60)

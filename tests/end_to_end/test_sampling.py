@@ -2,6 +2,7 @@
 law than was asked for is slashed, though it denies the verdict.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +31,15 @@ REQUESTS = (
 GREEDY = Request(tuple(range(30, 50)), 6)
 
 
-class RedrawingStage(Stage):
+class RedrawingStage(Stage, ABC):
     """Draws by other requests than were asked for."""
 
     def tokens(self, hidden: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
         return super().tokens(hidden, [replace(draw, request=self.changed(draw.request)) for draw in draws])
 
+    @abstractmethod
     def changed(self, request: Request) -> Request:
-        raise NotImplementedError
+        """The request that is served in place of the one asked for."""
 
 
 class AnotherSeed(RedrawingStage):

@@ -15,7 +15,8 @@ import torch
 from eth_account.signers.local import LocalAccount
 from safetensors.torch import save_file
 
-from contracts.client import Acceptance, Addresses, Chain, Claim, Job, Stage, Worker
+from bench._court import CLOCK_SECONDS, GRACE_SECONDS, in_window
+from contracts.client import Addresses, Chain, Stage, Worker
 from deploy.keys import dev_account
 from verifier import vectors
 from verifier.canonical import Case
@@ -48,7 +49,6 @@ SHORT = Request(prompt=(1, 2), limit=5, stops=(STOP, 298))
 SHORT_TOKENS = (7, STOP)
 REQUESTS = (SHORT, LONG)
 LONG_AT = 1  # its index
-CLOCK_SECONDS, GRACE_SECONDS, GAS_RATE = 1000, 100, 10**9
 WORKERS = (1, 2)  # development accounts; their signers are these plus 10
 REQUESTER, CHALLENGER, STRANGER = 3, 4, 5
 
@@ -185,35 +185,22 @@ class Market:
         name = requester.workers.pipeline_id(model_id, stages, self._nonce)
         joins = [requester.sign_join(name, self.signer(s)) for s in (0, 1)]
         pipeline = requester.workers.create_pipeline(model_id, stages, self._nonce, joins)
-        now = requester.block_timestamp()
-        job = Job(
+        at = in_window(
+            requester,
+            [self.signer(s) for s in (0, 1)],
+            [tree.root for tree in served.stage_trees],
+            served.outputs_tree.root,
+            served.tokens,
             model=model_id,
             pipeline=pipeline,
             requests_root=RequestsTree(requests).root,
             requests=len(REQUESTS),
             prompt_tokens=sum(len(request.prompt) for request in REQUESTS),
             max_tokens=sum(request.limit for request in REQUESTS),
-            prompt_price=1000,
-            token_price=2000,
-            lock=10**17,
-            gas_rate=GAS_RATE,
-            accept_by=now + 1000,
-            commit_by=now + 2000,
-            window=30 * 86400,
             clock=CLOCK_SECONDS,
             grace=GRACE_SECONDS,
             nonce=self._nonce,
         )
-        at = requester.escrow.open(job)
-        signed = [requester.sign_accept(at, s, model_id, self.signer(s)) for s in (0, 1)]
-        requester.escrow.accept(at, [Acceptance(s, signature) for s, signature in enumerate(signed)])
-        claims = []
-        for s in (0, 1):
-            told = (served.outputs_tree.root, served.tokens) if s == 1 else (bytes(32), 0)
-            root = served.stage_trees[s].root
-            signature = requester.sign_commit(at, s, model_id, root, *told, key=self.signer(s))
-            claims.append(Claim(s, root, *told, signature))
-        requester.escrow.commit(at, claims)
         return Batch(at, served, model, profile, self.weights, requests)
 
 

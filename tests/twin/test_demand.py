@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from bench._court import CLOCK_SECONDS, GAS_RATE, GRACE_SECONDS
 from contracts.abi import encode_struct
 from contracts.client import Chain, ChainError
 from contracts.events import DemandOpened
@@ -14,9 +15,6 @@ from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.twin.market import (
     CHALLENGER,
-    CLOCK_SECONDS,
-    GAS_RATE,
-    GRACE_SECONDS,
     LONG_TOKENS,
     REQUESTS,
     SHORT_TOKENS,

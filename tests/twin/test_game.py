@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench._court import CLOCK_SECONDS, GAS_RATE
 from bench._liar import WrongAt
 from contracts.client import Chain, ChainError, challenge_id, game_hash
 from contracts.events import GameEnded, GameMoved
@@ -15,8 +16,6 @@ from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.twin.market import (
     CHALLENGER,
-    CLOCK_SECONDS,
-    GAS_RATE,
     LONG_TOKENS,
     STRANGER,
     WORKERS,

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from bench._court import CLOCK_SECONDS
 from contracts.client import Chain, ChainError, Status, challenge_id
 from contracts.events import GameEnded, GameMoved
 from deploy.deployment import deploy
@@ -16,7 +17,6 @@ from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.twin.market import (
     CHALLENGER,
-    CLOCK_SECONDS,
     LONG,
     LONG_AT,
     LONG_TOKENS,

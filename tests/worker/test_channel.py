@@ -11,7 +11,7 @@ from worker import ring_pb2 as pb
 from worker import tls
 from worker.batch import Batch, Piece
 from worker.channel import Link, Peer, Ring, pack_tensor, unpack_rows, unpack_tokens
-from worker.errors import BadMessage, UnpinnedCertificate
+from worker.errors import BadMessage, ConfigError, UnpinnedCertificate
 
 JOB = bytes(32)
 LIMIT = 2**20
@@ -83,6 +83,24 @@ def test_messages_arrive_in_order_and_are_acknowledged(tmp_path: Path) -> None:
         await until(lambda: not link._unacknowledged)
 
     talk(tmp_path, act)
+
+
+def test_an_address_that_is_taken_is_named(tmp_path: Path) -> None:
+    server = Party(tmp_path, "server")
+
+    async def handler(peer: Peer, envelope: pb.Envelope) -> None:
+        raise AssertionError("nobody sends")
+
+    async def work() -> None:
+        first, second = (Ring(server.certificate, server.key, handler, LIMIT) for _ in range(2))
+        address = f"127.0.0.1:{await first.start('127.0.0.1:0')}"
+        try:
+            with pytest.raises(ConfigError, match=f"grpc: {address} cannot be listened on"):
+                await second.start(address)
+        finally:
+            await first.stop()
+
+    asyncio.run(work())
 
 
 def test_several_predecessors_are_admitted_at_once(tmp_path: Path) -> None:
