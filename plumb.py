@@ -142,7 +142,7 @@ def _load(name: str, module: str) -> typer.Typer:
 
 
 def _refuse(message: str) -> NoReturn:
-    typer.echo(f"plumb: {message}", err=True)
+    typer.echo(f"error: {message}", err=True)
     sys.exit(1)
 
 

@@ -155,10 +155,13 @@ class Requester:
 
     def collect(self, id: bytes) -> list[str]:
         """Does what the chain waits for in a job whose time has come, and draws what this account is owed. Returns what
-        was done.
+        was done. Raises RequesterError for a job that this chain does not have.
         """
         escrow, now, done = self.chain.escrow, self.chain.block_timestamp(), []
-        job, status, window_end = escrow.job(id), escrow.status(id), escrow.window_end(id)
+        status = escrow.status(id)
+        if status is Status.NONE:
+            raise RequesterError(f"job 0x{id.hex()} was never opened on this chain")
+        job, window_end = escrow.job(id), escrow.window_end(id)
         due: dict[Status, tuple[int, str, Callable[[bytes], Any]]] = {
             Status.OPEN: (job.accept_by, "expired", escrow.expire),
             Status.ACCEPTED: (job.commit_by, "expired", escrow.expire),

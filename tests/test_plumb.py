@@ -53,7 +53,7 @@ def test_a_deployment_without_its_keystore_is_refused_in_one_line(tmp_path: Path
         *("--password", str(tmp_path / "none"), "--addresses", str(tmp_path / "addresses.json")),
     )
     assert answer.returncode == 1
-    assert answer.stderr.startswith("plumb: no keystore at ")
+    assert answer.stderr.startswith("error: no keystore at ")
 
 
 def test_a_benchmarks_options_may_be_plain_ones() -> None:

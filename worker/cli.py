@@ -162,5 +162,5 @@ def _load(path: Path) -> configuration.WorkerConfig:
 
 
 def _stop(error: Exception) -> typer.Exit:
-    typer.echo(f"{type(error).__name__}: {error}", err=True)
+    typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)

@@ -26,6 +26,9 @@ def propose(chain: Chain, accounts: Sequence[str], shares: Sequence[int] = (), n
     urls = [_url(chain, account) for account in accounts]
     served = [_ask(account, "GET", f"{url}/info") for account, url in zip(accounts, urls, strict=True)]
     model, stages = plan(accounts, served, shares)
+    layers, end = chain.models.layers(model), stages[-1].end_layer
+    if end != layers:
+        raise Refused(f"expected workers for all {layers} layers of the model, the last one's end is {end}")
     chosen = time.time_ns() if nonce is None else nonce
     name = chain.workers.pipeline_id(model, stages, chosen)
     body = {"model": model.hex(), "stages": [vars(stage) for stage in stages], "nonce": chosen}

@@ -56,6 +56,8 @@ def test_a_batch_from_submission_to_money_back(office: Office, tmp_path: Path) -
     assert all(item["gas"] > 21_000 for item in receipt["transactions"])
 
     assert "nothing to collect yet" in office.run("collect", id.hex()).output
+    unknown = office.run("collect", "77" * 32)
+    assert unknown.exit_code == 1 and f"job 0x{'77' * 32} was never opened on this chain" in unknown.output
     office.devnet.pass_seconds(61)
     assert "`plumb request collect` pays it" in office.run("status", id.hex()).output
     assert "settled the job" in office.run("collect", id.hex()).output

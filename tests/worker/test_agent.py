@@ -16,6 +16,7 @@ from tests.worker.pipeline_in_process import Greedy, Tiny
 from tests.worker.village import WINDOW_SECONDS, Village
 from verifier.commit import Request, make_outputs, outputs_root
 from verifier.trace import RequestTrace
+from worker.errors import Refused
 from worker.job import Phase
 from worker.recorder import trace_path
 
@@ -37,6 +38,8 @@ def test_a_job_is_served_committed_settled_and_paid(
 
     async def story() -> None:
         await village.wake()
+        with pytest.raises(Refused, match="expected workers for all 3 layers of the model, the last one's end is 2"):
+            await village.join(1)
         id = await village.open(requests_batch)
         await village.reaches(id, Status.COMMITTED)
         root, tokens = village.requester.escrow.outputs(id)

@@ -72,14 +72,14 @@ def test_stake_goes_in_and_comes_back_after_the_delay(devnet: Devnet, addresses:
 
     answer = plumb("withdraw", stage)
     assert answer.exit_code == 1
-    assert "Refused: no stake is leaving: `plumb worker unstake AMOUNT` asks for it" in answer.stderr
+    assert "error: no stake is leaving: `plumb worker unstake AMOUNT` asks for it" in answer.stderr
 
     answer = plumb("unstake", stage, "400")
     assert answer.exit_code == 0, answer.output
     assert answer.stdout.startswith("leaving 400, to be withdrawn from 20") and "free stake 600" in answer.stdout
     assert chain.workers.withdrawal_of(account) == (400, chain.block_timestamp() + DELAY_SECONDS)
     answer = plumb("withdraw", stage)
-    assert answer.exit_code == 1 and "Refused: 400 may be withdrawn from 20" in answer.stderr
+    assert answer.exit_code == 1 and "error: 400 may be withdrawn from 20" in answer.stderr
 
     # Asking again replaces the request, up to all that is free.
     answer = plumb("unstake", stage, "1001")

@@ -12,7 +12,6 @@ import httpx
 from eth_account.signers.local import LocalAccount
 
 from contracts.client import Addresses, Chain, Job, Status, Worker
-from contracts.client import Stage as PipelineStage
 from contracts.wire import request_json
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
@@ -23,6 +22,7 @@ from verifier.weights import Weights, identify
 from worker import tls
 from worker.agent import Agent, build_worker
 from worker.config import ChainConfig, Contracts, Policy, Serving, WorkerConfig
+from worker.pipeline import propose
 
 WINDOW_SECONDS = 600
 CLOCK_SECONDS = 300
@@ -111,7 +111,7 @@ class Village:
         for config in self.configs:
             await self.answers(config)
         if not self.pipeline:
-            await self._join()
+            self.pipeline = await self.join(self.parts)
 
     async def answers(self, config: WorkerConfig) -> None:
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -124,23 +124,10 @@ class Village:
                 await asyncio.sleep(0.1)
         raise AssertionError(f"{config.url} does not answer")
 
-    async def _join(self) -> None:
-        shares = [10_000 // self.parts] * self.parts
-        shares[0] += 10_000 - sum(shares)
-        stages = [
-            PipelineStage(dev_account(1 + i).address, config.first_layer, config.end_layer, shares[i])
-            for i, config in enumerate(self.configs)
-        ]
-        body = {"model": self.model_id.hex(), "stages": [vars(stage) for stage in stages], "nonce": 7}
-        signatures = []
-        async with httpx.AsyncClient(trust_env=False) as client:
-            for config in self.configs:
-                answer = await client.post(f"{config.url}/pipelines/join", json=body)
-                assert answer.status_code == 200, answer.text
-                signatures.append(bytes.fromhex(answer.json()["signature"]))
-        self.pipeline = await asyncio.to_thread(
-            self.requester.workers.create_pipeline, self.model_id, stages, 7, signatures
-        )
+    async def join(self, parts: int) -> bytes:
+        """A pipeline of the first `parts` workers."""
+        members = [dev_account(1 + i).address for i in range(parts)]
+        return await asyncio.to_thread(propose, self.requester, members, (), 7)
 
     async def sleep(self) -> None:
         """Stops the agents as SIGTERM would."""
