@@ -62,7 +62,7 @@ class Serving:
     device: str = "cpu"
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
-    microbatches: int = 0  # in flight; 0 means one more than there are stages
+    microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
     recorder_queue: int = 16  # microbatches that wait for the recorder before serving waits for it
     stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
