@@ -6,6 +6,7 @@ outputs of attention and MLP in hooks. There is no second forward.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 
 from verifier.weights import Weights
 from worker.batch import Batch
-from worker.cache import Cache
+from worker.cache import Cache, alike
 from worker.sampler import Draw, choose_all
 
 ATTENTION = "plumb"
@@ -35,6 +36,17 @@ FAMILIES: Mapping[str, tuple[type[PreTrainedConfig], type[nn.Module], type[nn.Mo
 Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last stage
 
 
+@dataclass(frozen=True)
+class Group:
+    """Requests that attend together: their rows in the microbatch, [n, new positions], the slots of all positions they
+    see, [n, positions], and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Forward:
     """What one forward carries through the layers: its rows, the cache they extend, and what it has captured."""
 
@@ -43,6 +55,25 @@ class Forward:
         self.batch = batch
         self.cache = cache
         self.captured: Captured = {}
+        self.slots = cache.extend(batch)
+        spans = {piece.request: span for piece, span in batch.spans()}
+        self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
+        self.groups: list[Group] = []
+        for pieces in alike([piece for piece in batch.pieces if piece.count == 1]):
+            rows = torch.tensor([[spans[piece.request].start] for piece in pieces], device=stage.device)
+            ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
+            mask = None
+            if pieces[0].end != pieces[-1].end:
+                mask = (torch.arange(pieces[0].end, device=stage.device) < ends[:, None])[:, None, None]
+            self.groups.append(Group(rows, cache.slots(pieces), mask))
+        for piece in batch.pieces:
+            if piece.count > 1 and piece.first:
+                # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
+                # the upper left.
+                seen = torch.ones(piece.count, piece.end, dtype=torch.bool, device=stage.device).tril(piece.first)
+                span = spans[piece.request]
+                rows = torch.arange(span.start, span.stop, device=stage.device)[None]
+                self.groups.append(Group(rows, cache.slots([piece]), seen))
 
 
 class Stage:
@@ -158,24 +189,35 @@ class Stage:
         query = self._observed(context, f"{layer}.q", query)
         key = self._observed(context, f"{layer}.k", key)
         value = self._observed(context, f"{layer}.v", value)
+        context.cache.write(layer, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         attended = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        for piece, rows in context.batch.spans():
-            keys, values = context.cache.pair(piece.request, layer).append(key[0, :, rows], value[0, :, rows])
-            mask = None
-            if piece.count > 1 and piece.first > 0:
-                # A piece in the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would
-                # align to the upper left.
-                mask = torch.ones(piece.count, piece.end, dtype=torch.bool, device=query.device).tril(piece.first)
+        for _, rows in context.whole:
             part = nn.functional.scaled_dot_product_attention(
                 query[:, :, rows],
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                is_causal=piece.count > 1 and piece.first == 0,
+                key[:, :, rows],
+                value[:, :, rows],
+                is_causal=True,
                 scale=scale,
                 enable_gqa=self.heads != self.kv_heads,
             )
             attended[rows] = part[0].transpose(0, 1)
+        flat = query[0].transpose(0, 1)
+        for group in context.groups:
+            keys, values = context.cache.read(layer, group.slots)
+            n, count = group.rows.shape
+            taken = flat[group.rows.reshape(-1)]
+            if count == 1:  # the heads that share keys are rows over the same keys: nothing is copied for them
+                asked = taken.view(n, self.kv_heads, -1, self.head_size)
+                mask = None if group.mask is None else group.mask.expand(-1, -1, asked.shape[2], -1)
+                part = nn.functional.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale)
+                part = part.reshape(n, self.heads, self.head_size)
+            else:
+                asked = taken.view(n, count, self.heads, self.head_size).transpose(1, 2)
+                part = nn.functional.scaled_dot_product_attention(
+                    asked, keys, values, attn_mask=group.mask, scale=scale, enable_gqa=self.heads != self.kv_heads
+                )
+                part = part.transpose(1, 2).reshape(n * count, self.heads, self.head_size)
+            attended[group.rows.reshape(-1)] = part
         return attended[None]
 
     def _observed(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
