@@ -88,6 +88,44 @@ def deploy(
     typer.echo(addresses.read_text(encoding="utf-8"), nl=False)
 
 
+@app.command()
+def plan(
+    measured: Annotated[Path, typer.Argument(help="TOML of measured devices and links: docs/operating.md.")],
+    margin: Annotated[float, typer.Option(min=1, help="Microbatches over those that just fill the ring.")] = 1.25,
+) -> None:
+    """Assign a model's layers to measured devices: the slowest stage as fast as their memory allows."""
+    from worker import planner
+    from worker.errors import WorkerError
+
+    try:
+        typer.echo(planner.text(planner.plan(planner.load(measured), margin)))
+    except WorkerError as error:
+        _refuse(str(error))
+
+
+@app.command()
+def profit(
+    measured: Annotated[Path | None, typer.Argument(help="As for `plumb plan`: its speed and devices.")] = None,
+    tokens_per_second: Annotated[float, typer.Option(help="Of the whole ring, where nothing was measured.")] = 0.0,
+    devices: Annotated[int, typer.Option(min=1, help="In the ring, where nothing was measured.")] = 8,
+    price: Annotated[float, typer.Option(help="Dollars a million tokens.")] = 0.30,
+    elsewhere: Annotated[float, typer.Option(help="Dollars a device earns in a day elsewhere, power paid.")] = 0.82,
+    power: Annotated[float, typer.Option(help="Dollars a day of power for a device that serves.")] = 0.0,
+) -> None:
+    """Compare what a ring earns with what its devices earn elsewhere."""
+    from worker import planner
+    from worker import profit as earnings
+    from worker.errors import WorkerError
+
+    try:
+        if measured is not None:
+            found = planner.plan(planner.load(measured))
+            tokens_per_second, devices = found.tokens_per_second, len(found.shares)
+        typer.echo(earnings.text(tokens_per_second, devices, earnings.Prices(price, elsewhere, power)))
+    except WorkerError as error:
+        _refuse(str(error))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -26,7 +26,8 @@ def test_help_names_every_command_and_imports_none_of_them() -> None:
     assert loaded & {"torch", "web3", "transformers", "numba", "worker", "deploy", "contracts"} == set()
     shown = run("--help").stdout
     assert all(
-        name in shown for name in ("worker", "challenger", "request", "model", "demo", "devnet", "deploy", "bench")
+        name in shown
+        for name in ("worker", "challenger", "request", "model", "demo", "devnet", "deploy", "bench", "plan", "profit")
     )
 
 
@@ -86,3 +87,13 @@ def test_a_report_tells_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     json.dumps(result)
     with pytest.raises(bench.BenchError, match="it takes"):
         bench.run("noop", {"unknown": 1})
+
+
+def test_a_plan_needs_a_file_that_can_be_read(tmp_path: Path) -> None:
+    answer = run("plan", str(tmp_path / "none.toml"))
+    assert answer.returncode == 1
+    assert answer.stderr == f"plumb: {tmp_path / 'none.toml'}: No such file or directory\n"
+
+
+def test_profit_tells_the_bar() -> None:
+    assert "6.56 $/day elsewhere" in run("profit", "--tokens-per-second", "1071").stdout

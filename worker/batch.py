@@ -40,6 +40,10 @@ class Batch:
         """[rows]: position of each row within its request."""
         return np.concatenate([np.arange(piece.first, piece.end, dtype=np.int64) for piece in self.pieces])
 
+    def owners(self) -> npt.NDArray[np.int64]:
+        """[rows]: request of each row."""
+        return np.repeat([piece.request for piece in self.pieces], [piece.count for piece in self.pieces])
+
 
 @dataclass(frozen=True)
 class Token:

@@ -62,7 +62,7 @@ class Serving:
     device: str = "cpu"
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
-    microbatches: int = 0  # in flight; 0 means one more than there are stages
+    microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
     recorder_queue: int = 16  # microbatches that wait for the recorder before serving waits for it
     stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
@@ -119,10 +119,11 @@ def load(path: Path) -> WorkerConfig:
         raise ConfigError(f"{path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    return _parse(WorkerConfig, table, "", path.resolve().parent)
+    return parse(WorkerConfig, table, path.resolve().parent)
 
 
-def _parse(kind: type[T], table: dict[str, Any], prefix: str, folder: Path) -> T:
+def parse(kind: type[T], table: Any, folder: Path, prefix: str = "") -> T:
+    """A dataclass of a TOML table; relative paths start at `folder`. Raises ConfigError naming the key."""
     if not isinstance(table, dict):
         raise ConfigError(f"{prefix or 'file'}: expected a table, came {type(table).__name__}")
     hints = get_type_hints(kind)
@@ -141,11 +142,13 @@ def _parse(kind: type[T], table: dict[str, Any], prefix: str, folder: Path) -> T
 
 def _value(hint: Any, value: Any, name: str, folder: Path) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _parse(hint, value, name + ".", folder)
+        return parse(hint, value, folder, name + ".")
     if hint is Path and isinstance(value, str):
         return (folder / value).resolve()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if get_origin(hint) is tuple and isinstance(value, list) and dataclasses.is_dataclass(part := get_args(hint)[0]):
+        return tuple(parse(part, table, folder, f"{name}[{place}].") for place, table in enumerate(value))  # type: ignore[arg-type]
     if get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, get_args(hint)[0]) for v in value):
         return tuple(value)
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:

@@ -10,6 +10,7 @@ WorkerError
 |   |   +-- Stalled      it went silent
 |   +-- OutOfRange       a served tensor that the law can't judge
 +-- UnpinnedCertificate  a peer shows a certificate that is not the one on chain
++-- Unplannable          no assignment of layers fits the devices that were measured
 +-- UnknownJob           asked about a job that is not here
 """
 
@@ -69,6 +70,10 @@ class UnpinnedCertificate(WorkerError):
     def __init__(self, sender: str, expected: bytes, actual: bytes) -> None:
         super().__init__(f"{sender}: expected the certificate with SHA-256 {expected.hex()}, came {actual.hex()}")
         self.sender = sender
+
+
+class Unplannable(WorkerError, ValueError):
+    pass
 
 
 class UnknownJob(WorkerError, KeyError):

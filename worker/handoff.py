@@ -18,7 +18,8 @@ BLOCK = 256  # elements of a row block: one leaf of the trace
 
 TOKEN_BYTES = 12  # of a token's record
 
-LeafHashes = npt.NDArray[np.uint8]  # [n, 32]
+LeafHashes = npt.NDArray[np.uint8]  # [..., 32]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,22 @@ class RowHandoff:
     """Hashes row blocks as they pass, whatever the batching. Either end of a boundary computes the same."""
 
     def __init__(self) -> None:
-        self._leaves: dict[int, list[LeafHashes]] = {}
+        self._owners: list[Indices] = []
+        self._positions: list[Indices] = []
+        self._leaves: list[LeafHashes] = []
 
-    def add(self, request: int, first: int, bits: npt.NDArray[Any]) -> None:
-        """Rows first .. of `request`, [n, width] raw bits; rows of a request come in order."""
-        self._leaves.setdefault(request, []).append(row_leaves(request, first, bits))
+    def add(self, owners: Indices, positions: Indices, bits: npt.NDArray[Any]) -> None:
+        """Rows [n, width] of raw bits, of requests owners [n] at positions [n]."""
+        self._owners.append(owners)
+        self._positions.append(positions)
+        self._leaves.append(row_leaves(owners, positions, bits))
 
     def finish(self) -> tuple[bytes, int]:
         """(root, number of records) of everything added; raises ValueError if that is nothing."""
-        leaves = [part for request in sorted(self._leaves) for part in self._leaves[request]]
-        return _root(np.concatenate(leaves)) if leaves else _root(np.empty((0, 32), np.uint8))
+        if not self._leaves:
+            return _root(np.empty((0, 32), np.uint8))
+        order = np.lexsort((np.concatenate(self._positions), np.concatenate(self._owners)))
+        return _root(np.concatenate(self._leaves)[order].reshape(-1, 32))
 
 
 class TokenHandoff:
@@ -60,8 +67,8 @@ class TokenHandoff:
         return _root(sha256.leaf_hashes(b"".join(records), TOKEN_BYTES))
 
 
-def row_leaves(request: int, first: int, bits: npt.NDArray[Any]) -> LeafHashes:
-    """[n * blocks, 32]: leaf hashes of the records of rows `first` .. of one request."""
+def row_leaves(owners: Indices, positions: Indices, bits: npt.NDArray[Any]) -> LeafHashes:
+    """[n, blocks, 32]: leaf hashes of the records of rows [n, width], of requests owners [n] at positions [n]."""
     count, width = bits.shape
     blocks = -(-width // BLOCK)
     data = np.ascontiguousarray(bits).view(np.uint8).reshape(count, -1)
@@ -73,13 +80,13 @@ def row_leaves(request: int, first: int, bits: npt.NDArray[Any]) -> LeafHashes:
         columns = data[:, start * block_bytes : end * block_bytes].reshape(count, end - start, -1)
         records = np.empty((count, end - start, 12 + columns.shape[2]), np.uint8)
         header = records[:, :, :12].view(">u4")
-        header[:, :, 0] = request
-        header[:, :, 1] = np.arange(first, first + count, dtype=np.uint32)[:, None]
+        header[:, :, 0] = owners[:, None]
+        header[:, :, 1] = positions[:, None]
         header[:, :, 2] = np.arange(start, end, dtype=np.uint32)
         records[:, :, 12:] = columns
         hashed = sha256.leaf_hashes(records.reshape(-1), records.shape[2])
         out[:, start:end] = hashed.reshape(count, end - start, 32)
-    return out.reshape(-1, 32)
+    return out
 
 
 def row_record(request: int, position: int, block: int, data: bytes) -> bytes:
@@ -115,7 +122,8 @@ def prove_row(
     """(index, record, siblings) of one row block; rows[r] = all rows handed over for request r, [positions, width] raw
     bits.
     """
-    leaves = np.concatenate([row_leaves(r, 0, bits) for r, bits in enumerate(rows)])
+    owners, positions = [np.full(len(bits), r) for r, bits in enumerate(rows)], [np.arange(len(bits)) for bits in rows]
+    leaves = row_leaves(np.concatenate(owners), np.concatenate(positions), np.concatenate(rows)).reshape(-1, 32)
     width = rows[request].shape[1]
     place = row_index([len(bits) for bits in rows], request, position, block, width)
     data = rows[request][position, block * BLOCK : (block + 1) * BLOCK].tobytes()

@@ -19,10 +19,11 @@ import torch
 
 from verifier.commit import Request, StageTree, TraceNode
 from verifier.program import ModelShape
-from verifier.trace import RequestTrace, TensorHasher, is_tiled
+from verifier.trace import RequestTrace
 from worker.batch import Batch, Token
 from worker.errors import JobFailed, OutOfRange
 from worker.handoff import RowHandoff, TokenHandoff
+from worker.ledger import Ledger
 from worker.stage import Captured, to_bits
 
 # The smallest magnitude bits that read as invalid: 2^20 or an all-ones exponent (docs/canonical.md, "Decoding a
@@ -83,9 +84,7 @@ class Recorder:
         self._folder = folder
         self._alone = alone
         self._dtype = int(shape.served_dtype)
-        self._arrays: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self._hashers: dict[int, dict[str, TensorHasher]] = {}
-        self._lengths = [0] * len(requests)
+        self._ledger = Ledger()
         self._nodes: dict[int, TraceNode] = {}
         self._tokens = TokenHandoff()
         self._received = RowHandoff()
@@ -163,34 +162,19 @@ class Recorder:
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
                 for key, rows in bits.items():
                     self._validate(batch, key, rows)
-                    for piece, span in batch.spans():
-                        array, hasher = self._tensor(piece.request, key, rows)
-                        array[piece.first : piece.end] = rows[span]
-                        hasher.append(rows[span])
-                for piece, _ in batch.spans():
-                    self._lengths[piece.request] = piece.end
+                self._ledger.add(batch, bits)
                 if self._alone:
                     return
-                for piece, span in batch.spans():
-                    if self._first_layer > 0:
-                        self._received.add(piece.request, piece.first, bits[f"{self._first_layer}.h"][span])
-                    if sent is not None:
-                        self._sent.add(piece.request, piece.first, to_bits(sent[span]))
+                owners, positions = batch.owners(), batch.positions()
+                if self._first_layer > 0:
+                    self._received.add(owners, positions, bits[f"{self._first_layer}.h"])
+                if sent is not None:
+                    self._sent.add(owners, positions, to_bits(sent))
             case _Tokens(tokens):
                 for token in tokens:
                     self._tokens.add(token.request, token.token)
             case _Ended(request):
                 self._finish_request(request)
-
-    def _tensor(self, request: int, key: str, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], TensorHasher]:
-        arrays = self._arrays.setdefault(request, {})
-        hashers = self._hashers.setdefault(request, {})
-        if key not in arrays:
-            spec = self._requests[request]
-            # Untouched pages of a large allocation cost nothing, so room for the longest answer is no waste.
-            arrays[key] = np.empty((len(spec.prompt) + spec.limit - 1, rows.shape[1]), rows.dtype)
-            hashers[key] = TensorHasher(rows.shape[1], rows.itemsize, is_tiled(key))
-        return arrays[key], hashers[key]
 
     def _validate(self, batch: Batch, key: str, rows: npt.NDArray[Any]) -> None:
         wrong = (rows & MAGNITUDE[self._dtype]) >= INVALID_BITS[self._dtype]
@@ -202,11 +186,10 @@ class Recorder:
     def _finish_request(self, request: int) -> None:
         if request in self._nodes:
             return
-        if request not in self._arrays:
+        if request not in self._ledger:
             raise JobFailed(f"request {request} ended without a single position")
-        positions = self._lengths[request]
-        arrays = {key: array[:positions] for key, array in self._arrays.pop(request).items()}
-        roots = {key: hasher.finish() for key, hasher in self._hashers.pop(request).items()}
+        positions = self._ledger.positions(request)
+        arrays, roots = self._ledger.take(request)
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
         self._nodes[request] = TraceNode(positions, trace.tensors_root)
         trace.save(trace_path(self._folder, request))

@@ -26,15 +26,25 @@ class Piece(_message.Message):
     count: int
     def __init__(self, request: _Optional[int] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
+class Times(_message.Message):
+    __slots__ = ("busy", "slowest")
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_FIELD_NUMBER: _ClassVar[int]
+    busy: int
+    slowest: int
+    def __init__(self, busy: _Optional[int] = ..., slowest: _Optional[int] = ...) -> None: ...
+
 class Rows(_message.Message):
-    __slots__ = ("pieces", "hidden", "ended")
+    __slots__ = ("pieces", "hidden", "ended", "times")
     PIECES_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     pieces: _containers.RepeatedCompositeFieldContainer[Piece]
     hidden: Tensor
     ended: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., ended: _Optional[_Iterable[int]] = ...) -> None: ...
+    times: Times
+    def __init__(self, pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., ended: _Optional[_Iterable[int]] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("request", "index", "token")
@@ -47,10 +57,12 @@ class Token(_message.Message):
     def __init__(self, request: _Optional[int] = ..., index: _Optional[int] = ..., token: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "times")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    times: Times
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("root", "leaves", "signature")

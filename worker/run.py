@@ -12,8 +12,11 @@ Rationale: more than 400 lines: stage 0 and the others share an attempt's state 
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +30,8 @@ from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
+from worker.pace import Pace
+from worker.pipe import Pipe
 from worker.recorder import Recorder, Summary
 from worker.sampler import Draw
 from worker.scheduler import Scheduler, stopped
@@ -53,6 +58,24 @@ class Sender(Protocol):
     def drop(self, job: bytes, attempt: int) -> None: ...
 
     def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One microbatch after this stage. Tokens only at the last; seconds by the monotonic clock, `busy` and `slowest`
+    with the stages before.
+    """
+
+    batch: Batch
+    ended: Sequence[int]
+    hidden: torch.Tensor
+    tokens: list[Token]
+    began_seconds: float
+    busy_seconds: float
+    slowest_seconds: float
+
+    def times(self) -> pb.Times:
+        return pb.Times(busy=int(1e6 * self.busy_seconds), slowest=int(1e6 * self.slowest_seconds))
 
 
 class Run:
@@ -92,6 +115,7 @@ class Run:
         self._inbox: asyncio.Queue[pb.Envelope] = asyncio.Queue(INBOX)
         self._final = False  # sealed, or failed for good
         self._broken = False  # this attempt is given up, the next may come
+        self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
         self._expected = 0  # sequence of the predecessor's next message
         self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
         self.finished.add_done_callback(_retrieved)
@@ -244,7 +268,7 @@ class Run:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                failure = error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
+                failure = _failure(error)
                 log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, failure)
                 self._recorder.close()
                 if self.state.phase is Phase.SEALED or self._attempt >= self._serving.attempts:
@@ -253,32 +277,59 @@ class Run:
                 await asyncio.sleep(min(2.0, 0.2 * 2**self._attempt))
 
     async def _drive(self) -> None:
+        """Rows go out and tokens come back at the same time: nothing here waits for a round to end."""
+        self.pace = Pace(self.state.stages, self._serving.microbatches)
         scheduler = Scheduler(
             self.requests,
             max_rows=self._serving.max_rows,
-            microbatches=self._serving.microbatches or self.state.stages + 1,
+            pace=self.pace,
             cache_positions=self._serving.cache_positions,
         )
-        while not scheduler.done:
-            batch = scheduler.next()
-            if batch is None:
-                scheduler.returned(await self._returned_tokens())
-                continue
-            ended = scheduler.ended()
-            self._end(ended)
-            ids = np.array(scheduler.token_ids(batch), np.int64)
-            hidden, tokens = await self._forward(batch, lambda ids=ids: self._stage.embed(ids))  # type: ignore[misc]
+        began: deque[float] = deque()  # of the microbatches in flight
+        sent, came = asyncio.Semaphore(0), asyncio.Event()
+
+        async def deliver(step: Step) -> None:
             if self._successor is None:
+                scheduler.returned(step.tokens)
+                came.set()
+                return
+            began.append(step.began_seconds)
+            await self._send_rows(step)
+
+        async def collect() -> None:
+            while not scheduler.done:
+                await sent.acquire()
+                tokens, times = await self._returned_tokens()
                 scheduler.returned(tokens)
-                continue
-            await self._send_rows(batch, hidden, ended)
+                now = time.perf_counter()
+                if began:
+                    self.pace.returned(now - began.popleft(), times.busy / 1e6, times.slowest / 1e6)
+                came.set()
+
+        pipe = Pipe(self._compute, deliver)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pipe.run())
+            if self._successor is not None:
+                group.create_task(collect())
+            while not scheduler.done:
+                came.clear()
+                batch = scheduler.next()
+                if batch is None:
+                    await came.wait()
+                    continue
+                ended = scheduler.ended()
+                self._ended.update(ended)
+                ids = np.array(scheduler.token_ids(batch), np.int64)
+                await pipe.put(self._step(batch, ended, lambda ids=ids: self._stage.embed(ids)))  # type: ignore[misc]
+                sent.release()
+            await pipe.end()
         self._tokens = scheduler.outputs
         await self._seal(await self._summary(), None)
         if self._successor is not None:
             await self._await_finish()
         self._finish()
 
-    async def _returned_tokens(self) -> list[Token]:
+    async def _returned_tokens(self) -> tuple[list[Token], pb.Times]:
         envelope = await self._next(self._serving.stall_seconds)
         body = envelope.WhichOneof("body")
         if body != "tokens":
@@ -286,7 +337,7 @@ class Run:
         tokens = unpack_tokens(self._predecessor, envelope.tokens, self._stage.shape.vocabulary)
         assert self._recorder is not None
         self._recorder.tokens(tokens)
-        return tokens
+        return tokens, envelope.tokens.times
 
     async def _next(self, patience_seconds: float | None) -> pb.Envelope:
         """The predecessor's next message at stage 0. Raises Stalled; JobFailed if it is an abort."""
@@ -311,44 +362,51 @@ class Run:
 
     async def _listen(self) -> None:
         try:
-            while True:
-                envelope = await self._inbox.get()
-                match envelope.WhichOneof("body"):
-                    case "rows":
-                        await self._rows(envelope.rows)
-                    case "finish":
-                        await self._received_finish(envelope.finish)
-                        return
-                    case _:
-                        raise JobFailed(f"an earlier stage gave up: {envelope.abort.reason[:500]}")
+            pipe = Pipe(self._compute, self._hand_on)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pipe.run())
+                while True:
+                    envelope = await self._inbox.get()
+                    match envelope.WhichOneof("body"):
+                        case "rows":
+                            await pipe.put(self._received_rows(envelope.rows))
+                        case "finish":
+                            await pipe.end()
+                            break
+                        case _:
+                            raise JobFailed(f"an earlier stage gave up: {envelope.abort.reason[:500]}")
+            await self._received_finish(envelope.finish)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            failure = error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
+            failure = _failure(error)
             await self._break(failure)
             if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
                 self._fail(failure)
 
-    async def _rows(self, rows: pb.Rows) -> None:
+    def _received_rows(self, rows: pb.Rows) -> Callable[[], Step]:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
         self._check_pieces(batch)
         for r in rows.ended:
             if r >= len(self.requests):
                 raise BadMessage(self._predecessor, f"ended: expected a request below {len(self.requests)}, came {r}")
-        self._end(list(rows.ended))
+        self._ended.update(rows.ended)
         if self._ended & {piece.request for piece in batch.pieces}:
             raise BadMessage(self._predecessor, "rows of a request that had ended")
-        out, tokens = await self._forward(batch, lambda: hidden)
+        return self._step(batch, list(rows.ended), lambda: hidden, rows.times)
+
+    async def _hand_on(self, step: Step) -> None:
         if not self._stage.is_last:
-            await self._send_rows(batch, out, list(rows.ended))
+            await self._send_rows(step)
             return
         assert self._recorder is not None
-        self._recorder.tokens(tokens)
-        for token in tokens:
+        self._recorder.tokens(step.tokens)
+        for token in step.tokens:
             self._tokens[token.request].append(token.token)
         envelope = self._envelope()
-        envelope.tokens.tokens.extend(pb.Token(request=t.request, index=t.index, token=t.token) for t in tokens)
+        envelope.tokens.tokens.extend(pb.Token(request=t.request, index=t.index, token=t.token) for t in step.tokens)
+        envelope.tokens.times.CopyFrom(step.times())
         await self._send(envelope)
 
     def _check_pieces(self, batch: Batch) -> None:
@@ -384,41 +442,43 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------- all stages
 
-    async def _forward(self, batch: Batch, hidden: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[Token]]:
-        """Runs the microbatch on the compute thread; tokens only at the last stage."""
-        recorder, stage = self._recorder, self._stage
+    def _step(
+        self, batch: Batch, ended: Sequence[int], hidden: Callable[[], torch.Tensor], before: pb.Times | None = None
+    ) -> Callable[[], Step]:
+        """The microbatch's work for the compute thread, which takes them in this order. before: the stages' times."""
+        recorder, stage, cache = self._recorder, self._stage, self._cache
         assert recorder is not None
         counts = [len(request.prompt) for request in self.requests]
-
-        def work() -> tuple[torch.Tensor, list[int]]:
-            out, captured = stage.forward(hidden(), batch, self._cache)
-            ids = stage.tokens(out[[row for _, row in sampled]], draws) if sampled else []
-            recorder.rows(batch, captured, None if stage.is_last else out)
-            return out, ids
-
         sampled = sampling(batch, counts) if stage.is_last else []
         draws = [Draw(self.requests[piece.request], piece.request, piece.end - 1) for piece, _ in sampled]
-        out, ids = await asyncio.get_running_loop().run_in_executor(self._compute, work)
+        busy, slowest = (before.busy / 1e6, before.slowest / 1e6) if before is not None else (0.0, 0.0)
         for piece in batch.pieces:
             self._positions[piece.request] = piece.end
-        tokens = [
-            Token(piece.request, piece.end - counts[piece.request], token)
-            for (piece, _), token in zip(sampled, ids, strict=True)
-        ]
-        return out, tokens
 
-    def _end(self, requests: Sequence[int]) -> None:
-        assert self._recorder is not None
-        for request in requests:
-            self._cache.drop(request)
-            self._ended.add(request)
-            self._recorder.ended(request)
+        def work() -> Step:
+            began = time.perf_counter()
+            for request in ended:
+                cache.drop(request)
+                recorder.ended(request)
+            out, captured = stage.forward(hidden(), batch, cache)
+            ids = stage.tokens(out[[row for _, row in sampled]], draws) if sampled else []
+            recorder.rows(batch, captured, None if stage.is_last else out)
+            tokens = [
+                Token(piece.request, piece.end - counts[piece.request], token)
+                for (piece, _), token in zip(sampled, ids, strict=True)
+            ]
+            own = time.perf_counter() - began
+            return Step(batch, ended, out, tokens, began, busy + own, max(slowest, own))
 
-    async def _send_rows(self, batch: Batch, hidden: torch.Tensor, ended: Sequence[int]) -> None:
+        return work
+
+    async def _send_rows(self, step: Step) -> None:
         envelope = self._envelope()
-        envelope.rows.pieces.extend(pb.Piece(request=p.request, first=p.first, count=p.count) for p in batch.pieces)
-        envelope.rows.hidden.CopyFrom(pack_tensor(hidden, int(self._stage.shape.served_dtype)))
-        envelope.rows.ended.extend(ended)
+        pieces = step.batch.pieces
+        envelope.rows.pieces.extend(pb.Piece(request=p.request, first=p.first, count=p.count) for p in pieces)
+        envelope.rows.hidden.CopyFrom(pack_tensor(step.hidden, int(self._stage.shape.served_dtype)))
+        envelope.rows.ended.extend(step.ended)
+        envelope.rows.times.CopyFrom(step.times())
         await self._send(envelope)
 
     async def _send(self, envelope: pb.Envelope) -> None:
@@ -500,6 +560,13 @@ class Run:
         except JobFailed as error:
             if self.state.phase is Phase.SEALED:
                 self._fail(error)
+
+
+def _failure(error: Exception) -> JobFailed:
+    """What went wrong first, if several tasks failed."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:

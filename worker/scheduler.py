@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from verifier.commit import Request
 from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed
+from worker.pace import Pace
 
 
 class UnexpectedToken(JobFailed):
@@ -38,16 +39,16 @@ class _Progress:
 class Scheduler:
     """Continuous batching: whoever waited longest goes first, prompts in chunks, new requests as the cache has room.
 
-    `max_rows` bounds one microbatch, `microbatches` how many are in flight, `cache_positions` the sum of what the
+    `max_rows` bounds one microbatch, `pace` how many are in flight, `cache_positions` the sum of what the
     admitted requests may grow to (one request is always admitted, however long).
     """
 
-    def __init__(self, requests: Sequence[Request], *, max_rows: int, microbatches: int, cache_positions: int) -> None:
-        if min(max_rows, microbatches, cache_positions) < 1:
-            raise ValueError(f"expected positive bounds, came {max_rows}, {microbatches}, {cache_positions}")
+    def __init__(self, requests: Sequence[Request], *, max_rows: int, pace: Pace, cache_positions: int) -> None:
+        if min(max_rows, cache_positions) < 1:
+            raise ValueError(f"expected positive bounds, came {max_rows}, {cache_positions}")
         self._progress = [_Progress(request) for request in requests]
         self._max_rows = max_rows
-        self._microbatches = microbatches
+        self._pace = pace
         self._room = cache_positions
         self._unadmitted = deque(range(len(requests)))
         self._active: deque[int] = deque()  # the longest unserved first
@@ -77,12 +78,12 @@ class Scheduler:
 
     def next(self) -> Batch | None:
         """The next microbatch; None while enough are in flight or no row is ready."""
-        if self._in_flight >= self._microbatches:
+        if self._in_flight >= self._pace.microbatches:
             return None
         self._admit()
         # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
         # each takes its share of the requests.
-        share = -(-len(self._active) // self._microbatches)
+        share = -(-len(self._active) // self._pace.groups)
         ready = [r for r in self._active if not self._progress[r].waiting][:share]
         ready.sort(key=lambda r: not self._progress[r].tokens)  # single rows first, prompts share what is left
         pieces: list[Piece] = []

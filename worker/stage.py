@@ -6,6 +6,7 @@ outputs of attention and MLP in hooks. There is no second forward.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 
 from verifier.weights import Weights
 from worker.batch import Batch
-from worker.cache import Cache
+from worker.cache import Cache, alike
 from worker.sampler import Draw, choose_all
 
 ATTENTION = "plumb"
@@ -35,6 +36,17 @@ FAMILIES: Mapping[str, tuple[type[PreTrainedConfig], type[nn.Module], type[nn.Mo
 Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last stage
 
 
+@dataclass(frozen=True)
+class Group:
+    """Requests that attend together: their rows in the microbatch, [n, new positions], the slots of all positions they
+    see, [n, positions], and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Forward:
     """What one forward carries through the layers: its rows, the cache they extend, and what it has captured."""
 
@@ -43,6 +55,52 @@ class Forward:
         self.batch = batch
         self.cache = cache
         self.captured: Captured = {}
+        self.slots = cache.extend(batch)
+        spans = {piece.request: span for piece, span in batch.spans()}
+        self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
+        self.groups: list[Group] = []
+        for pieces in alike([piece for piece in batch.pieces if piece.count == 1]):
+            rows = torch.tensor([[spans[piece.request].start] for piece in pieces], device=stage.device)
+            ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
+            mask = None
+            if pieces[0].end != pieces[-1].end:
+                mask = (torch.arange(pieces[0].end, device=stage.device) < ends[:, None])[:, None, None]
+            self.groups.append(Group(rows, cache.slots(pieces), mask))
+        for piece in batch.pieces:
+            if piece.count > 1 and piece.first:
+                # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
+                # the upper left.
+                seen = torch.ones(piece.count, piece.end, dtype=torch.bool, device=stage.device).tril(piece.first)
+                span = spans[piece.request]
+                rows = torch.arange(span.start, span.stop, device=stage.device)[None]
+                self.groups.append(Group(rows, cache.slots([piece]), seen))
+
+
+class Widened(nn.Module):
+    """A linear layer over 16-bit numbers in float32: each product and sum exact to float32, the result rounded once.
+
+    Where a CPU has no instructions for 16-bit floats this is several times faster, for twice the memory besides the
+    mapped file.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.float(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(rows.float(), self.weight, self.bias).to(rows.dtype)
+
+
+def widening_pays(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU lacks instructions for products of `dtype`."""
+    if dtype is torch.float32:
+        return False
+    have: Mapping[str, Any] = torch.cpu.get_capabilities()
+    name = "bf16" if dtype is torch.bfloat16 else "fp16"
+    # An Arm core that runs torch at all has products of halves; of bfloat16 some do.
+    arm = {"bf16": "bf16", "fp16": "fp16_arith"}[name]
+    return not any(have.get(key) for key in (f"avx512_{name}", f"amx_{name}", arm))
 
 
 class Stage:
@@ -56,8 +114,16 @@ class Stage:
     _running: "Forward"  # the MLP's hook has no other way to its forward: transformers calls the MLP without keywords
 
     def __init__(
-        self, folder: Path, first_layer: int, end_layer: int, *, device: str = "cpu", weights: Weights | None = None
+        self,
+        folder: Path,
+        first_layer: int,
+        end_layer: int,
+        *,
+        device: str = "cpu",
+        weights: Weights | None = None,
+        widened: bool = False,
     ) -> None:
+        """widened: products of 16-bit weights are computed from copies of them in float32, see Widened."""
         self.weights = weights if weights is not None else Weights.open(folder)
         self.shape = self.weights.shape
         if not 0 <= first_layer < end_layer <= self.shape.layers:
@@ -66,6 +132,7 @@ class Stage:
         self.end_layer = end_layer
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
+        self.widened = widened and self.dtype is not torch.float32
 
         config_class, layer_class, norm_class, rotary_class = FAMILIES[self.weights.config["architectures"][0]]
         config = config_class.from_pretrained(folder, local_files_only=True)
@@ -89,7 +156,8 @@ class Stage:
                 self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
             self.norm.load_state_dict({"weight": self.tensor("model.norm.weight")[0]}, assign=True)
             tied = bool(config.tie_word_embeddings)
-            self.head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+            head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+            self.head = head.float() if self.widened else head
 
     @property
     def is_first(self) -> bool:
@@ -134,7 +202,8 @@ class Stage:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocabulary] in float32. Last stage only."""
         assert self.norm is not None and self.head is not None
-        return nn.functional.linear(self.norm(hidden), self.head).float()
+        normed = self.norm(hidden)
+        return nn.functional.linear(normed.to(self.head.dtype), self.head).to(self.dtype).float()
 
     @torch.inference_mode()
     def tokens(self, hidden: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
@@ -158,24 +227,35 @@ class Stage:
         query = self._observed(context, f"{layer}.q", query)
         key = self._observed(context, f"{layer}.k", key)
         value = self._observed(context, f"{layer}.v", value)
+        context.cache.write(layer, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         attended = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        for piece, rows in context.batch.spans():
-            keys, values = context.cache.pair(piece.request, layer).append(key[0, :, rows], value[0, :, rows])
-            mask = None
-            if piece.count > 1 and piece.first > 0:
-                # A piece in the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would
-                # align to the upper left.
-                mask = torch.ones(piece.count, piece.end, dtype=torch.bool, device=query.device).tril(piece.first)
+        for _, rows in context.whole:
             part = nn.functional.scaled_dot_product_attention(
                 query[:, :, rows],
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                is_causal=piece.count > 1 and piece.first == 0,
+                key[:, :, rows],
+                value[:, :, rows],
+                is_causal=True,
                 scale=scale,
                 enable_gqa=self.heads != self.kv_heads,
             )
             attended[rows] = part[0].transpose(0, 1)
+        flat = query[0].transpose(0, 1)
+        for group in context.groups:
+            keys, values = context.cache.read(layer, group.slots)
+            n, count = group.rows.shape
+            taken = flat[group.rows.reshape(-1)]
+            if count == 1:  # the heads that share keys are rows over the same keys: nothing is copied for them
+                asked = taken.view(n, self.kv_heads, -1, self.head_size)
+                mask = None if group.mask is None else group.mask.expand(-1, -1, asked.shape[2], -1)
+                part = nn.functional.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale)
+                part = part.reshape(n, self.heads, self.head_size)
+            else:
+                asked = taken.view(n, count, self.heads, self.head_size).transpose(1, 2)
+                part = nn.functional.scaled_dot_product_attention(
+                    asked, keys, values, attn_mask=group.mask, scale=scale, enable_gqa=self.heads != self.kv_heads
+                )
+                part = part.transpose(1, 2).reshape(n * count, self.heads, self.head_size)
+            attended[group.rows.reshape(-1)] = part
         return attended[None]
 
     def _observed(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
@@ -194,6 +274,10 @@ class Stage:
         layer.load_state_dict(state, assign=True)
         layer.requires_grad_(False)
         layer.eval()
+        if self.widened:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, nn.Linear):
+                    layer.set_submodule(name, Widened(module.weight, module.bias))
 
         def after_attention(_module: nn.Module, _args: Any, kwargs: Any, output: Any) -> Any:
             hidden = self.observe(kwargs["plumb"], f"{index}.attn_out", output[0][0])

@@ -26,8 +26,14 @@ def test_rows_whatever_the_batching(width: int, dtype: type) -> None:
         handoff = RowHandoff()
         for r in (2, 0, 1):
             for first in range(0, len(rows[r]), step):
-                handoff.add(r, first, rows[r][first : first + step])
+                part = rows[r][first : first + step]
+                handoff.add(np.full(len(part), r), np.arange(first, first + len(part)), part)
         assert handoff.finish() == (expected, len(records))
+    mixed = RowHandoff()
+    for t in range(9):
+        owners = np.array([r for r in (2, 0, 1) if t < len(rows[r])])
+        mixed.add(owners, np.full(len(owners), t), np.stack([rows[r][t] for r in owners]))
+    assert mixed.finish() == (expected, len(records))
     place, record, siblings = prove_row(rows, 2, 7, (width - 1) // 256)
     assert record == records[place]
     assert root_of_range([leaf(record)], place, len(records), siblings) == expected

@@ -1,0 +1,51 @@
+"""Rows in, traces out, whatever the batching."""
+
+import random
+
+import numpy as np
+
+from verifier.sha256 import HashTree, row_leaf_hashes
+from verifier.trace import tile_leaf_hashes
+from worker.batch import Batch, Piece
+from worker.ledger import FIRST_ROOM, Ledger
+
+
+def test_a_request_comes_out_as_it_went_in() -> None:
+    dice, random_bits = random.Random(2), np.random.default_rng(2)
+    lengths = {request: dice.randint(1, 90) for request in range(30)}
+    served = {
+        key: {r: random_bits.integers(0, 60000, (n, width)).astype(np.uint16) for r, n in lengths.items()}
+        for key, width in (("3.q", 600), ("3.v", 64))
+    }
+    ledger, done, active = Ledger(), dict.fromkeys(lengths, 0), sorted(lengths)
+    waiting = active[8:]
+    active = active[:8]
+    while active:
+        pieces = []
+        for r in dice.sample(active, dice.randint(1, len(active))):
+            pieces.append(Piece(r, done[r], min(dice.choice([1, 1, 1, 20]), lengths[r] - done[r])))
+            done[r] = pieces[-1].end
+        tensors = {
+            key: np.concatenate([rows[p.request][p.first : p.end] for p in pieces]) for key, rows in served.items()
+        }
+        ledger.add(Batch(tuple(pieces)), tensors)
+        for r in [r for r in active if done[r] == lengths[r]]:
+            assert ledger.positions(r) == lengths[r]
+            arrays, roots = ledger.take(r)
+            assert r not in ledger
+            for key, rows in served.items():
+                assert np.array_equal(arrays[key], rows[r])
+            assert roots["3.q"] == HashTree(row_leaf_hashes(served["3.q"][r], 256)).root
+            assert roots["3.v"] == HashTree(tile_leaf_hashes(served["3.v"][r])).root
+            active.remove(r)
+            active += waiting[:1]
+            waiting = waiting[1:]
+
+
+def test_slots_of_a_request_that_was_taken_are_used_again() -> None:
+    ledger = Ledger()
+    for request in range(20):
+        ledger.add(Batch((Piece(request, 0, FIRST_ROOM),)), {"0.h": np.zeros((FIRST_ROOM, 8), np.uint16)})
+        held = ledger.held_bytes
+        ledger.take(request)
+    assert held == FIRST_ROOM * (16 + 32)
