@@ -1,0 +1,156 @@
+"""Verdicts over the cells of requests, by the audit that a watchtower uses, and how often samples of them convict.
+
+A cell is all segments of one request, layer and position: q, k, v, attention, MLP and the link to the next layer; the
+embedding in the first layer, the token in the last. Whoever looks at a cell also compares the embeddings up to its
+position with the prompt's: they are the history that attention reads, and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bench._served import Result
+from verifier.audit import Auditor, Stage, Verdict, audit_stop
+from verifier.commit import LIMITED, Output
+from verifier.referee.codec import Model
+from verifier.reference import real
+
+Z = 1.959964  # of 95 %, two-sided
+Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One request's verdicts. ratio: [layers, T], the worst of each cell; prompt: [T], whether an embedding is wrong;
+    suspicions: those that only the canonical arithmetic may decide; whole: a rule about the request is broken.
+    """
+
+    ratio: Floats
+    prompt: Flags
+    suspicions: list[Verdict]
+    whole: bool
+    stage: Stage
+
+    @property
+    def own(self) -> Flags:
+        """[layers, T]: convicted by the cell's own segments."""
+        return self.ratio > 1
+
+    @property
+    def cells(self) -> Flags:
+        """[layers, T]: convicted by whoever looks at the cell."""
+        return self.own | np.logical_or.accumulate(self.prompt)[None, :]
+
+    @property
+    def full(self) -> bool:
+        """Convicted by a full audit."""
+        return self.whole or bool(self.own.any())
+
+
+def judge(auditor: Auditor, result: Result) -> Judged:
+    """All segments of one request that was served by one stage."""
+    shape, stage = auditor.shape, result.stage(auditor.weights)
+    ratio = np.zeros((shape.layers, stage.trace.positions))
+    found: list[Verdict] = []
+    for layer in range(shape.layers):
+        for audit in auditor.layer(stage, result.index, layer):
+            ratio[layer] = np.maximum(ratio[layer], audit.ratios.max(axis=1))
+            found += audit.suspicions()
+        link = auditor.link(stage, result.index, layer)
+        if link is not None:
+            ratio[layer, : len(link.ratios)] = np.maximum(ratio[layer, : len(link.ratios)], link.ratios.max(axis=1))
+            found += link.suspicions()
+    embedded = auditor.embed(stage, result.index, result.fed).ratios.max(axis=1)
+    ratio[0, : len(embedded)] = np.maximum(ratio[0, : len(embedded)], embedded)
+    prompt = np.zeros(ratio.shape[1], dtype=np.bool_)
+    prompt[: len(embedded)] = embedded > 1
+    for verdict in auditor.chosen(stage, result.index, result.request, result.tokens):
+        ratio[-1, verdict.position] = max(ratio[-1, verdict.position], verdict.ratio)
+        found += [verdict] if verdict.suspicious else []
+    output = Output(0, len(result.tokens), LIMITED, result.tokens)
+    stopped = audit_stop(0, result.index, result.request, output, stage.trace.positions, shape.vocabulary)
+    return Judged(ratio, prompt, found, stopped is not None, stage)
+
+
+def confirmed(auditor: Auditor, model: Model, judged: Judged) -> list[Verdict]:
+    """The suspicions that are wrong by the law."""
+    return [verdict for verdict in judged.suspicions if auditor.confirm(model, verdict, [judged.stage])]
+
+
+def peaks(auditor: Auditor, result: Result) -> Floats:
+    """[layers, T]: the largest attention probability, averaged over the heads."""
+    shape, out = auditor.shape, []
+    for layer in range(shape.layers):
+        q, k = (
+            real(result.arrays[f"{layer}.{name}"], shape.served_dtype).unflatten(1, (-1, shape.head_dim))
+            for name in "qk"
+        )
+        k = k.repeat_interleave(shape.heads // shape.kv_heads, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", q, k) / sqrt(shape.head_dim)
+        future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        weights = torch.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
+        out.append(weights.amax(dim=-1).mean(dim=0).numpy())
+    return np.stack(out)
+
+
+def wilson(hits: int, tries: int) -> tuple[float, float]:
+    """The 95 % score interval of a rate (Wilson 1927)."""
+    if not tries:
+        return 0.0, 1.0
+    rate, square = hits / tries, Z * Z
+    middle = (rate + square / (2 * tries)) / (1 + square / tries)
+    half = Z / (1 + square / tries) * sqrt(rate * (1 - rate) / tries + square / (4 * tries * tries))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def sampled(
+    flags: Sequence[Flags], count: int, trials: int, random: np.random.Generator, among: Sequence[Flags] | None = None
+) -> int:
+    """In how many of `trials` audits of one request each `count` random cells convict.
+
+    The cells are spread over the layers: no layer is looked at twice before each was looked at once. among: the cells
+    that may be drawn, [layers, T] a request; default all.
+    """
+    hits = 0
+    open_cells = among if among is not None else [np.ones_like(flag) for flag in flags]
+    places = [[np.flatnonzero(row) for row in allowed] for allowed in open_cells]
+    able = [r for r, rows in enumerate(places) if any(len(row) for row in rows)]
+    for _ in range(trials if able else 0):
+        r = able[int(random.integers(len(able)))]
+        layers = [layer for layer, row in enumerate(places[r]) if len(row)]
+        order: list[int] = []
+        while len(order) < count:
+            order += [layers[i] for i in random.permutation(len(layers))]
+        hits += any(flags[r][layer, random.choice(places[r][layer])] for layer in order[:count])
+    return hits
+
+
+def row(
+    kind: str, name: str, dtype: str, judged: Sequence[Judged], trials: int, among: Sequence[Flags] | None = None
+) -> dict[str, object]:
+    """A row of the report: rates from one random cell, from eight, and from a full audit, each with its interval."""
+    random = np.random.default_rng(len(name))
+    flags, own = [j.cells for j in judged], [j.own for j in judged]
+    allowed = among if among is not None else [np.ones_like(flag) for flag in flags]
+    cells = sum(int(a.sum()) for a in allowed)
+    ones = sum(int(f[a].sum()) for f, a in zip(flags, allowed, strict=True))
+    eight, eight_own = (sampled(f, 8, trials, random, among) for f in (flags, own))
+    full = sum(j.full for j in judged)
+    counted = {"rate_1": (ones, cells), "rate_8": (eight, trials), "rate_full": (full, len(judged))}
+    return {
+        "kind": kind,
+        "name": name,
+        "dtype": dtype,
+        "cells": cells,
+        **{key: hits / tries if tries else 0.0 for key, (hits, tries) in counted.items()},
+        "ci95": {key: wilson(hits, tries) for key, (hits, tries) in counted.items()},
+        "rate_8_own": eight_own / trials,
+        "median_ratio": float(np.median(np.concatenate([j.ratio[a] for j, a in zip(judged, allowed, strict=True)]))),
+    }

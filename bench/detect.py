@@ -1,0 +1,244 @@
+"""Detection rates of every known way to cheat, and false alarms of every honest way to serve, cell by cell.
+
+`plumb bench detect --report FILE`. Options: model (a folder; default the demo's, made if it is not there), dtypes,
+requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), honest (sequences of each
+honest setting), toploc (false leaves the comparison out).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import BenchError
+from bench._attacks import DRAWN, Attack, attacks
+from bench._cells import Judged, confirmed, judge, peaks, row, wilson
+from bench._served import Result, Server, requests_like
+from bench._toploc import flagged, install
+from bench._tuned import tuned
+from deploy.calibrate import Measured, calibrate, lengths, sample
+from deploy.serving import SETTINGS, available, serve_all
+from verifier.audit import Auditor
+from verifier.calibration import q30_floor
+from verifier.commit import Request
+from verifier.referee.floats import Dtype
+from verifier.safetensors_file import write
+from verifier.screen import Screen
+from verifier.vectors import to_bits as rounded
+from verifier.weights import Weights, identify
+from worker.sampler import Draw, choose_all
+from worker.stage import Stage, from_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "build" / "bench" / "detect"
+FRESH = 77  # seed of text that no calibration saw
+PEAKED = 0.5
+NAMES = {"bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16, "float32": Dtype.FLOAT32}
+
+
+@dataclass(frozen=True)
+class Court:
+    """One model in one dtype, calibrated, and those who judge its jobs."""
+
+    dtype: str
+    weights: Weights
+    measured: Measured
+    trials: int
+
+    @property
+    def auditor(self) -> Auditor:
+        return Auditor(self.weights, self.measured.profile)
+
+    @property
+    def screen(self) -> Screen:
+        return Screen(self.weights, self.measured.profile, q30_floor(self.measured.screen.threshold))
+
+
+def run(
+    model: str = "",
+    dtypes: str = "bfloat16,float16,float32",
+    requests: int = 8,
+    prompt: int = 64,
+    output: int = 64,
+    trials: int = 2000,
+    settings: str = "full",
+    honest: int = 6,
+    toploc: bool = True,
+) -> dict[str, Any]:
+    unknown = set(dtypes.split(",")) - set(NAMES)
+    if unknown:
+        raise BenchError(f"expected dtypes of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
+    source = _source(model)
+    python = install() if toploc and "bfloat16" in dtypes else None
+    rows: list[dict[str, Any]] = []
+    models = {}
+    for dtype in dtypes.split(","):
+        folder = variant(source, NAMES[dtype], PLACE / dtype)
+        measured = calibrate(folder, settings=settings)
+        measured.save(folder)
+        court = Court(dtype, Weights.open(folder), measured, trials)
+        models[dtype] = _told(court)
+        rows += honest_rows(court, settings, honest)
+        rows += attack_rows(court, requests, prompt, output, python if dtype == "bfloat16" else None)
+    false = sum(row["false_alarms"] for row in rows if row["kind"] == "honest")
+    return {
+        "intervals": "95 %, Wilson score",
+        "models": models,
+        "honest_cells": sum(row["cells"] for row in rows if row["kind"] == "honest"),
+        "false_alarms": false,
+        "results": rows,
+    }
+
+
+def variant(source: Path, dtype: Dtype, folder: Path) -> Path:
+    """The model in another dtype. What is finer than the source's gets fractions that the source could not hold."""
+    weights, generator = Weights.open(source), np.random.default_rng(5)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = {}
+    for place in weights.layout.tensors:
+        values = weights.float64(place.name).numpy()
+        if dtype != weights.shape.weight_dtype:
+            values = values * (1 + generator.uniform(-(2.0**-9), 2.0**-9, values.shape))
+        bits = rounded(values, dtype)
+        tensors[place.name] = bits[0] if place.name.endswith("norm.weight") else bits
+    write(folder / "model.safetensors", dtype, tensors, {})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype.name.lower()}), encoding="utf-8")
+    return folder
+
+
+def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, Any]]:
+    """Every honest setting on fresh text; each position's token is chosen, greedily and drawn in turn, and judged."""
+    shape, auditor, model = court.weights.shape, court.auditor, identify(court.weights, court.measured.profile)
+    here, _ = available(SETTINGS[settings])
+    stage = Stage(court.weights.folder, 0, shape.layers, weights=court.weights)
+    texts = sample(stage, lengths(sequences, 96, shape.max_positions - 1), FRESH)
+    out = []
+    for run in serve_all(court.weights.folder, court.weights, texts, here):
+        judged, false, suspicions = [], 0, 0
+        for r, (text, arrays, logits) in enumerate(zip(texts, run.traces, run.logits, strict=True)):
+            drawn = {} if r % 2 else DRAWN
+            asked = Request((text[0],), len(text), **drawn)
+            draws = [Draw(asked, r, position) for position in range(len(text))]
+            tokens = tuple(choose_all(logits.double().numpy(), draws))
+            judged.append(judge(auditor, Result(r, asked, tokens, arrays, tuple(text))))
+            suspicions += len(judged[-1].suspicions)
+            false += len(confirmed(auditor, model, judged[-1]))
+        found = row("honest", run.setting.name, court.dtype, judged, court.trials)
+        largest = max(float(j.ratio.max()) for j in judged)
+        out.append(found | {"false_alarms": false, "suspicions": suspicions, "largest_ratio": largest})
+    return out
+
+
+def attack_rows(court: Court, requests: int, prompt: int, output: int, python: Path | None) -> list[dict[str, Any]]:
+    weights, auditor = court.weights, court.auditor
+    random = np.random.default_rng(FRESH)
+    shape = weights.shape
+    stage = Stage(weights.folder, 0, shape.layers, weights=weights)
+    # Half of the prompts are the model's own text, half are random.
+    own = np.array([text[-prompt:] for text in sample(stage, [2 * prompt] * (requests // 2), FRESH)]).reshape(
+        -1, prompt
+    )
+    prompts = np.concatenate([own, random.integers(0, shape.vocabulary, (requests - len(own), prompt))])
+    greedy, drawn = requests_like(prompts, output), requests_like(prompts, output, **DRAWN)
+    earlier = Server(weights).run(requests_like(random.integers(0, shape.vocabulary, prompts.shape), output))
+    others = tuned(weights)
+    rows, compared = [], {}
+    honest = [Attack("nobody cheats, greedy", lambda: None), Attack("nobody cheats, drawn", lambda: None, drawn=True)]
+    for attack in [*honest, *attacks(weights, others, earlier)]:
+        results = Server(weights, attack.cheat()).run(drawn if attack.drawn else greedy)
+        judged = [judge(auditor, result) for result in results]
+        kind = "honest" if attack in honest else "attack"
+        found = row(kind, attack.name, court.dtype, judged, court.trials) | _screened(court, results)
+        if kind == "honest":
+            found["false_alarms"] = sum(int(j.own.sum()) for j in judged)
+        else:
+            found["canonical"] = _weakest_holds(court, judged)
+            found |= {"weight_error": _error(weights, attack)} if "weights" in attack.name else {}
+        rows.append(found)
+        if attack.by_peak:
+            rows += by_peak(court, attack, results, judged)
+        if python is not None:
+            compared[attack.name] = (*_last_hidden(weights, results), prompt)
+    if python is not None:
+        for name, refused in flagged(python, compared).items():
+            hits = sum(refused)
+            told = {"toploc_rate": hits / len(refused), "toploc_ci95": wilson(hits, len(refused))}
+            next(found for found in rows if found["name"] == name).update(told)
+    return rows
+
+
+def by_peak(court: Court, attack: Attack, results: Sequence[Result], judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """A KV cache's rows by how peaked the attention of a cell is, and by its position."""
+    peak = [peaks(court.auditor, result) for result in results]
+    early = [np.broadcast_to(np.arange(p.shape[1]) < p.shape[1] // 4, p.shape) for p in peak]
+    parts = {
+        f"largest probability {PEAKED} or more": [p >= PEAKED for p in peak],
+        "largest probability 0.25 to 0.5": [(p >= 0.25) & (p < PEAKED) for p in peak],
+        "largest probability below 0.25": [p < 0.25 for p in peak],
+        "first quarter of the positions": early,
+        "last three quarters of the positions": [~e for e in early],
+    }
+    return [row("attack", f"{attack.name}, {n}", court.dtype, judged, court.trials, a) for n, a in parts.items()]
+
+
+def _screened(court: Court, results: Sequence[Result]) -> dict[str, Any]:
+    """What the tokens alone tell, without a trace."""
+    hits = 0
+    for result in results:
+        seen = court.screen.request(result.index, result.request, result.tokens)
+        hits += any(verdict.ratio > 1 for verdict in seen)
+    return {"rate_tokens": hits / len(results), "ci95_tokens": wilson(hits, len(results))}
+
+
+def _weakest_holds(court: Court, judged: Sequence[Judged]) -> bool | None:
+    """Whether the canonical arithmetic convicts what the float64 audit found wrong by least; None: it found nothing."""
+    found = [(verdict, j) for j in judged for verdict in j.suspicions if 1 < verdict.ratio]
+    if not found:
+        return None
+    verdict, there = min(found, key=lambda pair: pair[0].ratio)
+    return court.auditor.confirm(identify(court.weights, court.measured.profile), verdict, [there.stage])
+
+
+def _error(weights: Weights, attack: Attack) -> float:
+    """Root mean square of the weights' error, relative, over the matrices that are not the model's."""
+    honest, cheating = Server(weights).tensors, Server(weights, attack.cheat()).tensors
+    wrong = [name for name, tensor in honest.items() if not torch.equal(tensor, cheating[name])]
+    off = sum(float((honest[name].double() - cheating[name].double()).square().sum()) for name in wrong)
+    size = sum(float(honest[name].double().square().sum()) for name in wrong)
+    return float((off / size) ** 0.5) if wrong else 0.0
+
+
+def _last_hidden(weights: Weights, results: Sequence[Result]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[requests, positions, hidden] as served, and as TOPLOC's verifier computes it."""
+    server = Server(weights)
+    with torch.inference_mode():
+        own, _ = server.forward(torch.tensor([result.fed for result in results]), 0)
+    served = torch.stack([from_bits(np.array(result.arrays["out"]), own.dtype) for result in results])
+    return served, own.clone()
+
+
+def _source(model: str) -> Path:
+    folder = Path(model) if model else ROOT / ".plumb" / "models" / "demo"
+    if not model and not (folder / "config.json").exists():
+        from deploy.model import make_demo
+
+        make_demo(folder)
+    if not (folder / "config.json").exists():
+        raise BenchError(f"expected a model's folder, got {folder}")
+    return folder
+
+
+def _told(court: Court) -> dict[str, Any]:
+    shape = court.weights.shape
+    dimensions = {"hidden": shape.hidden, "kv_width": shape.kv_width, "layers": shape.layers, "heads": shape.heads}
+    return dimensions | {"calibration": court.measured.told()}
