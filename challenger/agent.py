@@ -1,49 +1,47 @@
 """The loop of a watchtower: read the chain, have committed jobs audited, challenge what is wrong, play every game to
 its end.
-
-Rationale: a little over 400 lines, so that all that one look around does is read in one file.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import IO
 
-from challenger.charge import Charge, charge, segment_of
+from challenger.charge import Charge
 from challenger.config import Config, ConfigError
 from challenger.desk import Desk, Outcome, Task
 from challenger.evidence import Archive, Dossier, Evidence, Unavailable, read_facts
 from challenger.fetch import Fetcher
+from challenger.games import Games
 from challenger.judge import Findings, Judge
-from challenger.plan import plan, verdict_of
-from challenger.store import LIVE, GameRow, GameState, JobRow, JobState, Store
+from challenger.metrics import Metrics
+from challenger.plan import plan
+from challenger.reader import KEEP_BLOCKS, Reader
+from challenger.store import GameRow, JobRow, JobState, Store
 from challenger.withheld import Withheld
 from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status
-from contracts.events import GameEnded, GameMoved, JobCommitted
-from contracts.play import NOBODY, GameLog, Player
+from contracts.play import GameLog
 from verifier.audit import Verdict
 from verifier.canonical import Case
-from verifier.game import Game, Segment, remaining_seconds
-from verifier.program import Kind
 
 log = logging.getLogger("plumb.challenger")
 
-EVENT_BLOCKS = 1_000
-OVERLAP_BLOCKS = 16  # read again each time: the head may be reorganised, and nodes behind one URL differ
 FAULTS = 3  # of ours, not of a worker: an audit that failed so often is given up
-LONGEST_REST_SECONDS = 10.0  # clocks are running
+LONGEST_PAUSE_SECONDS = 10.0
 LEAST_FETCH_SECONDS = 5.0
-UNLIMITED = 2**256 - 1
+SLICE_SECONDS = 10.0  # of a first attempt while other jobs wait; what was downloaded by then is kept
+TIDY_BLOCKS = 16
 
 
 class Agent:
     """One watchtower with one key.
 
-    `tick` may be called again after any crash: what was decided is in the store, what was done is on chain, and what
-    it was decided on is in the archive.
+    `tick` may be called again after any crash: what was decided is in the store, what was done is on chain or in the
+    store's journal, and what it was decided on is in the archive.
     """
 
     def __init__(
@@ -55,17 +53,19 @@ class Agent:
         self.chain = chain
         self.judges = judges
         self.store = store
-        self.archive = Archive(config.data / "jobs")
+        self.metrics = Metrics()
+        self.archive = Archive(config.data / "jobs", store)
         self.fetcher = Fetcher(self.archive, config.max_stage_bytes)
         self.desk = Desk(self._fetch, lambda judge, evidence: self.findings(judge, evidence), config.downloads)
         self.log = GameLog()
         self.withheld = Withheld(self)
-        self.player = Player(chain, self.case_of, side_is_worker=False)
+        self.games = Games(self)
+        self.reader = Reader(self)
         self._evidence: dict[bytes, Dossier] = {}
-        self._cases: dict[tuple[Segment, int], Case] = {}
-        self._rests: dict[str, tuple[float, float]] = {}  # game -> (monotonic time to wait for, length)
-        self._tidied = False
-        self._next_block = store.next_block(config.from_block)
+        self._tidied = -TIDY_BLOCKS  # the head when it was tidied up last
+        self._journalled = False
+        self._faults: dict[str, int] = {}
+        self._collecting = threading.Lock()
 
     @classmethod
     def build(cls, config: Config, chain: Chain) -> Agent:
@@ -101,53 +101,45 @@ class Agent:
                 if self.tick():
                     pause = 0.0
             except ChainUnreachable as error:  # it has waited already
+                self.metrics.faults.inc()
                 log.warning("%s", error)
             except Exception:  # the loop must outlive everything; the trace says what it was
+                self.metrics.faults.inc()
                 log.exception("looking around")
             time.sleep(pause)
 
     def tick(self) -> bool:
         """One look around. Games come first: they have clocks. Returns whether anything was done."""
-        if not self._tidied:
-            self._tidied = True  # before: what fails here must not keep games waiting
+        self.resume()
+        first = self._tidied < 0
+        if first:
+            self.tidy()  # before: what fails here must not keep games waiting
+        self.reader.read()
+        if self.reader.head >= self._tidied + TIDY_BLOCKS and not first:
             self.tidy()
-        self.read()
         now = self.chain.block_timestamp()
-        acted = self.play(now)
-        return self.work(now) or acted
+        acted = self.games.play(now)
+        acted = self.work(now) or acted
+        self.metrics.count(self.chain.receipts)
+        return acted
+
+    def resume(self) -> None:
+        """Follows what was signed and may not be on chain, before anything is decided again."""
+        if not self._journalled:
+            self.chain.transport.journal = self.store.journal(self.chain.chain_id, self.chain.account)
+            self._journalled = True
+        for signed in self.chain.transport.resume():
+            log.info("%s with nonce %d: followed to its end", signed.label, signed.nonce)
 
     def tidy(self) -> None:
-        """After a crash, draws what was left undrawn and deletes what nobody needs any more."""
+        """Draws what a crash left undrawn, and deletes what nobody needs any more."""
+        head = max(self.reader.head, 0)
+        self._tidied = head
         self.collect()
-        needed = {row.id for row in self.store.jobs(JobState.WATCHED, JobState.WITHHELD)} | {
-            row.job for row in self.store.games(*LIVE)
-        }
+        needed = {row.id for row in self.store.jobs(JobState.WATCHED, JobState.WITHHELD)}
+        needed |= self.store.playing(self.reader.next_block - 1 - KEEP_BLOCKS)
         for job in self.archive.jobs() - needed:
-            self.archive.forget(bytes.fromhex(job))
-
-    # ---- reading
-
-    def read(self) -> None:
-        """Takes in new events."""
-        last = self.chain.block_number()
-        if last < self._next_block - 1:
-            if last < self._next_block - OVERLAP_BLOCKS:
-                log.warning("the node is at block %d, this watchtower has read up to %d", last, self._next_block - 1)
-            return  # this node lags behind another one; what it knows would turn games back
-        first = max(self._next_block - OVERLAP_BLOCKS, self.config.from_block, 0)
-        while first <= last:
-            end = min(first + EVENT_BLOCKS - 1, last)
-            events = list(self.chain.events(first, end))
-            self.withheld.log.feed(events)
-            moves = [event for event in events if isinstance(event, GameMoved | GameEnded)]
-            if moves:
-                ours = {bytes.fromhex(row.id) for row in self.store.games(*LIVE)}
-                self.log.feed(event for event in moves if event.id in ours)
-            committed = [(event.id.hex(), event.window_end) for event in events if isinstance(event, JobCommitted)]
-            if committed or end >= self._next_block:
-                self.store.advance(max(end + 1, self._next_block), committed)
-            first = end + 1
-        self._next_block = max(self._next_block, last + 1)
+            self.forget(bytes.fromhex(job))
 
     # ---- auditing
 
@@ -156,17 +148,21 @@ class Agent:
         decided = False
         for outcome in self.desk.finished():
             decided |= self.conclude(outcome, now)
-        for row in self.store.due():
+        rows = self.store.due()
+        self.metrics.waiting.set(len(rows))
+        self.metrics.deadline.set(rows[0].window_end - now if rows else float("inf"))
+        crowded = len(rows) > self.config.downloads
+        for row in rows:
             if self.desk.free(bytes.fromhex(row.id)):
                 try:
-                    decided |= self.take_up(row, now)
+                    decided |= self.take_up(row, now, crowded)
                 except ChainError as error:
                     log.error("job %s: %s", row.id, error)
-                    self.desk.pause(bytes.fromhex(row.id), LONGEST_REST_SECONDS)
+                    self.desk.pause(bytes.fromhex(row.id), LONGEST_PAUSE_SECONDS)
         return self.withheld.advance(now) or decided
 
-    def take_up(self, row: JobRow, now: int) -> bool:
-        """Starts an attempt at a job. Returns whether it needs none."""
+    def take_up(self, row: JobRow, now: int, crowded: bool = False) -> bool:
+        """Starts an attempt at a job. Returns whether it needs none. crowded: whether others wait for their turn."""
         id = bytes.fromhex(row.id)
         if now > row.window_end or self.chain.escrow.status(id) not in (Status.COMMITTED, Status.VOID):
             self.unjudged(row.id, "its window was over before it was audited")
@@ -181,21 +177,24 @@ class Agent:
         waited = job.window // 4 if self.config.demand_budget else job.window // 2
         patience = row.window_end - job.window + waited - now
         seconds = patience if patience > 0 else (row.window_end - now) / 2
-        self.desk.start(Task(id, judge, max(seconds, LEAST_FETCH_SECONDS), final=patience <= 0))
+        if crowded and patience > 0:  # a slow server must not keep others from being looked at; it is asked again
+            seconds = min(seconds, SLICE_SECONDS * 2.0 ** min(row.attempts, 32))
+        self.desk.start(Task(id, judge, max(seconds, LEAST_FETCH_SECONDS), patience <= 0, row.window_end))
         return False
 
     def conclude(self, outcome: Outcome, now: int) -> bool:
         """Stores what came of an attempt. Returns whether the job is done with."""
         id, job, error = outcome.task.id, outcome.task.id.hex(), outcome.error
         if outcome.evidence is not None and outcome.findings is not None:
-            self._judged(outcome.evidence, outcome.findings, outcome.audit_seconds)
+            self._judged(outcome.evidence, outcome.findings, outcome.audit_seconds, now)
             return True
         attempts = self.store.attempted(job)
         ours = not isinstance(error, Unavailable | ContractsError)
         log.warning("job %s, attempt %d: %s", job, attempts, error, exc_info=error if ours else None)
-        if (ours and attempts >= FAULTS) or (isinstance(error, Unavailable) and outcome.task.final):
+        self._faults[job] = self._faults.get(job, 0) + ours
+        if self._faults[job] >= FAULTS or (isinstance(error, Unavailable) and outcome.task.final):
             if not ours and self.config.demand_budget:
-                self.withheld.begin(job, str(error), self._next_block)
+                self.withheld.begin(job, str(error), self.reader.next_block)
             else:
                 self.unjudged(job, str(error) if not ours else f"{type(error).__name__}: {error}")
             return True
@@ -203,19 +202,28 @@ class Agent:
         self.desk.pause(id, (row.window_end - now) / 4 if row else 0.0)
         return False
 
-    def _judged(self, evidence: Evidence, findings: Findings, seconds: float) -> None:
+    def _judged(self, evidence: Evidence, findings: Findings, seconds: float, now: int) -> None:
         job = evidence.id.hex()
         if evidence.missing and not findings.wrong and self.config.demand_budget:
-            self.withheld.begin(job, "; ".join(evidence.missing), self._next_block)
+            self.withheld.begin(job, "; ".join(evidence.missing), self.reader.next_block)
             return
         receipt = {"job": job, "seconds": round(seconds, 3), **findings.receipt(), "missing": list(evidence.missing)}
-        games = [plan(self.chain.account, evidence.id, verdict, self._next_block) for verdict in findings.wrong]
+        self.metrics.audits.observe(seconds)
+        row = self.store.job(job)
+        if row is not None and now > row.window_end:
+            # SAFETY: nothing can be challenged any more, whatever was found. Whoever runs this must hear of it.
+            receipt["late_seconds"] = now - row.window_end
+            late = "job %s: its audit took %.0f s and outlasted its window by %d s"
+            log.warning(late, job, seconds, now - row.window_end)
+            self.metrics.late.inc()
+        games = [plan(self.chain.account, evidence.id, verdict, self.reader.next_block) for verdict in findings.wrong]
         state = JobState.SUSPECT if games else JobState.UNJUDGED if evidence.missing else JobState.CLEAN
         if state == JobState.UNJUDGED:
             receipt["why"] = "; ".join(evidence.missing)
         for game in games:
             log.warning("challenging %s of job %s: %s", game.segment, job, game.evidence)
         self.store.judged(job, state, receipt, games)
+        self.metrics.jobs.labels(state).inc()
         log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         if not games:
             self.forget(evidence.id)
@@ -223,6 +231,7 @@ class Agent:
     def unjudged(self, job: str, why: str) -> None:
         log.warning("job %s stays unjudged: %s", job, why)
         self.store.judged(job, JobState.UNJUDGED, {"job": job, "why": why})
+        self.metrics.jobs.labels(JobState.UNJUDGED).inc()
         self.forget(bytes.fromhex(job))
 
     def _fetch(self, task: Task) -> Evidence:
@@ -235,113 +244,18 @@ class Agent:
         """
         return judge.audit(evidence)
 
-    # ---- playing
-
-    def play(self, now: int) -> bool:
-        """Takes every game of ours one step further. Returns whether anything was sent."""
-        acted = False
-        for row in sorted(self.store.games(*LIVE, GameState.WON), key=self._urgency):
-            if time.monotonic() < self._rests.get(row.id, (0.0, 0.0))[0]:
-                continue
-            try:
-                acted |= self.advance(row, now)
-                self._rests.pop(row.id, None)
-            except ChainUnreachable:
-                raise
-            except (ContractsError, Unavailable) as error:
-                log.error("game %s: %s", row.id, error)
-                self._rest(row)
-            except Exception:  # one game's fault must not cost the others their clocks
-                log.exception("game %s", row.id)
-                self._rest(row)
-        return acted
-
-    def advance(self, row: GameRow, now: int) -> bool:
-        """One step of one game. Returns whether anything was sent."""
-        id = bytes.fromhex(row.id)
-        if row.state == GameState.WON:
-            return self.share_out(row, now)
-        ended = self.log.ended.get(id)
-        if ended is not None:
-            won = ended.convicted != NOBODY
-            log.info("game %s: %s", row.id, "won" if won else "lost")
-            self._over(row, GameState.WON if won else GameState.LOST)
-            self.collect()
-            return True
-        followed = self.log.games.get(id)
-        if followed is None:
-            return self.open(row, now)
-        if row.state != GameState.OPEN:
-            self.store.mark(row.id, GameState.OPEN)
-        return self.player.step(followed, now)
-
-    def open(self, row: GameRow, now: int) -> bool:
-        """Commits to a challenge, or opens it a block later. Returns whether anything was sent."""
-        id, disputes = bytes.fromhex(row.id), self.chain.disputes
-        segment = segment_of(bytes.fromhex(row.job), verdict_of(row))
-        if any(disputes.state_of(id)):
-            return False  # open or over already; its event comes with the next read
-        job = self.store.job(row.job)
-        if job is None or (now > job.window_end and now > self.chain.escrow.window_end(segment.job)):
-            self._over(row, GameState.DROPPED, "the job's window was over")
-            return False
-        if not disputes.commitment_of(id):
-            if self.chain.escrow.convicted(segment.job, segment.stage):
-                # Once committed it is opened all the same: the oldest commitment earns the stake.
-                self._over(row, GameState.DROPPED, "the stage was convicted by somebody else")
-                return False
-            self._tolerant(lambda: disputes.commit(id), "CommitmentExists")
-            self.store.mark(row.id, GameState.COMMITTED)
-            return True
-        prepared, model = self.charge_of(row), self._judge(row).model
-        self.fund(segment)
-        if prepared.steps:
-            evidence, steps = prepared.evidence, prepared.steps
-            sent = self._tolerant(
-                lambda: disputes.challenge(segment, row.salt, model, evidence, steps), "CommitmentTooRecent"
-            )
-        else:
-            sent = self._tolerant(
-                lambda: disputes.show(segment, row.salt, model, prepared.evidence), "CommitmentTooRecent"
-            )
-        return sent
-
-    def share_out(self, row: GameRow, now: int) -> bool:
-        """After the window, has the convicted stake shared out, unless somebody did, and draws our part."""
-        job = self.store.job(row.job)
-        if job is None or now <= max(job.window_end, self.chain.escrow.window_end(bytes.fromhex(row.job))):
-            return False
-        try:
-            self.release(bytes.fromhex(row.job))
-        except ChainError as error:
-            if error.name != "GamesOpen":  # somebody else's; `release` waits for them
-                raise
-            self._rest(row)
-            return False
-        self.store.mark(row.id, GameState.CLOSED)
-        self.collect()
-        return True
-
-    def release(self, job: bytes) -> None:
-        """Has a void job's locks shared out, unless somebody did."""
-        self._tolerant(lambda: self.chain.escrow.release(job), "AlreadyDone", "WrongStatus")
+    # ---- what games are played from
 
     def charge_of(self, row: GameRow) -> Charge:
-        """The challenge that was planned, built again from the job's data."""
-        judge, verdict = self._judge(row), verdict_of(row)
-        evidence = self.evidence(bytes.fromhex(row.job), judge)
-        return charge(evidence, judge, verdict, lambda: self._case(judge, evidence, verdict))
+        """The challenge that was planned."""
+        return self.games.charge_of(row)
 
     def case(self, judge: Judge, evidence: Dossier, verdict: Verdict) -> Case:
         """What we hold to be true of a piece."""
         return judge.case(evidence, verdict)
 
-    def case_of(self, game: Game) -> Case:
-        """The truth about the piece that a game is over."""
-        judge, place = self.judges[game.model_id], game.segment
-        at = (place.request, place.layer, place.position, place.unit)
-        verdict = Verdict(0.0, place.stage, Kind(place.kind), *at, game.token)
-        return self._case(judge, self.evidence(place.job, judge), verdict)
+    def judge_of(self, row: GameRow) -> Judge:
+        return self.judges[self.chain.escrow.job(bytes.fromhex(row.job)).model]
 
     def evidence(self, id: bytes, judge: Judge) -> Dossier:
         """A job's data as it was when it was audited, from disk and from answered demands. Raises Unavailable."""
@@ -350,60 +264,36 @@ class Agent:
             self._evidence[id] = posted or self.fetcher.load(read_facts(self.chain, id), judge.weights.shape)
         return self._evidence[id]
 
-    def fund(self, segment: Segment) -> None:
-        """Lets Disputes draw the bond."""
-        chain = self.chain
-        bond = chain.disputes.bond_for(segment.job, segment.stage)
-        if chain.token.allowance(chain.account, chain.disputes.address) < bond:
-            chain.token.approve(chain.disputes.address, UNLIMITED)
+    def download(self, id: bytes, judge: Judge, seconds: float) -> None:
+        """Brings what is missing of a job to disk. Raises Unavailable, ContractsError."""
+        self.fetcher.fetch(read_facts(self.chain, id), judge.weights.shape, seconds)
+
+    def release(self, job: bytes) -> None:
+        """Has a void job's locks shared out, unless somebody did."""
+        self.tolerant(lambda: self.chain.escrow.release(job), "AlreadyDone", "WrongStatus")
 
     def collect(self) -> None:
         """Draws what the contracts owe this account."""
-        for door in (self.chain.disputes, self.chain.demands, self.chain.escrow):
-            if door.credit(self.chain.account):
-                door.withdraw()
-
-    def _case(self, judge: Judge, evidence: Dossier, verdict: Verdict) -> Case:
-        """Kept while the job's games live: vectors are computed once."""
-        key = (segment_of(evidence.id, verdict), verdict.token)
-        if key not in self._cases:
-            self._cases[key] = self.case(judge, evidence, verdict)
-        return self._cases[key]
-
-    def _judge(self, row: GameRow) -> Judge:
-        return self.judges[self.chain.escrow.job(bytes.fromhex(row.job)).model]
-
-    def _over(self, row: GameRow, state: GameState, note: str = "") -> None:
-        """A game ended; the job's data go with its last one."""
-        if note:
-            log.warning("game %s: not opened: %s", row.id, note)
-        self.store.mark(row.id, state, note)
-        id = bytes.fromhex(row.id)
-        self.log.forget(id)
-        self.player.forget(id)
-        if not any(game.state in LIVE for game in self.store.games_of(row.job)):
-            self.forget(bytes.fromhex(row.job))
+        with self._collecting:
+            for door in (self.chain.disputes, self.chain.demands, self.chain.escrow):
+                if door.credit(self.chain.account):
+                    self.tolerant(door.withdraw, "NothingToWithdraw")
 
     def forget(self, job: bytes) -> None:
         """Nothing of the job is needed any more."""
-        self._evidence.pop(job, None)
+        self.forget_evidence(job)
         self.withheld.forget(job)
-        self._cases = {key: case for key, case in self._cases.items() if key[0].job != job}
         self.desk.forget(job)
+        self._faults.pop(job.hex(), None)
         self.archive.forget(job)
 
-    def _urgency(self, row: GameRow) -> int:
-        """Seconds that the side to move has left; a game to be opened comes before those."""
-        followed = self.log.games.get(bytes.fromhex(row.id))
-        return remaining_seconds(followed.game, followed.game.turn_started) if followed else 0
-
-    def _rest(self, row: GameRow) -> None:
-        _, before = self._rests.get(row.id, (0.0, 0.5))
-        length = min(2 * before, LONGEST_REST_SECONDS)
-        self._rests[row.id] = (time.monotonic() + length, length)
+    def forget_evidence(self, job: bytes) -> None:
+        """What is kept of it in memory."""
+        self._evidence.pop(job, None)
+        self.games.forget(job)
 
     @staticmethod
-    def _tolerant(send: Callable[[], object], *harmless: str) -> bool:
+    def tolerant(send: Callable[[], object], *harmless: str) -> bool:
         """Sends. Returns False where the contract refused with a harmless error."""
         try:
             send()

@@ -1,11 +1,12 @@
 """Downloads and audits beside the games: a worker that is slow to answer must not cost this watchtower a clock.
 
-Every job has a thread of its own while it is looked at. Audits, which compute, go one after the other. Results come
-back through a queue: store and transactions stay with the thread that plays.
+Every job has a thread of its own while it is looked at. Audits, which compute, go one after the other, the one whose
+window ends first in front. Results come back through a queue: store and transactions stay with the thread that plays.
 """
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
 import time
@@ -20,7 +21,7 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one job. seconds: most that its download may take.
+    """One attempt at one job. seconds: most that its download may take. deadline: the end of its window.
 
     final: whether what is missing after it is not waited for any more.
     """
@@ -29,6 +30,7 @@ class Task:
     judge: Judge
     seconds: float
     final: bool
+    deadline: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Desk:
         self._audit = audit
         self._capacity = capacity
         self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._auditing = threading.Lock()
+        self._turn = threading.Condition()
+        self._waiting: list[tuple[int, bytes]] = []  # a heap of (deadline, job)
+        self._auditing = False
         self._busy: set[bytes] = set()
         self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
 
@@ -86,18 +90,31 @@ class Desk:
     def forget(self, id: bytes) -> None:
         self._pauses.pop(id, None)
 
-    def _work(self, task: Task) -> None:
-        evidence, findings = None, None
-        error: Exception | None = None
+    def _audited(self, task: Task, evidence: Evidence) -> tuple[Findings, float]:
+        """When it is this job's turn: what was found, and in how many seconds."""
+        place = (task.deadline, task.id)
+        with self._turn:
+            heapq.heappush(self._waiting, place)
+            self._turn.wait_for(lambda: not self._auditing and self._waiting[0] == place)
+            heapq.heappop(self._waiting)
+            self._auditing = True
         started = time.monotonic()
+        try:
+            return self._audit(task.judge, evidence), time.monotonic() - started
+        finally:
+            with self._turn:
+                self._auditing = False
+                self._turn.notify_all()
+
+    def _work(self, task: Task) -> None:
+        evidence, findings, seconds = None, None, 0.0
+        error: Exception | None = None
         try:
             evidence = self._fetch(task)
             if task.final or not evidence.missing:
-                with self._auditing:
-                    started = time.monotonic()
-                    findings = self._audit(task.judge, evidence)
+                findings, seconds = self._audited(task, evidence)
             else:
                 error = Unavailable("; ".join(evidence.missing))
         except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
             error = fault
-        self._done.put(Outcome(task, evidence, findings, error, time.monotonic() - started))
+        self._done.put(Outcome(task, evidence, findings, error, seconds))

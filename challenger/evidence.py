@@ -1,11 +1,13 @@
 """What a committed job is made of, complete or in part, and where it lies on disk.
 
-What is on disk was checked against roots on chain before it got its name there, so a game that began is played from
-disk alone: the accused may stop serving, and this process may be killed.
+What is on disk was checked against roots on chain before it got its name there, and its digest was kept: a game that
+began is played from disk alone, the accused may stop serving, this process may be killed, and a disk that changes a bit
+is noticed before money is put on it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -50,41 +52,123 @@ def read_facts(chain: Chain, id: bytes) -> Facts:
     return Facts(id, job, stages, urls, outputs_root, tokens, roots)
 
 
-class Archive:
-    """One folder a job. Files appear whole or not at all."""
+class CorruptEvidence(Unavailable):
+    """A file that is not what was written; names it and both digests."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path, expected: str, actual: str) -> None:
+        super().__init__(f"corrupt evidence: {path}: expected SHA-256 {expected}, the file has {actual}")
+        self.path = path
+
+
+class Ledger(Protocol):
+    """Remembers what was written: SHA-256, hex, of each file of a job (challenger/store.py)."""
+
+    def digest(self, job: str, name: str) -> str | None: ...
+    def keep(self, job: str, name: str, size: int, sha256: str) -> None: ...
+    def drop(self, job: str) -> None: ...
+
+
+class Memory:
+    """A Ledger that lasts as long as its process."""
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[str, str], str] = {}
+
+    def digest(self, job: str, name: str) -> str | None:
+        return self._digests.get((job, name))
+
+    def keep(self, job: str, name: str, size: int, sha256: str) -> None:
+        self._digests[job, name] = sha256
+
+    def drop(self, job: str) -> None:
+        self._digests = {key: digest for key, digest in self._digests.items() if key[0] != job}
+
+
+class Archive:
+    """One folder a job. Files appear whole or not at all, and are what the ledger says of them, or CorruptEvidence."""
+
+    def __init__(self, folder: Path, ledger: Ledger | None = None) -> None:
         self.folder = folder
+        self.ledger = ledger or Memory()
+        self._checked: set[Path] = set()
 
     def read(self, job: bytes, name: str) -> bytes | None:
-        try:
-            return (self.folder / job.hex() / name).read_bytes()
-        except FileNotFoundError:
+        """None for what was never written. Raises CorruptEvidence."""
+        path = self.folder / job.hex() / name
+        if not self._sound(job, path):
             return None
+        return path.read_bytes()
 
     def write(self, job: bytes, name: str, data: bytes) -> None:
         path = self.folder / job.hex() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_bytes(data)
-        os.replace(part, path)
+        self._publish(job, part, path)
 
-    def save(self, job: bytes, stage: int, request: int, trace: RequestTrace) -> None:
-        path = self.trace_path(job, stage, request)
+    def save(self, job: bytes, name: str, trace: RequestTrace) -> None:
+        path = self.folder / job.hex() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         trace.save(part)
-        os.replace(part, path)
+        self._publish(job, part, path)
 
-    def trace_path(self, job: bytes, stage: int, request: int) -> Path:
-        return self.folder / job.hex() / f"{stage}-{request}.safetensors"
+    def holds(self, job: bytes, name: str) -> bool:
+        """Whether a file is there, unread."""
+        return self.ledger.digest(job.hex(), name) is not None and (self.folder / job.hex() / name).exists()
+
+    def trace_path(self, job: bytes, name: str) -> Path:
+        """The file of a trace, once it was found to be what was written. Raises Unavailable, CorruptEvidence."""
+        path = self.folder / job.hex() / name
+        if not self._sound(job, path):
+            raise Unavailable(f"{path} is not on disk")
+        return path
+
+    def doubt(self, job: bytes) -> None:
+        """Has every file of a job compared with its digest again when it is read next: before money is put on it."""
+        self._checked = {path for path in self._checked if path.parent.name != job.hex()}
+
+    def remove(self, path: Path) -> None:
+        self._checked.discard(path)
+        path.unlink(missing_ok=True)
 
     def jobs(self) -> set[str]:
         """Ids, hex, of the jobs that have a folder."""
         return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
 
     def forget(self, job: bytes) -> None:
+        self.doubt(job)
         shutil.rmtree(self.folder / job.hex(), ignore_errors=True)
+        self.ledger.drop(job.hex())
+
+    def _publish(self, job: bytes, part: Path, path: Path) -> None:
+        """The digest first: a file without one counts as not there."""
+        self.ledger.keep(job.hex(), path.name, part.stat().st_size, _sha256(part))
+        os.replace(part, path)
+        self._checked.add(path)
+
+    def _sound(self, job: bytes, path: Path) -> bool:
+        """Whether a file is there. Raises CorruptEvidence."""
+        if path in self._checked and path.exists():
+            return True
+        expected = self.ledger.digest(job.hex(), path.name)
+        if expected is None or not path.exists():
+            return False
+        actual = _sha256(path)
+        if actual != expected:
+            raise CorruptEvidence(path, expected, actual)
+        self._checked.add(path)
+        return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trace_name(stage: int, request: int) -> str:
+    """The file of one request's tensors at one stage."""
+    return f"{stage}-{request}.safetensors"
 
 
 class RecordsTree(Protocol):
@@ -154,10 +238,13 @@ class Evidence:
         return found
 
     def trace(self, stage: int, request: int) -> RequestTrace | None:
-        """One request's tensors at one stage, mapped into memory; None where the stage gave none."""
+        """One request's tensors at one stage, mapped into memory; None where the stage gave none.
+
+        Raises CorruptEvidence.
+        """
         if not self.held[stage]:
             return None
-        return RequestTrace.load(self.archive.trace_path(self.id, stage, request), self.shape)
+        return RequestTrace.load(self.archive.trace_path(self.id, trace_name(stage, request)), self.shape)
 
 
 def received(evidence: Dossier, verdict: Verdict) -> bool:

@@ -9,6 +9,7 @@ downloaded stays on disk: the next attempt goes on from there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from challenger.evidence import Archive, Evidence, Facts, Unavailable
+from challenger.evidence import Archive, CorruptEvidence, Evidence, Facts, Unavailable, trace_name
 from contracts.wire import parse_nodes, parse_outputs, parse_requests
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree, TraceNode, validate_request
 from verifier.referee.floats import Dtype
-from verifier.safetensors_file import MalformedFile
 from verifier.shape import ModelShape
-from verifier.trace import RequestTrace, WrongTrace, tensor_keys, tensor_width
+from verifier.trace import RequestTrace, tensor_keys, tensor_width
+
+log = logging.getLogger("plumb.challenger.fetch")
 
 SILENCE_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # one answer in all; the largest have 4 MiB
@@ -47,6 +49,7 @@ class Fetcher:
 
         Raises Unavailable without requests or outputs; a stage that withholds its trace is named in the evidence.
         """
+        self.archive.doubt(facts.id)
         return asyncio.run(self._fetch(facts, shape, seconds))
 
     def load(self, facts: Facts, shape: ModelShape) -> Evidence:
@@ -101,9 +104,14 @@ class _Collector:
 
     async def _document(self, name: str, path: str, stages: Sequence[int], parse: Callable[[bytes], T]) -> T:
         """A file of records: from disk, else from the first of `stages` that gives a right one."""
-        kept = self.archive.read(self.facts.id, f"{name}.json")
-        if kept is not None:
-            return parse(kept)
+        try:
+            kept = self.archive.read(self.facts.id, f"{name}.json")
+            if kept is not None:
+                return parse(kept)
+        except CorruptEvidence as error:
+            if self.http is None:
+                raise
+            log.error("downloading again: %s", error)
         reasons = []
         for index in dict.fromkeys(stages):
             try:
@@ -171,15 +179,20 @@ class _Collector:
         """Saves tensors if they are those committed to."""
         right = trace.tensors_root == node.tensors_root
         if right:
-            self.archive.save(self.facts.id, index, request, trace)
+            self.archive.save(self.facts.id, trace_name(index, request), trace)
         return right
 
     def _kept(self, index: int, request: int) -> bool:
-        """Whether a request's tensors are on disk, whole."""
-        path = self.archive.trace_path(self.facts.id, index, request)
+        """Whether a request's tensors are on disk. What is not downloaded anyway is read when it is needed."""
+        name = trace_name(index, request)
+        if self.http is None:
+            return self.archive.holds(self.facts.id, name)
         try:
-            return path.exists() and bool(RequestTrace.load(path, self.shape).positions)
-        except (MalformedFile, WrongTrace):  # cut off by a power failure
+            return bool(self.archive.trace_path(self.facts.id, name))
+        except CorruptEvidence as error:
+            log.error("downloading again: %s", error)
+            return False
+        except Unavailable:
             return False
 
     async def _tensor(self, index: int, request: int, key: str, positions: int, end: float) -> Any:

@@ -7,7 +7,7 @@ there raises the contract's error
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -105,13 +105,14 @@ class Addresses:
 class Chain:
     def __init__(
         self,
-        rpc_url: str,
+        rpc_url: str | Sequence[str],
         addresses: Addresses,
         key: LocalAccount | None = None,
         patience_seconds: float = 30.0,
         receipt_seconds: float = 300.0,
     ) -> None:
-        """rpc_url: http(s):// or ws(s)://, else RpcUrlError. Without a key a Chain reads only.
+        """rpc_url: http(s):// or ws(s)://, else RpcUrlError; several are asked as contracts/council.py says. Without a
+        key a Chain reads only.
 
         An unreachable node raises ChainUnreachable after `patience_seconds` of asking.
         """

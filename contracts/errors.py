@@ -3,9 +3,11 @@
 ContractsError
 ├── RpcUrlError         a URL that no node can be asked at
 ├── ChainUnreachable    nobody answers at the URL
+│   └── Disagreement    several nodes answer, and too few of them the same
 ├── AnswerTooLarge      a node's answer that we read no further
 ├── ChainError          a contract refused; carries the custom error's name and arguments
 ├── ReceiptTimeout      sent, but not in a block in time
+├── NonceTaken          sent, but somebody else who holds the key took its place
 ├── KeystoreError       a keystore that cannot be opened
 ├── AddressesError      an addresses file that says something else than seven addresses
 └── BuildError          the compiler refused, or its set-up is incomplete
@@ -30,6 +32,10 @@ class ChainUnreachable(ContractsError):
         super().__init__(f"no answer from the chain at {url} after {attempts} attempts in {seconds:.1f} s: {reason}")
         self.url = url
         self.attempts = attempts
+
+
+class Disagreement(ChainUnreachable):
+    """Not enough nodes say the same."""
 
 
 class AnswerTooLarge(ContractsError):
@@ -57,6 +63,12 @@ class ReceiptTimeout(ContractsError):
     def __init__(self, call: str, transaction: str, seconds: float) -> None:
         super().__init__(f"{call}: transaction {transaction} is in no block after {seconds:.0f} s")
         self.transaction = transaction
+
+
+class NonceTaken(ContractsError):
+    def __init__(self, call: str, nonce: int) -> None:
+        super().__init__(f"{call}: expected nonce {nonce} to be free, another transaction of this account took it")
+        self.nonce = nonce
 
 
 class KeystoreError(ContractsError):

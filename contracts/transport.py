@@ -1,23 +1,33 @@
 """The road to one chain: patient JSON-RPC, calls, signed transactions, logs. Knows no contract by name."""
 
+import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from eth_account.signers.local import LocalAccount
+from eth_account.typed_transactions.typed_transaction import TypedTransaction
 from eth_typing import ChecksumAddress, HexStr
+from eth_utils.address import to_checksum_address
 from hexbytes import HexBytes
 from web3 import Web3
-from web3.exceptions import ContractLogicError, TimeExhausted, TransactionNotFound, Web3RPCError
+from web3.exceptions import BlockNotFound, ContractLogicError, TransactionNotFound, Web3RPCError
 from web3.types import LogReceipt, TxParams, TxReceipt, Wei
 
 from contracts.abi import Function, decode_error
-from contracts.errors import AnswerTooLarge, ChainError, ReceiptTimeout
+from contracts.council import open_council
+from contracts.errors import AnswerTooLarge, ChainError, NonceTaken, ReceiptTimeout
 from contracts.providers import PatientSocket, open_provider
 
 _NONCE_ATTEMPTS = 5
+_RECEIPT_WAIT_SECONDS = 0.05
+_LONGEST_RECEIPT_WAIT_SECONDS = 0.5
+_NONCE_LOOKS = 5
+_RAISE = 5, 4  # of both fees at a replacement; nodes ask for a tenth more, at least
+_REPLACEMENTS = 10  # of one transaction: nine times its first price
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,32 @@ class Receipt:
     calldata_bytes: int
     block: int
     tx: bytes
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A signed transaction, ready to be sent. label: "Disputes.commit"."""
+
+    label: str
+    nonce: int
+    hash: bytes
+    raw: bytes
+
+
+class Journal(Protocol):
+    """Keeps an account's transactions across crashes: each is recorded before it is sent."""
+
+    def record(self, signed: Signed) -> None:
+        """Returns once it cannot be lost any more."""
+
+    def unsettled(self) -> list[Signed]:
+        """Those whose fate is not known, by nonce, replacements behind what they replace."""
+
+    def settle(self, nonce: int, mined: bytes | None, block: int | None = None) -> None:
+        """The hash with this nonce that is in a block, and in which; None: none of ours will ever be in one."""
+
+    def reopen(self, block: int) -> None:
+        """The chain was reorganised: what was mined in `block` or later is not settled any more."""
 
 
 class _Nonces:
@@ -52,16 +88,25 @@ _NONCES = _Nonces()
 
 class Transport:
     def __init__(
-        self, url: str, key: LocalAccount | None, patience_seconds: float = 30.0, receipt_seconds: float = 300.0
+        self,
+        url: str | Sequence[str],
+        key: LocalAccount | None,
+        patience_seconds: float = 30.0,
+        receipt_seconds: float = 300.0,
+        stuck_seconds: float = 30.0,
     ) -> None:
-        """url: http(s):// or ws(s)://. Nothing is sent before the first question. Raises RpcUrlError.
+        """url: http(s):// or ws(s)://; several of one chain are asked as contracts/council.py says. Nothing is sent
+        before the first question. Raises RpcUrlError.
 
-        `receipt_seconds`: how long a transaction may wait for its block.
+        `receipt_seconds`: how long a transaction may wait for its block; `stuck_seconds`: how long at one price.
         """
-        self.url = url
+        urls = (url,) if isinstance(url, str) else tuple(url)
+        self.url = ", ".join(urls)
         self.key = key
         self.receipt_seconds = receipt_seconds
-        provider = open_provider(url, patience_seconds)
+        self.stuck_seconds = stuck_seconds
+        self.journal: Journal | None = None
+        provider = open_provider(urls[0], patience_seconds) if len(urls) == 1 else open_council(urls, patience_seconds)
         self.web3 = Web3(provider)
         if isinstance(provider, PatientSocket):  # Rationale: web3's caches keep a provider long after its last use
             weakref.finalize(self, provider.close).atexit = False
@@ -112,7 +157,7 @@ class Transport:
         transaction["gas"] = self._estimate(transaction, label) if gas is None else gas
         with _NONCES.lock(self.chain_id, key.address):
             sent = self._submit(transaction, key, label)
-        receipt = self._wait(sent, label)
+        receipt = self._follow([sent], transaction, key)
         self.receipts.append(
             Receipt(
                 label,
@@ -126,6 +171,33 @@ class Transport:
         if receipt["status"] != 1:
             raise self._why(transaction, receipt, label)
         return receipt
+
+    def resume(self) -> list[Signed]:
+        """Sends what the journal has not settled once more, the same bytes, and waits until each is in a block or never
+        can be. Returns what it found. To be called before anything is decided anew, while nobody else sends.
+
+        Raises ReceiptTimeout, ChainUnreachable.
+        """
+        found = self.journal.unsettled() if self.journal and self.key else []
+        by_nonce: dict[int, list[Signed]] = {}
+        for signed in found:
+            by_nonce.setdefault(signed.nonce, []).append(signed)
+        for sent in by_nonce.values():
+            assert self.key is not None
+            newest = sent[-1]
+            try:
+                self._broadcast(newest)
+            except Web3RPCError as error:
+                # A node takes no second transaction of a nonce at the same price, and none of a nonce that is used: its
+                # blocks say what became of ours. Anything else it will never take.
+                if not _about_nonce(error) and not any(self._known(HexBytes(each.hash)) for each in sent):
+                    self._settle(newest.nonce, None)
+                    continue
+            try:
+                self._follow(sent, _fields(newest.raw), self.key)
+            except NonceTaken:
+                continue
+        return found
 
     def logs(self, addresses: Sequence[str], from_block: int, to_block: int, step: int) -> Iterator[LogReceipt]:
         """Logs of `addresses` in order, both ends included, `step` blocks a question; fewer where the node, or we,
@@ -152,6 +224,13 @@ class Transport:
             yield from sorted(found, key=lambda log: (log["blockNumber"], log["logIndex"]))
             first = last + 1
 
+    def block_hash(self, block: int) -> bytes | None:
+        """None for a block that the chain does not have (any more)."""
+        try:
+            return bytes(self.web3.eth.get_block(block)["hash"])
+        except BlockNotFound:
+            return None
+
     def _estimate(self, transaction: TxParams, label: str) -> int:
         """A fifth above the node's estimate: the state may move before the block; never above what one block holds."""
         try:
@@ -161,7 +240,7 @@ class Transport:
         limit = self.web3.eth.get_block("latest")["gasLimit"]
         return min(estimate * 6 // 5, limit)
 
-    def _submit(self, transaction: TxParams, key: LocalAccount, label: str) -> HexBytes:
+    def _submit(self, transaction: TxParams, key: LocalAccount, label: str) -> Signed:
         base = self.web3.eth.get_block("latest").get("baseFeePerGas", Wei(0))
         tip = self.web3.eth.max_priority_fee
         transaction["maxPriorityFeePerGas"] = tip
@@ -169,17 +248,34 @@ class Transport:
         refusal: Web3RPCError | None = None
         for _ in range(_NONCE_ATTEMPTS):
             transaction["nonce"] = self.web3.eth.get_transaction_count(key.address, "pending")
-            signed = key.sign_transaction(cast(dict[str, Any], transaction))
+            signed = self._sign(transaction, key, label)
             try:
-                return self.web3.eth.send_raw_transaction(signed.raw_transaction)
+                self._broadcast(signed)
+                return signed
             except Web3RPCError as error:
-                if self._known(signed.hash):
-                    return signed.hash
+                if self._known(HexBytes(signed.hash)):
+                    return signed
+                self._settle(signed.nonce, None)
                 refusal = error
                 if not _about_nonce(error):
                     break
         assert refusal is not None
         raise explain(refusal, label) from refusal
+
+    def _sign(self, transaction: TxParams, key: LocalAccount, label: str) -> Signed:
+        """SAFETY: recorded before anybody else can see it."""
+        made = key.sign_transaction(cast(dict[str, Any], transaction))
+        signed = Signed(label, transaction["nonce"], bytes(made.hash), bytes(made.raw_transaction))
+        if self.journal is not None:
+            self.journal.record(signed)
+        return signed
+
+    def _broadcast(self, signed: Signed) -> None:
+        self.web3.eth.send_raw_transaction(HexBytes(signed.raw))
+
+    def _settle(self, nonce: int, mined: bytes | None, block: int | None = None) -> None:
+        if self.journal is not None:
+            self.journal.settle(nonce, mined, block)
 
     def _known(self, transaction: HexBytes) -> bool:
         try:
@@ -188,11 +284,49 @@ class Transport:
             return False
         return True
 
-    def _wait(self, transaction: HexBytes, label: str) -> TxReceipt:
+    def _follow(self, sent: list[Signed], transaction: TxParams, key: LocalAccount) -> TxReceipt:
+        """Waits until one of `sent`, all of one nonce, is in a block, and raises the price of one that is stuck.
+
+        Raises ReceiptTimeout; NonceTaken where somebody else who holds the key was faster.
+        """
+        label, nonce = sent[0].label, sent[0].nonce
+        started = priced = time.monotonic()
+        pause, missed = _RECEIPT_WAIT_SECONDS, 0
+        while True:
+            receipt = next(filter(None, (self._receipt(each) for each in reversed(sent))), None)
+            if receipt is not None:
+                self._settle(nonce, bytes(receipt["transactionHash"]), receipt["blockNumber"])
+                return receipt
+            missed = missed + 1 if self.web3.eth.get_transaction_count(key.address) > nonce else 0
+            if missed > _NONCE_LOOKS:  # not at once: the block may have come between the two questions
+                self._settle(nonce, None)
+                raise NonceTaken(label, nonce)
+            now = time.monotonic()
+            if now - started > self.receipt_seconds:
+                raise ReceiptTimeout(label, "0x" + sent[-1].hash.hex(), self.receipt_seconds)
+            if now - priced > self.stuck_seconds and len(sent) <= _REPLACEMENTS:
+                sent.append(self._replace(transaction, key, label))
+                priced = now
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RECEIPT_WAIT_SECONDS)
+
+    def _receipt(self, signed: Signed) -> TxReceipt | None:
         try:
-            return self.web3.eth.wait_for_transaction_receipt(transaction, self.receipt_seconds, poll_latency=0.05)
-        except TimeExhausted:
-            raise ReceiptTimeout(label, transaction.to_0x_hex(), self.receipt_seconds) from None
+            return self.web3.eth.get_transaction_receipt(HexBytes(signed.hash))
+        except TransactionNotFound:
+            return None
+
+    def _replace(self, transaction: TxParams, key: LocalAccount, label: str) -> Signed:
+        """The same transaction at a higher price, in the place of the one that is stuck."""
+        base = self.web3.eth.get_block("latest").get("baseFeePerGas", Wei(0))
+        up, down = _RAISE
+        tip = max(int(transaction["maxPriorityFeePerGas"]), 1) * up // down + 1
+        most = max(int(transaction["maxFeePerGas"]) * up // down + 1, 2 * base + tip)
+        transaction["maxPriorityFeePerGas"], transaction["maxFeePerGas"] = Wei(tip), Wei(most)
+        signed = self._sign(transaction, key, label)
+        with contextlib.suppress(Web3RPCError):  # its nonce may be used by now; `_follow` looks at all of them
+            self._broadcast(signed)
+        return signed
 
     def _why(self, transaction: TxParams, receipt: TxReceipt, label: str) -> ChainError:
         """Asks the node to repeat a reverted transaction as a call, for its revert data."""
@@ -221,6 +355,15 @@ def explain(error: Exception, label: str) -> ChainError:
     return ChainError("Rpc", {"message": getattr(error, "message", None) or str(error)}, label)
 
 
+def _fields(raw: bytes) -> TxParams:
+    """A transaction of ours as it was before it was signed."""
+    told = TypedTransaction.from_bytes(HexBytes(raw)).as_dict()
+    names = ("chainId", "nonce", "maxPriorityFeePerGas", "maxFeePerGas", "gas", "to", "value", "data")
+    fields = {name: told[name] for name in names}
+    fields["to"] = to_checksum_address(told["to"]) if told["to"] else b""
+    return cast(TxParams, fields)
+
+
 def _about_nonce(error: Web3RPCError) -> bool:
     text = str(error).lower()
-    return "nonce" in text or "underpriced" in text
+    return any(word in text for word in ("nonce", "underpriced", "already known", "already imported"))

@@ -11,6 +11,7 @@ from challenger.agent import Agent
 from challenger.config import ConfigError
 from challenger.evidence import Evidence, Unavailable
 from challenger.judge import Findings, Judge
+from challenger.reader import KEEP_BLOCKS
 from challenger.store import GameState, JobState
 from contracts.client import Chain, ChainError, ChainUnreachable
 from contracts.events import ChallengeCommitted, GameEnded, GameMoved
@@ -82,12 +83,12 @@ def test_a_wrong_row_is_convicted_once_whatever_is_killed(
         """Kills the process before the first call of each kind, and after the second."""
         real = getattr(owner, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             what = f"{name} {arguments[1] if name == 'mark' else ''}"
             if f"before {what}" not in died:
                 died.add(f"before {what}")
                 raise Killed
-            result = real(*arguments)
+            result = real(*arguments, **named)
             if f"after {what}" not in died:
                 died.add(f"after {what}")
                 raise Killed
@@ -128,8 +129,10 @@ def test_a_wrong_row_is_convicted_once_whatever_is_killed(
     (end,) = place.events(GameEnded, job, config)
     assert (end.convicted, end.reason) == (STAGE, 1)
     assert agent.chain.escrow.convicted(job, STAGE) and not agent.chain.escrow.convicted(job, 0)
+    place.devnet.mine(KEEP_BLOCKS)
     agent = place.agent(config)
     agent.tick()  # draws what the kill left behind
+    agent.tick()  # and deletes what no reorganisation can bring back
     assert agent.chain.token.balance(agent.chain.account) > before
     assert kill != "at every write" or len(died) > 12
     assert not (config.data / "jobs" / job.hex()).exists()
@@ -193,7 +196,7 @@ def test_a_job_without_outputs_stays_unjudged_and_others_go_on(place: Place, hon
     place.devnet.pass_seconds(25)
     assert place.judged(agent, refused) == JobState.UNJUDGED
     late = place.town.commit(honest, window=20)
-    agent.read()
+    agent.reader.read()
     place.devnet.pass_seconds(21)
     assert place.judged(agent, late) == JobState.UNJUDGED
     row = agent.store.job(late.hex())
@@ -287,13 +290,13 @@ def test_a_fault_in_one_game_costs_no_other(place: Place, spoilt: Served, monkey
 
     monkeypatch.setattr(agent, "charge_of", charge_of)
     for fault in list(faults):
-        agent._rests.clear()
+        agent.games.rests.clear()
         faults[0] = fault
         agent.tick()
         place.devnet.mine()
     assert [place.events(GameMoved, job, config) != [] for job in jobs] == [False, True]
     faults[0] = ChainUnreachable("nowhere", 1, 0.0, "gone")
-    agent._rests.clear()
+    agent.games.rests.clear()
     with pytest.raises(ChainUnreachable):  # nothing can be done for any game; `run` tries again
         agent.tick()
 
@@ -333,9 +336,9 @@ def test_one_process_a_data_folder(place: Place, tmp_path: Path) -> None:
 
 def test_a_node_that_lags_turns_nothing_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = place.agent(place.config("lag"))
-    agent.read()
-    seen = agent._next_block
+    agent.reader.read()
+    seen = agent.reader.next_block
     monkeypatch.setattr(Chain, "block_number", lambda self: seen - 5)
     monkeypatch.setattr(Chain, "events", lambda self, first, last: pytest.fail("asked a node that lags"))
-    agent.read()
-    assert agent._next_block == seen
+    agent.reader.read()
+    assert agent.reader.next_block == seen

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import challenger.fetch
-from challenger.evidence import Archive, Unavailable
+from challenger.evidence import Archive, Unavailable, trace_name
 from challenger.fetch import Fetcher
 from challenger.judge import Judge
 from tests.challenger.town import Hall, Misbehaviour, Served, facts, model, say, serve
@@ -88,7 +88,7 @@ def test_an_interrupted_download_goes_on(weights: Weights, honest: Served, hall:
     evidence = fetcher.fetch(known, weights.shape, 20.0)
     assert evidence.held == (False, False) and "503" in evidence.missing[0]
     hall.misbehave, before = listen, len(asked)
-    torn = fetcher.archive.trace_path(known.id, 1, 0)
+    torn = fetcher.archive.trace_path(known.id, trace_name(1, 0))
     torn.write_bytes(torn.read_bytes()[:100])  # a power failure
     assert fetcher.fetch(known, weights.shape, 20.0).missing == ()
     again = asked[before:]
@@ -206,7 +206,7 @@ def test_other_tensors_than_those_committed_to(weights: Weights, honest: Served,
     hall.misbehave = lambda handler, path: change_tensor(handler, path, hall)
     evidence = fetcher.fetch(known, weights.shape, 20.0)
     assert evidence.held == (False, True) and "not those committed to" in evidence.missing[0]
-    assert not fetcher.archive.trace_path(known.id, 0, 0).exists()
+    assert not fetcher.archive.holds(known.id, trace_name(0, 0))
 
 
 @pytest.mark.parametrize("rows", [b"", b"123", bytes(1 << 20)])

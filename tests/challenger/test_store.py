@@ -12,8 +12,8 @@ from verifier.program import Kind
 def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'x.db'}")
     assert store.next_block(7) == 7
-    store.advance(100, [("aa", 5)])
-    store.advance(100, [("aa", 5)])
+    store.advance(100, [("aa", 5, 1)])
+    store.advance(100, [("aa", 5, 1)])
     assert store.next_block(7) == 100
     game = GameRow(id="g", job="aa", segment={}, salt=bytes(32), block=40)
     store.judged("aa", JobState.SUSPECT, {}, [game])
@@ -25,7 +25,7 @@ def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
 
 def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'x.db'}")
-    store.advance(5, [("11" * 32, 9)])
+    store.advance(5, [("11" * 32, 9, 1)])
     for ratio, kind in ((1.25, Kind.MLP), (float("inf"), Kind.STOP)):
         verdict = Verdict(ratio, 2, kind, 3, 4, 5, 0xFFFFFFFF, 7, reason="because")
         row = plan(dev_account(0).address, b"\x11" * 32, verdict, 5)
