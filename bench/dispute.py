@@ -14,7 +14,7 @@ from typing import Any
 
 from bench._court import JUDGED, Batch, Court, Played
 from bench._layer import STAGES, LayerWeights, served, shape_named
-from bench._liar import WrongAt
+from bench._liar import Liar, Lie
 from verifier.canonical import Case
 from verifier.game import Segment
 from verifier.program import Kind
@@ -106,7 +106,7 @@ def _games(
                     continue
                 truth = cases[not accuses]
                 elements = len(truth.vector(step))
-                lie = WrongAt(truth, step, elements - 1 - elements // 3, truth.chunks(step) - 1, accuses)
+                lie = Liar(truth, [Lie(step, elements - 1 - elements // 3, truth.chunks(step) - 1)], accuses)
                 at = replace(segment, job=court.job(truth.model, batch))
                 worker, challenger = (truth, lie) if accuses else (lie, truth)
                 played = court.play(at, truth.model, batch.evidence(weights, kind), worker, challenger)
