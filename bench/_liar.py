@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
-from typing import Protocol
 
 import numpy as np
 
@@ -211,12 +210,6 @@ def _delta(truth: Case, step: int) -> int:
 
 
 # ---- who plays
-
-
-class Player(Protocol):
-    """One side. Says None when it has nothing to say."""
-
-    def answer(self, game: Game, posted: bytes, steps: bytes) -> Move | Proof | None: ...
 
 
 class Solver:

@@ -6,7 +6,7 @@ profile and right under a loose one: one trace makes both a guilty and an innoce
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -191,8 +191,8 @@ class Market:
 
     def batch(self, tight: bool, served: Served, requests: tuple[Request, ...] = REQUESTS) -> "Batch":
         """A job in its window. tight: under the profile nothing random passes; requests: with REQUESTS' prompts."""
-        profile = self.profile(tight)
-        model = identify(self.weights, profile)
+        unplaced = self.unplaced(tight, served, requests)
+        model = unplaced.model
         requester = self.chain(REQUESTER)
         model_id = requester.models.register(model)
         self._nonce += 1
@@ -216,7 +216,12 @@ class Market:
             grace=GRACE_SECONDS,
             nonce=self._nonce,
         )
-        return Batch(at, served, model, profile, self.weights, requests)
+        return replace(unplaced, job=at)
+
+    def unplaced(self, tight: bool, served: Served, requests: tuple[Request, ...] = REQUESTS) -> "Batch":
+        """The same without a job, to compute with."""
+        profile = self.profile(tight)
+        return Batch(bytes(32), served, identify(self.weights, profile), profile, self.weights, requests)
 
 
 @dataclass(frozen=True)
