@@ -4,18 +4,20 @@ The referee of the games: it makes the moves that players ask for, plays copier,
 holds the contracts to what they must refuse. What it finds wrong is an `Unfair`.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from random import Random
 from typing import Any, Protocol, cast
+from urllib.parse import urlsplit
 
-import httpx
 from eth_account.signers.local import LocalAccount
 from hexbytes import HexBytes
-from web3.types import TxParams, TxReceipt
+from web3.types import TxReceipt
 
 from bench._market import CHALLENGER, STRANGER, WORKERS
-from contracts.abi import decode_event, event_topics
+from contracts.abi import decode_error, decode_event, event_topics
 from contracts.client import ChainError, challenge_id
 from contracts.doors import DisputesDoor
 from contracts.events import EVENTS, Credited, Event, GameEnded, GameMoved
@@ -100,6 +102,15 @@ class _Live:
     last: tuple[int, Game, Answer] | None = field(default=None)
 
 
+class NodeError(Exception):
+    """The node answered with an error."""
+
+    def __init__(self, method: str, error: dict[str, Any]) -> None:
+        super().__init__(f"{method}: {error.get('message')}")
+        told = error.get("data")
+        self.data = bytes.fromhex(told[2:]) if isinstance(told, str) else b""
+
+
 class _Unlocked(Transport):
     """Sends from an account that the node itself holds, with a fixed gas limit; `heard` gets every receipt."""
 
@@ -110,9 +121,8 @@ class _Unlocked(Transport):
     def send_raw(self, to: str | None, data: bytes, label: str, gas: int | None = None) -> TxReceipt:
         limit = gas or MOVE_GAS_LIMIT
         sender = cast(LocalAccount, self.key).address
-        told = self._node.ask(
-            "eth_sendTransactionSync", {"from": sender, "to": to, "data": "0x" + data.hex(), "gas": hex(limit)}
-        )
+        transaction = {"from": sender, "to": to, "data": "0x" + data.hex(), "gas": hex(limit)}
+        told = self._node.ask("eth_sendTransactionSync", transaction)
         receipt = cast(
             TxReceipt,
             {
@@ -126,23 +136,33 @@ class _Unlocked(Transport):
         used, block = receipt["gasUsed"], receipt["blockNumber"]
         self.receipts.append(Receipt(label, sender, used, len(data), block, bytes(receipt["transactionHash"])))
         if receipt["status"] != 1:
-            transaction = cast(TxParams, {"from": sender, "to": to, "data": HexBytes(data), "gas": limit})
-            raise self._why(transaction, receipt, label)
+            raise self._reason(transaction, told["blockNumber"], label)
         self._heard(receipt)
         return receipt
+
+    def _reason(self, transaction: dict[str, Any], block: str, label: str) -> ChainError:
+        """What the contract said, by the same call on the state that the refusal left as it was."""
+        try:
+            self._node.ask("eth_call", transaction, block)
+        except NodeError as error:
+            data = error.data
+            return decode_error(data, label) if data else ChainError("Reverted", {}, label)
+        return ChainError("Reverted", {}, label)
 
 
 class _Node:
     """A development node, asked over one connection."""
 
     def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=60.0, trust_env=False)
+        self._http = HTTPConnection(urlsplit(url).netloc, timeout=60.0)
 
     def ask(self, method: str, *parameters: Any) -> Any:
+        """The result. Raises NodeError for an error."""
         request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": parameters}
-        answer = self._http.post("/", json=request).raise_for_status().json()
+        self._http.request("POST", "/", json.dumps(request), {"Content-Type": "application/json"})
+        answer = json.loads(self._http.getresponse().read())
         if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
+            raise NodeError(method, answer["error"])
         return answer["result"]
 
     def close(self) -> None:
@@ -182,7 +202,7 @@ class Arena:
         id = challenge_id(dev_account(CHALLENGER).address, segment, salt)
         if copied:
             self.door(COPIER).commit(id)
-            self.refused("CommitmentExists", lambda: self.door(CHALLENGER).commit(id))
+            self.refused("CommitmentExists", self.door(CHALLENGER).commit, id)
         else:
             self.door(CHALLENGER).commit(id)
         return salt
@@ -194,14 +214,14 @@ class Arena:
         salt = self.commit(segment, manners.copied)
         if manners.copied:
             copy = (segment, salt, model, evidence, steps)
-            self.refused("UnknownCommitment", lambda: self.door(COPIER).challenge(*copy))
+            self.refused("UnknownCommitment", self.door(COPIER).challenge, *copy)
         return self.door(CHALLENGER).challenge(segment, salt, model, evidence, steps)
 
     def show(self, segment: Segment, model: Model, evidence: Sequence[Opening], manners: Manners = Manners()) -> bytes:
         """Commits and shows. Returns the game's id; raises ChainError if what is shown is refused."""
         salt = self.commit(segment, manners.copied)
         if manners.copied:
-            self.refused("UnknownCommitment", lambda: self.door(COPIER).show(segment, salt, model, evidence))
+            self.refused("UnknownCommitment", self.door(COPIER).show, segment, salt, model, evidence)
         return self.door(CHALLENGER).show(segment, salt, model, evidence)
 
     # ---- playing
@@ -225,8 +245,8 @@ class Arena:
             self._check_money(opened.game, end, live)
         if manners.settled and live.last is not None:
             index, game, answer = live.last
-            self.refused("WrongState", lambda: self._send(index, id, game, answer))
-            self.refused("WrongState", lambda: self.door(STRANGER).flag(id, game))
+            self.refused("WrongState", self._send, index, id, game, answer)
+            self.refused("WrongState", self.door(STRANGER).flag, id, game)
         self._log.forget(id)
         return Ended(end.convicted, end.reason, live.moves, live.silenced)
 
@@ -236,8 +256,8 @@ class Arena:
         index = self._account(game, manners)
         if live.last is not None and manners.repeated:
             before, state, answer = live.last
-            self.refused("WrongState", lambda: self._send(before, live.id, state, answer))
-            self.refused("NotYourTurn", lambda: self._send(before, live.id, game, answer))
+            self.refused("WrongState", self._send, before, live.id, state, answer)
+            self.refused("NotYourTurn", self._send, before, live.id, game, answer)
         answer_ = live.players[works].answer(game, seen.list, seen.steps)
         silent = live.silence is not None and live.silence.worker == works and live.moves >= live.silence.from_move
         if answer_ is None or silent or live.tries == 0:
@@ -247,7 +267,7 @@ class Arena:
         self._around(live, game, answer_)
         deadline = game.turn_started + remaining_seconds(game, game.turn_started)
         if manners.hasty and self._at(deadline - 1):
-            self.refused("FlagNotFallen", lambda: self.door(STRANGER).flag(live.id, game))
+            self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
         if manners.last_second:
             self._at(deadline)
         try:
@@ -266,16 +286,16 @@ class Arena:
         others = [STRANGER] * live.manners.strange + [COPIER] * live.manners.copied
         other = CHALLENGER if game.worker_turn else WORKERS[game.segment.stage]
         for index in [*others, *[other] * live.manners.strange]:
-            self.refused("NotYourTurn", lambda index=index: self._send(index, live.id, game, answer))
+            self.refused("NotYourTurn", self._send, index, live.id, game, answer)
 
     def _run_out(self, live: _Live, index: int, game: Game, answer: Answer | None) -> None:
         """The mover's time passes; anybody calls the flag."""
         deadline = game.turn_started + remaining_seconds(game, game.turn_started)
         if live.manners.hasty and self._at(deadline):
-            self.refused("FlagNotFallen", lambda: self.door(STRANGER).flag(live.id, game))
+            self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
         self._at(deadline + 1)
         if live.manners.late and answer is not None:
-            self.refused("FlagFallen", lambda: self._send(index, live.id, game, answer))
+            self.refused("FlagFallen", self._send, index, live.id, game, answer)
         other = CHALLENGER if game.worker_turn else WORKERS[game.segment.stage]
         self.door(STRANGER if live.manners.strange else other).flag(live.id, game)
         live.moves += 1
@@ -297,20 +317,20 @@ class Arena:
 
     # ---- checking
 
-    def refused(self, name: str, call: Callable[[], Any]) -> None:
-        """`call` must be refused by that error. Raises Unfair."""
+    def refused(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
+        """`call` of the arguments must be refused by that error. Raises Unfair."""
         try:
-            call()
+            call(*arguments)
         except ChainError as error:
             if error.name != name:
                 raise Unfair(f"expected {name}, got {error}") from error
             return
         raise Unfair(f"expected {name}, and it was taken")
 
-    def refused_by_name(self, call: Callable[[], Any]) -> str:
-        """`call` must be refused, for a reason that has a name, which is returned. Raises Unfair."""
+    def refused_by_name(self, call: Callable[..., Any], *arguments: Any) -> str:
+        """`call` of the arguments must be refused for a reason that has a name, which is returned. Raises Unfair."""
         try:
-            call()
+            call(*arguments)
         except ChainError as error:
             return self._named(error)
         raise Unfair("expected a refusal, and it was taken")

@@ -29,17 +29,17 @@ from verifier.referee.codec import BLOCK, Opening, handoff_row, handoff_token
 
 CHALLENGED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 SHOWN = (Kind.EMBED, Kind.LINK, Kind.STOP, Kind.BILL, Kind.LENGTH)
-SHOWN_SHARE, SILENT_SHARE, CENSUS_SHARE, SEVERAL_SHARE = 0.2, 0.15, 0.65, 0.2
+SHOWN_SHARE, SILENT_SHARE, CENSUS_SHARE, SEVERAL_SHARE = 0.2, 0.2, 0.65, 0.2
 PLACES = 4  # of each kind: layers, positions, units
 POSITIONS = (0, 1, 254, 255, 256, 511, 512, 597, 599)
 FAULTS = 4  # batches with faults that are shown
 VOCABULARY = 300
 RENEWED_SECONDS = 20 * 86_400  # of a job's window of 30 days
 DRAWN = (
-    {"temperature": 40_000, "top_k": 200, "top_p": 60_000, "seed": (1 << 64) - 3},
-    {"temperature": 1 << 16, "top_k": 1, "seed": 5},
-    {"temperature": 90_000, "top_p": 50, "seed": 6},
-    {"temperature": 20_000, "seed": 7},
+    replace(LONG, temperature=40_000, top_k=200, top_p=60_000, seed=(1 << 64) - 3),
+    replace(LONG, temperature=1 << 16, top_k=1, seed=5),
+    replace(LONG, temperature=90_000, top_p=50, seed=6),
+    replace(LONG, temperature=20_000, seed=7),
 )
 GREEDY = -1
 BILLS = {
@@ -151,7 +151,7 @@ class Docket:
         honest: Player = Solver(piece.case)
         silence = None
         if silent < SILENT_SHARE:
-            silence = Silence(worker=random.random() < 0.5, from_move=random.randint(1, 5))
+            silence = Silence(worker=random.random() < 0.5, from_move=random.choice((1, 2, 2, 3, 4, 5)))
         kind = Kind(piece.segment.kind).name
         self.told = f"{kind} {piece.segment}, {'worker' if guilty else 'challenger'} lies {lies}, {manners}, {silence}"
 
@@ -185,9 +185,7 @@ class Docket:
         variants: list[tuple[list[Opening], bytes]] = [(tampered(random, evidence), steps), (evidence, steps[:-32])]
         variants.append((evidence, steps[:-32] + random.randbytes(32)))
         for openings, roots in variants:
-            self._arena.refused_by_name(
-                lambda openings=openings, roots=roots: self._arena.challenge(segment, batch.model, openings, roots)
-            )
+            self._arena.refused_by_name(self._arena.challenge, segment, batch.model, openings, roots)
 
     def _piece(self, kind: Kind, guilty: bool, place: int, random: Random) -> Piece:
         shape = self._market.weights.shape
@@ -255,10 +253,9 @@ class Docket:
         segment = batch.segment(kind, stage, layer, position, unit, request)
         self.told = f"{kind.name} {segment}, challenger lies, {manners}"
         evidence = batch.shown(segment)
-        self._arena.refused("NotWrong", lambda: self._arena.show(segment, batch.model, evidence, manners))
+        self._arena.refused("NotWrong", self._arena.show, segment, batch.model, evidence, manners)
         for _ in range(2):
-            openings = tampered(random, evidence)
-            self._arena.refused_by_name(lambda openings=openings: self._arena.show(segment, batch.model, openings))
+            self._arena.refused_by_name(self._arena.show, segment, batch.model, tampered(random, evidence))
         return Played(kind.name, "challenger", NOBODY, 0)
 
     def _faulty(self, kind: Kind, random: Random) -> list[Exhibit]:
@@ -380,7 +377,7 @@ def tampered(random: Random, evidence: list[Opening]) -> list[Opening]:
 def _requests(drawn: int) -> tuple[Request, ...]:
     if drawn == GREEDY:
         return REQUESTS
-    return (SHORT, replace(LONG, **DRAWN[drawn]))
+    return (SHORT, DRAWN[drawn])
 
 
 def _segment(kind: Kind, stage: int, layer: int, position: int, unit: int, request: int = LONG_AT) -> Segment:
