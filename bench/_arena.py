@@ -20,7 +20,7 @@ from bench._market import CHALLENGER, STRANGER, WORKERS
 from contracts.abi import decode_error, decode_event, event_topics
 from contracts.client import ChainError, challenge_id
 from contracts.doors import DisputesDoor
-from contracts.events import EVENTS, Credited, Event, GameEnded, GameMoved
+from contracts.events import EVENTS, Credited, Event, GameEnded
 from contracts.play import GameLog
 from contracts.transport import Receipt, Transport
 from deploy.devnet import Devnet
@@ -179,8 +179,7 @@ class Arena:
         self._doors: dict[int, DisputesDoor] = {}
         self._topics = event_topics("Disputes")
         self._log, self._credited = GameLog(), dict[bytes, dict[str, int]]()
-        self._salt = 0
-        self.now = 0  # of the last block in which a game moved
+        self._salt, self._kept = 0, ""
         self._node.ask("anvil_setBlockTimestampInterval", 1)
 
     def close(self) -> None:
@@ -192,6 +191,18 @@ class Arena:
             transport = _Unlocked(self._url, dev_account(index), self._node, self._heard)
             self._doors[index] = DisputesDoor(transport, self._disputes)
         return self._doors[index]
+
+    def keep(self) -> None:
+        """Remembers the chain as it is, for `put_back`."""
+        self._kept = self._node.ask("evm_snapshot")
+
+    def put_back(self) -> None:
+        """Makes the chain what it was at `keep`.
+
+        Rationale: the node hashes its whole state for every block; thousands of games that ended would slow it down.
+        """
+        self._node.ask("evm_revert", self._kept)
+        self.keep()
 
     # ---- opening
 
@@ -363,8 +374,6 @@ class Arena:
             if isinstance(event, Credited):
                 account = self._credited.setdefault(event.id, {})
                 account[event.account] = account.get(event.account, 0) + event.amount
-            elif isinstance(event, GameMoved):
-                self.now = max(self.now, event.game.turn_started)
 
     def _at(self, timestamp: int) -> bool:
         """Gives the next block that time, unix seconds; False if it is later already."""

@@ -34,7 +34,7 @@ PLACES = 4  # of each kind: layers, positions, units
 POSITIONS = (0, 1, 254, 255, 256, 511, 512, 597, 599)
 FAULTS = 4  # batches with faults that are shown
 VOCABULARY = 300
-RENEWED_SECONDS = 20 * 86_400  # of a job's window of 30 days
+ROUND = 40  # games between two returns of the chain to where it was: far less than a job's window
 DRAWN = (
     replace(LONG, temperature=40_000, top_k=200, top_p=60_000, seed=(1 << 64) - 3),
     replace(LONG, temperature=1 << 16, top_k=1, seed=5),
@@ -99,7 +99,6 @@ class Docket:
 
     def __init__(self, market: Market, arena: Arena, seed: int) -> None:
         self._market, self._arena = market, arena
-        self._batches: dict[Ground, tuple[Batch, int]] = {}
         self._served = {"right": serve(market.weights)}
         self.told = ""  # what the last game was about
         random = Random(f"{seed}/docket")
@@ -117,9 +116,20 @@ class Docket:
         random.shuffle(self._census)
         self.census_size, self.census_played = len(self._census), 0
         self._exhibits = {kind: self._faulty(kind, random) for kind in SHOWN}
+        shown = [exhibit.ground for exhibits in self._exhibits.values() for exhibit in exhibits]
+        challenged = [piece.ground for pieces in self._pieces.values() for piece in pieces]
+        self._batches = {
+            ground: market.batch(ground.tight, self._served[ground.served], _requests(ground.drawn))
+            for ground in dict.fromkeys([*shown, *challenged])
+        }
+        self._played = 0
+        arena.keep()
 
     def play(self, number: int, random: Random) -> Played:
         """One game, drawn from `random`. Raises Unfair."""
+        self._played += 1
+        if self._played % ROUND == 0:
+            self._arena.put_back()
         manners = Manners.drawn(random)
         if random.random() < SHOWN_SHARE:
             return self._exact(random, manners)
@@ -155,7 +165,7 @@ class Docket:
         kind = Kind(piece.segment.kind).name
         self.told = f"{kind} {piece.segment}, {'worker' if guilty else 'challenger'} lies {lies}, {manners}, {silence}"
 
-        batch = self._batch(piece.ground)
+        batch = self._batches[piece.ground]
         segment = replace(piece.segment, job=batch.job)
         steps = b"".join((piece.case if guilty else liar_case).steps())
         evidence = batch.evidence(segment)
@@ -215,7 +225,7 @@ class Docket:
         if random.random() < 0.4:
             return self._false_show(kind, random, manners)
         exhibit = random.choice(self._exhibits[kind])
-        batch = self._batch(exhibit.ground)
+        batch = self._batches[exhibit.ground]
         segment = replace(exhibit.segment, job=batch.job)
         by_sender = exhibit.handed is not None and random.random() < 0.5
         silent = by_sender and random.random() < 0.2
@@ -233,7 +243,7 @@ class Docket:
 
     def _false_show(self, kind: Kind, random: Random, manners: Manners) -> Played:
         """A right segment is shown, as it is and tampered with."""
-        batch = self._batch(Ground(True))
+        batch = self._batches[Ground(True)]
         request = random.randrange(2) if kind != Kind.LENGTH else 0
         last = (len(SHORT.prompt), len(LONG.prompt))[request] + (len(SHORT_TOKENS), len(LONG_TOKENS))[request] - 1
         position, layer, stage = random.randrange(last), random.randrange(2), 1
@@ -326,17 +336,6 @@ class Docket:
         key = self._market.signer(stage)
         signature = self._market.chain(STRANGER).sign_handoff(batch.job, stage, tree.root, tree.leaves, key)
         return HandoffProof(tree.root, tree.leaves, index, records[index], tree.opening(index).siblings, signature)
-
-    # ---- batches
-
-    def _batch(self, ground: Ground) -> Batch:
-        """A job on this ground, in its window."""
-        held = self._batches.get(ground)
-        if held is None or self._arena.now > held[1] + RENEWED_SECONDS:
-            opened = self._market.chain(STRANGER).block_timestamp()
-            held = self._market.batch(ground.tight, self._served[ground.served], _requests(ground.drawn)), opened
-            self._batches[ground] = held
-        return held[0]
 
     def _unplaced(self, ground: Ground) -> Batch:
         """The same without a job."""

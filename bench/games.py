@@ -42,7 +42,7 @@ def run(games: int = 10_000, seed: int = 1, first: int = 0) -> dict[str, Any]:
     failures: list[str] = []
     depths: Counter[str] = Counter()
     started = perf_counter()
-    with tempfile.TemporaryDirectory() as folder, Devnet(keep_blocks=64) as devnet:
+    with tempfile.TemporaryDirectory() as folder, Devnet() as devnet:
         market = Market(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), _weights(Path(folder)))
         market.settle_in()
         market.chain(CHALLENGER).disputes.deposit(FUNDS // 2)

@@ -68,13 +68,11 @@ class Devnet:
         gas_limit: int | None = None,
         timestamp: int | None = None,
         code_size_limit: int | None = None,
-        keep_blocks: int | None = None,
     ) -> None:
         """block_seconds:
 
         a block each so often; None: a block a transaction. `state` keeps the chain across runs. Accounts 0.. of
-        deploy/keys.py hold ether. code_size_limit: bytes of a contract, EIP-170's by default. keep_blocks: how far
-        back states and transactions are kept; by default further than most tests go.
+        deploy/keys.py hold ether. code_size_limit: bytes of a contract, EIP-170's by default.
         """
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -94,9 +92,6 @@ class Devnet:
             self._command += ["--timestamp", str(timestamp)]
         if code_size_limit is not None:
             self._command += ["--code-size-limit", str(code_size_limit)]
-        if keep_blocks is not None:
-            kept = str(keep_blocks)
-            self._command += [f"--prune-history={kept}", "--transaction-block-keeper", kept]
         self._log_path = log
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
