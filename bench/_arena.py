@@ -21,7 +21,7 @@ from contracts.abi import decode_error, decode_event, event_topics
 from contracts.client import ChainError, challenge_id
 from contracts.doors import DisputesDoor
 from contracts.events import EVENTS, Credited, Event, GameEnded
-from contracts.play import GameLog
+from contracts.play import Followed, GameLog
 from contracts.transport import Receipt, Transport
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
@@ -177,6 +177,7 @@ class Arena:
         self._node = _Node(devnet.url)
         self._url, self._disputes = devnet.url, disputes
         self._doors: dict[int, DisputesDoor] = {}
+        self._transports: dict[int, _Unlocked] = {}
         self._topics = event_topics("Disputes")
         self._log, self._credited = GameLog(), dict[bytes, dict[str, int]]()
         self._salt, self._kept = 0, ""
@@ -188,9 +189,13 @@ class Arena:
     def door(self, index: int) -> DisputesDoor:
         """Disputes, for development account `index`."""
         if index not in self._doors:
-            transport = _Unlocked(self._url, dev_account(index), self._node, self._heard)
-            self._doors[index] = DisputesDoor(transport, self._disputes)
+            self._doors[index] = DisputesDoor(self._transport(index), self._disputes)
         return self._doors[index]
+
+    def _transport(self, index: int) -> _Unlocked:
+        if index not in self._transports:
+            self._transports[index] = _Unlocked(self._url, dev_account(index), self._node, self._heard)
+        return self._transports[index]
 
     def keep(self) -> None:
         """Remembers the chain as it is, for `put_back`."""
@@ -325,6 +330,19 @@ class Arena:
         if not game.worker_turn:
             return CHALLENGER
         return WORKERS[game.segment.stage] + SIGNERS_FROM * manners.by_signer
+
+    def attempt(self, index: int, data: bytes) -> tuple[str, int]:
+        """Sends a call's bytes to Disputes: the name of its refusal, "" if it was taken, and the gas that it cost."""
+        transport = self._transport(index)
+        try:
+            transport.send_raw(self._disputes, data, "Disputes")
+        except ChainError as error:
+            return error.name, transport.receipts[-1].gas
+        return "", transport.receipts[-1].gas
+
+    def seen(self, id: bytes) -> Followed:
+        """A game in play."""
+        return self._log.games[id]
 
     # ---- checking
 

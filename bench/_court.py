@@ -1,7 +1,7 @@
 """A chain with jobs on it, and whole games played there by two parties that each believe their own case."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ CLOCK_SECONDS, GRACE_SECONDS, GAS_RATE = 1000, 100, 10**9
 REQUESTS, JUDGED = 64, 41  # a batch, and the request that is judged
 REQUESTER, CHALLENGER, STRANGER, FIRST_WORKER = 3, 4, 5, 6
 FUNDS = 10**30
+LEAST_LOCK = 10**17  # what the jobs of small models lock; a long history of a large one must be covered by more
 FLAG = 2
 NOBODY = 255
 GREEDILY: Mapping[str, int] = {}
@@ -55,9 +56,10 @@ def in_window(
     keys, roots: signer and trace root of each stage; outputs, tokens: what the last one claims; terms: of the Job.
     """
     now = requester.block_timestamp()
-    prices: dict[str, Any] = {"prompt_price": 1000, "token_price": 2000, "lock": 10**17, "gas_rate": GAS_RATE}
+    prices: dict[str, Any] = {"prompt_price": 1000, "token_price": 2000, "lock": 0, "gas_rate": GAS_RATE}
     times: dict[str, Any] = {"accept_by": now + 1000, "commit_by": now + 2000, "window": 30 * 86400}
-    job = requester.escrow.open(Job(model=model, **prices, **times, **terms))
+    order = Job(model=model, **prices, **times, **terms)
+    job = requester.escrow.open(replace(order, lock=max(LEAST_LOCK, requester.escrow.least_lock(order))))
     signed = [requester.sign_accept(job, s, model, key) for s, key in enumerate(keys)]
     requester.escrow.accept(job, [Acceptance(s, signature) for s, signature in enumerate(signed)])
     claims = []

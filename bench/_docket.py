@@ -29,7 +29,7 @@ from verifier.referee.codec import BLOCK, Opening, handoff_row, handoff_token
 
 CHALLENGED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 SHOWN = (Kind.EMBED, Kind.LINK, Kind.STOP, Kind.BILL, Kind.LENGTH)
-SHOWN_SHARE, SILENT_SHARE, CENSUS_SHARE, SEVERAL_SHARE = 0.2, 0.2, 0.65, 0.2
+SHOWN_SHARE, SILENT_SHARE, NONSENSE_SHARE = 0.5, 0.2, 0.4
 PLACES = 4  # of each kind: layers, positions, units
 POSITIONS = (0, 1, 254, 255, 256, 511, 512, 597, 599)
 FAULTS = 4  # batches with faults that are shown
@@ -108,13 +108,13 @@ class Docket:
             for guilty in (True, False)
         }
         self._census = [
-            (kind, guilty, piece, lie)
-            for (kind, guilty), pieces in self._pieces.items()
+            (guilty, piece, lie)
+            for (_, guilty), pieces in self._pieces.items()
             for piece in pieces
             for lie in every_lie(piece.case)
         ]
         random.shuffle(self._census)
-        self.census_size, self.census_played = len(self._census), 0
+        self._census_seen = set[int]()
         self._exhibits = {kind: self._faulty(kind, random) for kind in SHOWN}
         shown = [exhibit.ground for exhibits in self._exhibits.values() for exhibit in exhibits]
         challenged = [piece.ground for pieces in self._pieces.values() for piece in pieces]
@@ -131,36 +131,35 @@ class Docket:
         if self._played % ROUND == 0:
             self._arena.put_back()
         manners = Manners.drawn(random)
+        if number % 2 == 0:
+            guilty, piece, lie = self._census[number // 2 % len(self._census)]
+            self._census_seen.add(number // 2 % len(self._census))
+            lies = [replace(lie, delta=lie.delta * random.choice((1, 1 << 40)))]
+            return self._challenged(piece, lies, guilty, random, manners)
         if random.random() < SHOWN_SHARE:
             return self._exact(random, manners)
-        return self._challenged(number, random, manners)
+        guilty = random.random() < 0.5
+        piece = random.choice(self._pieces[random.choice(CHALLENGED), guilty])
+        lies = []
+        if random.random() >= NONSENSE_SHARE:
+            lies = random.sample(list(every_lie(piece.case)), random.randint(2, 5))
+        return self._challenged(piece, lies, guilty, random, manners)
+
+    @property
+    def census(self) -> dict[str, int]:
+        """How many lies there are alone, and how many of them were told."""
+        return {"lies": len(self._census), "told": len(self._census_seen)}
 
     # ---- challenged segments
 
-    def _challenged(self, number: int, random: Random, manners: Manners) -> Played:
-        guilty, lies = random.random() < 0.5, list[Lie]()
-        kind = random.choice(CHALLENGED)
-        style, silent = random.random(), random.random()
-        if style < CENSUS_SHARE and self._census:
-            self.census_played += 1
-            kind, guilty, piece, lie = self._census[self.census_played % self.census_size]
-            lies = [replace(lie, delta=lie.delta * random.choice((1, 1 << 40)))]
-        else:
-            piece = random.choice(self._pieces[kind, guilty])
-            if style < CENSUS_SHARE + SEVERAL_SHARE:
-                lies = random.sample(list(every_lie(piece.case)), random.randint(2, 5))
-        return self._game(piece, lies, guilty, silent, random, manners)
-
-    def _game(
-        self, piece: Piece, lies: list[Lie], guilty: bool, silent: float, random: Random, manners: Manners
-    ) -> Played:
+    def _challenged(self, piece: Piece, lies: list[Lie], guilty: bool, random: Random, manners: Manners) -> Played:
         """guilty: the worker lies, else the challenger does. No lies: nothing but nonsense, or the bare verdict."""
         liar_case = Liar(piece.case, lies, wrong=not guilty, follows=random.random() < 0.1)
         bluffs = random.random() < 0.5
         liar: Player = Bluffer(liar_case, random.getrandbits(32), always=not lies) if bluffs else Solver(liar_case)
         honest: Player = Solver(piece.case)
         silence = None
-        if silent < SILENT_SHARE:
+        if random.random() < SILENT_SHARE:
             silence = Silence(worker=random.random() < 0.5, from_move=random.choice((1, 2, 2, 3, 4, 5)))
         kind = Kind(piece.segment.kind).name
         self.told = f"{kind} {piece.segment}, {'worker' if guilty else 'challenger'} lies {lies}, {manners}, {silence}"

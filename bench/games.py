@@ -1,8 +1,8 @@
 """Randomised games on a small model against the real contracts: honest parties never lose, and no lie escapes.
 
-Every game draws its segment, its place, its lies, silences and bad manners from (seed, number). Lies alone are taken
-from a census - each kind of segment, instruction, class of element and depth - in shuffled order, so that enough games
-play all of it. Rows are by segment kind and by who is at fault:
+Every game draws its segment, its place, its lies, silences and bad manners from (seed, number). Games of even number
+go through a shuffled census of lies alone - each kind of segment, instruction, class of element and depth, by worker
+and by challenger; the others have several lies, nothing but nonsense, or an exact segment. Rows are by segment kind and by who is at fault:
   worker             served something wrong and denies it
   challenger         accuses an honest worker
   sender             the hand-off that it signed is not what it committed to; the accused shows it
@@ -69,7 +69,7 @@ def run(games: int = 10_000, seed: int = 1, first: int = 0) -> dict[str, Any]:
         "games": games,
         "honest_lost": sum(row["honest_lost"] for row in rows.values()),
         "lies_escaped": sum(row["lies_escaped"] for row in rows.values()),
-        "census": {"lies": docket.census_size, "played": docket.census_played},
+        "census": docket.census,
         "depths": dict(sorted(depths.items())),
         "seconds": {"set_up": round(built_seconds, 1), "games": round(seconds, 1), "a_game": round(seconds / games, 4)},
         "failures": failures[:KEPT_FAILURES],

@@ -15,18 +15,18 @@ KINDS = {"Q", "K", "V", "ATTEND", "MLP", "TOKEN", "SAMPLE", "EMBED", "LINK", "ST
 
 
 def test_no_honest_party_loses_and_no_lie_escapes() -> None:
-    report = games.run(games=240, seed=7)
+    report = games.run(games=160, seed=7)
     assert report["failures"] == [] and report["failed"] == 0
     assert (report["honest_lost"], report["lies_escaped"]) == (0, 0)
     rows = report["results"]
-    assert sum(row["games"] for row in rows) == report["games"] == 240
+    assert sum(row["games"] for row in rows) == report["games"] == 160
     assert {row["segment"] for row in rows} == KINDS
     assert {row["liar"] for row in rows} >= {"worker", "challenger", "sender", "silent worker", "silent challenger"}
     for row in rows:
         guilty = row["liar"] in ("worker", "sender", "silent worker")
         assert row["convicted"] == (row["games"] if guilty else 0), row
         assert row["moves_max"] <= 7, row
-    assert report["census"]["played"] > 90
+    assert report["census"]["told"] == 80
     assert set(report["depths"]) >= {"ROOT", "LOW_NODE", "ELEMENT", "CHUNK"}
 
 
