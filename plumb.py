@@ -135,7 +135,10 @@ def bench(
         list[str] | None, typer.Option(help="key=value, handed to the benchmark; may be repeated.")
     ] = None,
 ) -> None:
-    """Run one benchmark and show what it measured. `--key value` is short for `--option key=value`."""
+    """Run one benchmark and show what it measured. `--key value` is short for `--option key=value`.
+
+    Fails where what must never happen happened ("failed" in the report).
+    """
     import bench as benchmarks
 
     if name is None:
@@ -151,6 +154,8 @@ def bench(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"report: {report}")
+    if result.get("failed"):
+        _refuse(f"bench {name}: {result['failed']} failed, see `failures`")
 
 
 def compose(called: str | None) -> typer.Typer:

@@ -1,7 +1,7 @@
 """A chain with jobs on it, and whole games played there by two parties that each believe their own case."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -25,8 +25,10 @@ CLOCK_SECONDS, GRACE_SECONDS, GAS_RATE = 1000, 100, 10**9
 REQUESTS, JUDGED = 64, 41  # a batch, and the request that is judged
 REQUESTER, CHALLENGER, STRANGER, FIRST_WORKER = 3, 4, 5, 6
 FUNDS = 10**30
+LEAST_LOCK = 10**17  # what the jobs of small models lock; a long history of a large one must be covered by more
 FLAG = 2
 NOBODY = 255
+GREEDILY: Mapping[str, int] = {}
 ENDINGS = {True: "slashed", False: "bond_lost"}
 
 
@@ -54,9 +56,10 @@ def in_window(
     keys, roots: signer and trace root of each stage; outputs, tokens: what the last one claims; terms: of the Job.
     """
     now = requester.block_timestamp()
-    prices: dict[str, Any] = {"prompt_price": 1000, "token_price": 2000, "lock": 10**17, "gas_rate": GAS_RATE}
+    prices: dict[str, Any] = {"prompt_price": 1000, "token_price": 2000, "lock": 0, "gas_rate": GAS_RATE}
     times: dict[str, Any] = {"accept_by": now + 1000, "commit_by": now + 2000, "window": 30 * 86400}
-    job = requester.escrow.open(Job(model=model, **prices, **times, **terms))
+    order = Job(model=model, **prices, **times, **terms)
+    job = requester.escrow.open(replace(order, lock=max(LEAST_LOCK, requester.escrow.least_lock(order))))
     signed = [requester.sign_accept(job, s, model, key) for s, key in enumerate(keys)]
     requester.escrow.accept(job, [Acceptance(s, signature) for s, signature in enumerate(signed)])
     claims = []
@@ -179,6 +182,16 @@ class Court:
         sent = [(r, chain is defendant) for chain, mark in marks.items() for r in chain.receipts[mark:]]
         return Played(outcome, tuple(sorted(sent, key=lambda pair: pair[0].block)), seconds)
 
+    def show(self, segment: Segment, model: Model, evidence: Sequence[Opening]) -> Played:
+        """An exact segment that nobody else can be to blame for: it ends with what is shown."""
+        plaintiff, salt = self.chain(CHALLENGER), segment.job
+        mark = len(plaintiff.receipts)
+        plaintiff.disputes.commit(challenge_id(plaintiff.account, segment, salt))
+        self._devnet.mine()  # a node estimates gas as of its latest block, and what is shown needs a later one
+        game_id = plaintiff.disputes.show(segment, salt, model, evidence)
+        outcome = ENDINGS[self._end(game_id).convicted != NOBODY]
+        return Played(outcome, tuple((receipt, False) for receipt in plaintiff.receipts[mark:]), 0.0)
+
     def _proved(self, mover: Chain, game_id: bytes, game: Game, answer: Proof) -> bool:
         try:
             mover.disputes.prove(game_id, game, answer)
@@ -206,14 +219,21 @@ class Court:
         return found
 
 
+def program_leaf(weights: ModelWeights, kind: Kind) -> Opening:
+    """The header of a segment kind."""
+    program = weights.program
+    return Opening(program.headers[kind].encode(), tuple(program.tree.prove(kind)))
+
+
 class Batch:
     """What the pipeline committed to: 64 requests, of which one is real."""
 
-    def __init__(self, trace: RequestTrace, token: int) -> None:
-        """token: the first output token, which the last position yields."""
+    def __init__(self, trace: RequestTrace, token: int, drawn: Mapping[str, int] = GREEDILY) -> None:
+        """token: the first output token, which the last position yields; drawn: how the judged request samples."""
         prompts: list[tuple[int, ...]] = [(1,)] * REQUESTS
         prompts[JUDGED] = (1,) * trace.positions
         requests = [Request(prompt=prompt, limit=1) for prompt in prompts]
+        requests[JUDGED] = self.request = Request(prompts[JUDGED], 1, **drawn)
         outputs = [Output(r, 1, 2, (token if r == JUDGED else 1,)) for r in range(REQUESTS)]
         nodes = [TraceNode(1, bytes([r]) * 32) for r in range(REQUESTS)]
         nodes[JUDGED] = TraceNode(trace.positions, trace.tensors_root)
@@ -221,11 +241,9 @@ class Batch:
         self.prompt_tokens = sum(map(len, prompts))
 
     def evidence(self, weights: ModelWeights, kind: Kind) -> list[Opening]:
-        """What `challenge` wants for a segment of the judged request; TOKEN's at its last position."""
-        program = weights.program
-        header = Opening(program.headers[kind].encode(), tuple(program.tree.prove(kind)))
-        first = [self.tree.opening(JUDGED), header]
-        if kind != Kind.TOKEN:
+        """What `challenge` wants for a segment of the judged request; TOKEN's and SAMPLE's at its last position."""
+        first = [self.tree.opening(JUDGED), program_leaf(weights, kind)]
+        if kind not in (Kind.TOKEN, Kind.SAMPLE):
             return first
         records = (self.requests.record_opening(JUDGED), self.outputs.record_opening(JUDGED))
         return [*first, *records, self.outputs.token_opening(JUDGED, 0)]

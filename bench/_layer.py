@@ -168,6 +168,8 @@ def served(program: Program, shape: ModelShape, kind: Kind, layer: int, position
     first = layer // a_stage * a_stage
     operands = [o for i in program.segments[kind] for o in (i.x, i.y, i.z) if o.source == Source.SERVED]
     read = {tensor_key(layer, Tensor(operand.id)) for operand in operands}
+    if kind == Kind.LINK:
+        read.add(tensor_key(layer + 1, Tensor.H))
     arrays: dict[str, Bits] = {}
     roots: dict[str, bytes] = {}
     for key in tensor_keys(shape, first, first + a_stage):

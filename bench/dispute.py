@@ -1,7 +1,15 @@
 """Disputes at real sizes: whole games about one layer, every instruction in turn made wrong, on a real EVM.
 
 Each instruction is played twice: denied by a guilty worker, and alleged by a lying challenger. Gas is that of all
-transactions of both sides, from the commitment to the end; `moves` counts those behind the commitment.
+transactions of both sides, from the commitment to the end; `moves` counts those behind the commitment. LINK, which is
+exact, is shown by the challenger between two layers of one stage.
+
+`classic` stands beside each game as a reference: the descent in which one side answers every level with its list and
+the other only chooses an entry, as Cartesi's and Truebit's games do. It has the same lists, but for k descents k + 1
+choices and one answer (the first list, which our challenger posts with its challenge) are transactions of their own.
+Rationale: an estimate from measured parts, not another contract: a choice is taken to cost what our cheapest descent of
+the report costs without all calldata beyond the state and a choice of its own. That leaves out what it must hash to
+show its place in a list, so the reference is, if anything, too cheap.
 """
 
 import resource
@@ -12,12 +20,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bench._court import JUDGED, Batch, Court, Played
+from bench._court import JUDGED, Batch, Court, Played, program_leaf
 from bench._layer import STAGES, LayerWeights, served, shape_named
-from bench._liar import WrongAt
+from bench._liar import Liar, Lie
 from verifier.canonical import Case
 from verifier.game import Segment
 from verifier.program import Kind
+from verifier.referee.codec import GREEDY, Opening, Source
 from verifier.referee.ops import Op
 from verifier.tolerance import uniform_profile
 from verifier.weights import identify
@@ -30,10 +39,15 @@ SEGMENTS = {
     "attend": (Kind.ATTEND,),
     "mlp": (Kind.MLP,),
     "token": (Kind.TOKEN,),
+    "sample": (Kind.SAMPLE,),
+    "link": (Kind.LINK,),
 }
 ALL = "all"
 TIGHT, LOOSE = (1, 1000, 1 << 10, 1 << 10), ((1 << 32) - 1, 1, 1 << 49, 1 << 49)  # num, den, floor, margin
 SERVED_TOKEN = 5
+DRAWN = {"temperature": 50_000, "top_k": 50, "top_p": 60_000, "seed": 7}  # usual parameters, all filters on
+CHOICE_BYTES = 4 + 32 + 3 * 32 + 448 + 128  # id, places, the state and the instruction: what a choice must carry
+BYTE_GAS = 16  # of a calldata byte that is not zero
 FIGURES = (
     *("moves", "gas_total", "gas_worker", "gas_challenger", "max_tx_gas", "max_calldata_bytes"),
     *("trace_seconds", "solve_seconds", "peak_memory_bytes"),
@@ -47,7 +61,8 @@ def run(
     instruction: int | str = ALL,
     liar: str = ALL,
 ) -> dict[str, Any]:
-    """segment: q, k, v, qkv, attend, mlp, token or all; instruction: its number or all; liar: worker, challenger, all.
+    """segment: q, k, v, qkv, attend, mlp, token, sample, link or all; instruction: its number or all; liar: worker,
+    challenger or all.
 
     Returns {"results": one row a game, "worst": the dearest of each figure}. Raises ValueError.
     """
@@ -56,14 +71,25 @@ def run(
         raise ValueError(f"expected a segment of {', '.join((*SEGMENTS, ALL))}, got {segment!r}")
     if not 0 <= position < model_shape.max_positions - 1:
         raise ValueError(f"expected a position below {model_shape.max_positions - 1}, got {position}")
-    kinds = SEGMENTS["qkv"] + SEGMENTS["attend"] + SEGMENTS["mlp"] + SEGMENTS["token"]
+    kinds = tuple(dict.fromkeys(kind for kinds in SEGMENTS.values() for kind in kinds))
     rows: list[dict[str, Any]] = []
     with Court(model_shape.layers, STAGES) as court:
         for kind in kinds if segment == ALL else SEGMENTS[segment]:
             for row in _games(court, shape, kind, position, instruction, liar):
                 rows.append(row)
                 print(f"  {row}", flush=True)
+    _compare(rows)
     return {"results": rows, "worst": {figure: max(row[figure] for row in rows) for figure in FIGURES}}
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """Adds the classic descent's moves and gas to each row."""
+    descents = [sent for row in rows for sent in row["transactions"] if sent[0] == "descend"]
+    choice = min((gas - BYTE_GAS * max(0, size - CHOICE_BYTES) for _, gas, size in descents), default=0)
+    for row in rows:
+        lists = sum(sent[0] == "descend" for sent in row["transactions"])
+        more = lists + 2 if lists else 0
+        row["classic"] = {"moves": row["moves"] + more, "gas_total": row["gas_total"] + more * choice}
 
 
 def _games(
@@ -71,13 +97,24 @@ def _games(
 ) -> Iterator[dict[str, Any]]:
     shape = shape_named(shape_name)
     _reset_peak()
-    last = kind == Kind.TOKEN
+    if kind == Kind.LINK:
+        if liar in (ALL, "worker"):
+            yield _linked(court, shape_name, position)
+        return
+    last = kind in (Kind.TOKEN, Kind.SAMPLE)
     layer = shape.layers - 1 if last else 0
     with tempfile.TemporaryDirectory() as folder:
         weights = LayerWeights(shape, kind, layer, Path(folder))
         trace = served(weights.program, shape, kind, layer, position + 1)
-        batch = Batch(trace, SERVED_TOKEN)
-        units = {Kind.TOKEN: shape.vocabulary, Kind.ATTEND: shape.blocks, Kind.MLP: shape.blocks, Kind.Q: shape.heads}
+        batch = Batch(trace, SERVED_TOKEN, DRAWN if kind == Kind.SAMPLE else {})
+        word = batch.request.sampling(JUDGED) if kind == Kind.SAMPLE else GREEDY
+        units = {
+            Kind.TOKEN: shape.vocabulary,
+            Kind.SAMPLE: SERVED_TOKEN + 1,
+            Kind.ATTEND: shape.blocks,
+            Kind.MLP: shape.blocks,
+            Kind.Q: shape.heads,
+        }
         segment = Segment(bytes(32), STAGES - 1 if last else 0, kind, JUDGED, layer, position, 0)
         segment = replace(segment, unit=units.get(kind, shape.kv_heads) - 1)
         token = SERVED_TOKEN if last else 0
@@ -85,18 +122,20 @@ def _games(
         started = perf_counter()
         for tight in (True, False):
             profile = uniform_profile(shape, *(TIGHT if tight else LOOSE))
-            case = Case(identify(weights, profile), weights, profile, segment, trace, None, token)
+            case = Case(identify(weights, profile), weights, profile, segment, trace, None, token, word)
             if tight:
                 weights_seconds, started = perf_counter() - started, perf_counter()
-                while not case.verdict():  # TOKEN: random logits; the other pieces are wrong wherever one looks
+                # SAMPLE: the served token's own membership. TOKEN: random logits. Others are wrong wherever one looks.
+                while not case.verdict():
                     segment = replace(segment, unit=segment.unit - 1)
-                    case = Case(case.model, weights, profile, segment, trace, None, token)
+                    case = Case(case.model, weights, profile, segment, trace, None, token, word)
                 case.steps()
                 seconds = perf_counter() - started
             else:
-                verdict = len(case.instructions) - 1
-                case._vectors = {i: v for i, v in cases[True]._vectors.items() if i != verdict}
-                case._trees = {i: t for i, t in cases[True]._trees.items() if i != verdict}
+                # What the profile has no say in is the same in both cases.
+                judged = next(i for i, ins in enumerate(case.instructions) if ins.z.source == Source.PROFILE)
+                case._vectors = {i: v for i, v in cases[True]._vectors.items() if i < judged}
+                case._trees = {i: t for i, t in cases[True]._trees.items() if i < judged}
             cases[tight] = case
         print(f"{kind.name}: {weights_seconds:.1f} s for the weights' tree, {seconds:.2f} s for the trace", flush=True)
         chosen = range(len(case.instructions)) if instruction == ALL else [int(instruction)]
@@ -106,13 +145,34 @@ def _games(
                     continue
                 truth = cases[not accuses]
                 elements = len(truth.vector(step))
-                lie = WrongAt(truth, step, elements - 1 - elements // 3, truth.chunks(step) - 1, accuses)
+                lie = Liar(truth, [Lie(step, elements - 1 - elements // 3, truth.chunks(step) - 1)], accuses)
                 at = replace(segment, job=court.job(truth.model, batch))
                 worker, challenger = (truth, lie) if accuses else (lie, truth)
                 played = court.play(at, truth.model, batch.evidence(weights, kind), worker, challenger)
                 place = {"shape": shape_name, "segment": kind.name.lower(), "position": position}
                 op = f"{step} {Op(truth.instructions[step].op).name}"
                 yield place | {"instruction": op} | _row(played, "challenger" if accuses else "worker", seconds)
+
+
+def _linked(court: Court, shape_name: str, position: int) -> dict[str, Any]:
+    """One block of the next layer's input is not what the layer's outputs add up to."""
+    shape = shape_named(shape_name)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = LayerWeights(shape, Kind.LINK, 0, Path(folder))
+        trace = served(weights.program, shape, Kind.LINK, 0, position + 1)
+        batch, profile = Batch(trace, SERVED_TOKEN), uniform_profile(shape, *TIGHT)
+        model = identify(weights, profile)
+        segment = Segment(bytes(32), 0, Kind.LINK, JUDGED, 0, position, shape.blocks - 1)
+        started = perf_counter()
+        case = Case(model, weights, profile, segment, trace)
+        openings = case.openings(0, 0)
+        seconds = perf_counter() - started
+        evidence = [batch.tree.opening(JUDGED), program_leaf(weights, Kind.LINK)]
+        record = Opening(case.record(0), case.record_proof(0))
+        at = replace(segment, job=court.job(model, batch))
+        played = court.show(at, model, [*evidence, record, *openings])
+    place = {"shape": shape_name, "segment": "link", "position": position, "instruction": "0 JOIN"}
+    return place | _row(played, "worker", seconds)
 
 
 def _row(played: Played, liar: str, trace_seconds: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Never for a chain that holds value: the phrase is public.
 
 import secrets
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from eth_account import Account
@@ -25,6 +26,7 @@ class Keystore:
     address: str
 
 
+@cache
 def dev_account(index: int) -> LocalAccount:
     """Account `index` of the public development phrase, m/44'/60'/0'/0/index; anvil funds the first ones."""
     account: LocalAccount = Account.from_mnemonic(DEV_PHRASE, account_path=f"m/44'/60'/0'/0/{index}")

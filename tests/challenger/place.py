@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench._liar import Liar, Lie
 from challenger.agent import Agent
 from challenger.config import Config
 from challenger.demander import DemandLog
@@ -14,7 +15,6 @@ from contracts.client import ChainError
 from contracts.play import GameLog, Player
 from deploy.devnet import Devnet
 from tests.challenger.town import FUNDS, Served, Town, until
-from tests.verifier import tiny
 from verifier.canonical import Case
 from verifier.commit import OutputsTree, RequestsTree
 from verifier.demand import Demand, Wanted, answer_tokens, answer_trace
@@ -114,7 +114,7 @@ class Defence:
             truth = Case(
                 judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token, game.sampling
             )
-            self._cases[game.segment] = tiny.Liar(truth, 7, 3, 1 << 20, 0, wrong=False)
+            self._cases[game.segment] = Liar(truth, [Lie(7, 3, delta=1 << 20)], wrong=False, follows=True)
         return self._cases[game.segment]
 
     def play(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from bench._liar import Liar, Lie
 from contracts.client import Chain, ChainError
 from contracts.events import Event, GameEnded, GameMoved
 from contracts.play import NOBODY, Followed, GameLog, Player
@@ -136,7 +137,7 @@ def settle(rules: Rules, sides: list[Player], silent: Player | None = None) -> G
 
 @pytest.mark.parametrize("step", range(9))
 def test_a_liar_that_accuses_loses(innocent: Case, step: int) -> None:
-    liar = tiny.Liar(innocent, step, 0, 1 << 12, 0, wrong=True)
+    liar = Liar(innocent, [Lie(step, delta=1 << 12)], wrong=True, follows=True)
     rules = Rules(innocent, b"".join(liar.steps()))
     assert settle(rules, players(rules, innocent, liar)).convicted == NOBODY
 
@@ -144,7 +145,7 @@ def test_a_liar_that_accuses_loses(innocent: Case, step: int) -> None:
 @pytest.mark.parametrize("step", range(9))
 def test_a_liar_that_denies_loses(guilty: Case, step: int) -> None:
     rules = Rules(guilty, opening_steps(guilty))
-    liar = tiny.Liar(guilty, step, 0, 1 << 12, 0, wrong=False)
+    liar = Liar(guilty, [Lie(step, delta=1 << 12)], wrong=False, follows=True)
     assert settle(rules, players(rules, liar, guilty)).convicted == 0
 
 
@@ -153,7 +154,7 @@ def test_silence_is_flagged_from_both_sides(innocent: Case, guilty: Case) -> Non
     sides = players(rules, guilty, guilty)
     ended = settle(rules, sides, silent=sides[0])
     assert (ended.convicted, ended.reason) == (0, 2)
-    liar = tiny.Liar(innocent, 3, 0, 1 << 12, 0, wrong=True)
+    liar = Liar(innocent, [Lie(3, delta=1 << 12)], wrong=True, follows=True)
     rules = Rules(innocent, b"".join(liar.steps()))
     sides = players(rules, innocent, liar)
     ended = settle(rules, sides, silent=sides[1])
@@ -162,7 +163,7 @@ def test_silence_is_flagged_from_both_sides(innocent: Case, guilty: Case) -> Non
 
 def test_a_stale_state_is_no_fault(guilty: Case) -> None:
     rules = Rules(guilty, opening_steps(guilty))
-    worker, _ = players(rules, tiny.Liar(guilty, 7, 0, 1 << 12, 0, wrong=False), guilty)
+    worker, _ = players(rules, Liar(guilty, [Lie(7, delta=1 << 12)], wrong=False, follows=True), guilty)
     log = GameLog()
     log.feed(rules.events)
     followed = log.games[ID]

@@ -7,13 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from bench._court import CLOCK_SECONDS, GAS_RATE, GRACE_SECONDS
-from contracts.abi import encode_struct
-from contracts.client import Chain, ChainError
-from contracts.events import DemandOpened
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
-from deploy.keys import dev_account
-from tests.twin.market import (
+from bench._market import (
     CHALLENGER,
     LONG_TOKENS,
     REQUESTS,
@@ -25,6 +19,12 @@ from tests.twin.market import (
     serve,
     write_model,
 )
+from contracts.abi import encode_struct
+from contracts.client import Chain, ChainError
+from contracts.events import DemandOpened
+from deploy.deployment import deploy
+from deploy.devnet import Devnet
+from deploy.keys import dev_account
 from verifier.commit import RequestsTree
 from verifier.demand import (
     Demand,

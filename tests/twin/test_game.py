@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 
 from bench._court import CLOCK_SECONDS, GAS_RATE
-from bench._liar import WrongAt
-from contracts.client import Chain, ChainError, challenge_id, game_hash
-from contracts.events import GameEnded, GameMoved
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
-from deploy.keys import dev_account
-from tests.twin.market import (
+from bench._liar import Liar, Lie
+from bench._market import (
     CHALLENGER,
     LONG_TOKENS,
     STRANGER,
@@ -24,6 +19,11 @@ from tests.twin.market import (
     serve,
     write_model,
 )
+from contracts.client import Chain, ChainError, challenge_id, game_hash
+from contracts.events import GameEnded, GameMoved
+from deploy.deployment import deploy
+from deploy.devnet import Devnet
+from deploy.keys import dev_account
 from verifier.canonical import Case
 from verifier.game import WRONG, Game, Move, NothingWrong, Proof, Segment, solve
 from verifier.program import Kind
@@ -155,10 +155,10 @@ def _best(batch: Batch, segment: Segment, token: int) -> int:
     raise AssertionError("expected a competitor that wins, got none")
 
 
-def lie_at(truth: Case, step: int) -> tuple[int, int]:
-    """An element and a chunk to lie about: late ones, where lists are uneven."""
+def lie_at(truth: Case, step: int) -> Lie:
+    """A late element and chunk, where lists are uneven."""
     elements = len(truth.vector(step))
-    return elements - 1 - elements // 3, truth.chunks(step) - 1
+    return Lie(step, elements - 1 - elements // 3, truth.chunks(step) - 1)
 
 
 def names(value: Any) -> str:
@@ -170,7 +170,7 @@ def test_a_guilty_worker_is_convicted_whatever_it_denies(table: Table, kind: Kin
     segment, truth = truth_of(table.guilty, kind, tight=True)
     assert truth.verdict()
     steps = b"".join(truth.steps())
-    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=False)
+    liar = Liar(truth, [lie_at(truth, step)], wrong=False)
     chain = table.market.chain(CHALLENGER)
     before = chain.disputes.credit(chain.account) + chain.token.balance(chain.account)
     assert chain.disputes.bond_for(segment.job, segment.stage) == GAME_GAS * GAS_RATE
@@ -190,7 +190,7 @@ def test_a_guilty_worker_is_convicted_whatever_it_denies(table: Table, kind: Kin
 def test_an_innocent_worker_wins_whatever_is_claimed(table: Table, kind: Kind, step: int) -> None:
     segment, truth = truth_of(table.innocent, kind, tight=False)
     assert not truth.verdict()
-    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=True)
+    liar = Liar(truth, [lie_at(truth, step)], wrong=True)
     steps = b"".join(liar.steps())
     assert steps[-32:] == WRONG
     worker = table.market.chain(WORKERS[segment.stage])
@@ -210,7 +210,7 @@ def test_an_innocent_worker_wins_whatever_is_claimed(table: Table, kind: Kind, s
 def test_a_silent_worker_loses_and_a_silent_challenger_too(table: Table) -> None:
     for batch, tight, convicted in ((table.guilty, True, 0), (table.innocent, False, NOBODY)):
         segment, truth = truth_of(batch, Kind.Q, tight)
-        liar = WrongAt(truth, 0, 0, 0, accuses=not tight)
+        liar = Liar(truth, [Lie(0)], wrong=not tight)
         steps = b"".join(truth.steps() if tight else liar.steps())
         game_id = table.open(batch, segment, steps)
         game, posted = table.state(game_id)

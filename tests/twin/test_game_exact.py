@@ -10,17 +10,14 @@ from typing import TypeVar
 import pytest
 
 from bench._court import CLOCK_SECONDS
-from contracts.client import Chain, ChainError, Status, challenge_id
-from contracts.events import GameEnded, GameMoved
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
-from deploy.keys import dev_account
-from tests.twin.market import (
+from bench._market import (
+    BROKEN,
     CHALLENGER,
     LONG,
     LONG_AT,
+    LONG_OUTPUT,
     LONG_TOKENS,
-    REQUESTS,
+    NO_TOKEN,
     SHORT_TOKENS,
     STOP,
     STRANGER,
@@ -30,15 +27,19 @@ from tests.twin.market import (
     serve,
     write_model,
 )
-from verifier.commit import HandoffTree, Output, RequestsTree
+from contracts.client import Chain, ChainError, Status, challenge_id
+from contracts.events import GameEnded, GameMoved
+from deploy.deployment import deploy
+from deploy.devnet import Devnet
+from deploy.keys import dev_account
+from verifier.commit import HandoffTree, Output
 from verifier.game import Game, HandoffProof, Segment
 from verifier.program import Kind
-from verifier.referee.codec import Opening, handoff_row, handoff_token, token_leaves
+from verifier.referee.codec import Opening, handoff_row, handoff_token
 from verifier.weights import Weights
 
 E = TypeVar("E", GameMoved, GameEnded)
 SHOWN, DEFLECTED, FLAGGED = 3, 4, 2
-NO_TOKEN = 0xFFFFFFFF
 FED_AT = 595  # a position of the long request that embeds an output token
 FED_PLACE = FED_AT - len(LONG.prompt)
 
@@ -97,28 +98,16 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Table]:
         yield Table(devnet, market, market.batch(True, serve(weights)))
 
 
-def embed_evidence(batch: Batch, segment: Segment) -> list[Opening]:
-    prompt = len(LONG.prompt)
-    first = [batch.node(0), batch.request()]
-    if segment.position < prompt:
-        tokens = [RequestsTree(REQUESTS).token_opening(LONG_AT, segment.position)]
-        token = LONG.prompt[segment.position]
-    else:
-        tokens = [batch.output(), batch.output_token(segment.position - prompt)]
-        token = LONG_TOKENS[segment.position - prompt]
-    return [*first, *tokens, *batch.judged(segment, token=token)]
-
-
 def test_embed_of_a_prompt_token_convicts_at_once(table: Table) -> None:
     batch = table.market.batch(True, serve(table.market.weights, changes={(LONG_AT, "0.h"): (130, 300)}))
     segment = batch.segment(Kind.EMBED, 0, 0, 130, 1)
-    game_id = table.show(batch, segment, embed_evidence(batch, segment))
+    game_id = table.show(batch, segment, batch.shown(segment))
     assert table.ended(game_id) == (0, SHOWN)
     assert table.worker(0).escrow.status(batch.job) == Status.VOID
-    table.refused("NotWrong", replace(segment, job=table.right.job), embed_evidence(table.right, segment))
+    table.refused("NotWrong", replace(segment, job=table.right.job), table.right.shown(segment))
     other = replace(segment, unit=0)
     with pytest.raises(ChainError, match="NotWrong"):
-        table.show(batch, other, embed_evidence(batch, other))
+        table.show(batch, other, batch.shown(other))
 
 
 def test_embed_of_an_output_token_falls_to_whoever_lied_about_it(table: Table) -> None:
@@ -126,7 +115,7 @@ def test_embed_of_an_output_token_falls_to_whoever_lied_about_it(table: Table) -
     for deflects in (False, True):
         batch = table.market.batch(True, served)
         segment = batch.segment(Kind.EMBED, 0, 0, FED_AT, 0)
-        game_id = table.show(batch, segment, embed_evidence(batch, segment))
+        game_id = table.show(batch, segment, batch.shown(segment))
         game, worker = table.game(game_id), table.worker(0)
         assert game.token == LONG_TOKENS[FED_PLACE] and game.index == FED_PLACE
         if not deflects:
@@ -225,20 +214,6 @@ def test_length_falls_to_whoever_sent_or_made_up_the_position(table: Table) -> N
     table.refused("WrongSegment", replace(right, position=sent + 1), [table.right.node(1, 0), table.right.node(0, 0)])
 
 
-LONG_OUTPUT = Output(2, 11, 2, LONG_TOKENS)
-BROKEN = {
-    "code 3": (Output(0, 2, 3, SHORT_TOKENS), NO_TOKEN),
-    "limit not reached": (Output(0, 2, 2, SHORT_TOKENS), NO_TOKEN),
-    "over the limit": (Output(0, 6, 1, (1, 2, 3, 4, 5, STOP)), NO_TOKEN),
-    "positions": (Output(0, 3, 1, (7, 8, STOP)), NO_TOKEN),
-    "no tokens": (Output(0, 0, 1, (7,)), NO_TOKEN),
-    "last token no stop id": (Output(0, 2, 1, (7, 8)), 1),
-    "stop id too early": (Output(0, 2, 1, (298, STOP)), 0),
-    "beyond the vocabulary": (Output(0, 2, 1, (300, STOP)), 0),
-    "more tokens than counted": (Output(0, 2, 1, (7, STOP, 9)), 1),
-}
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_stop_convicts(table: Table, name: str) -> None:
     output, unit = BROKEN[name]
@@ -248,13 +223,8 @@ def test_stop_convicts(table: Table, name: str) -> None:
     if unit != NO_TOKEN:
         with pytest.raises(ChainError, match="NotWrong"):
             table.show(batch, replace(segment, unit=NO_TOKEN), evidence)
-        evidence.append(_tokens(output))
+        evidence.append(batch.output_token(unit, 0))
     assert table.ended(table.show(batch, segment, evidence)) == (1, SHOWN)
-
-
-def _tokens(output: Output) -> Opening:
-    (leaf,) = token_leaves(output.tokens)
-    return Opening(leaf, ())
 
 
 def test_stop_cannot_be_shown_of_a_right_output(table: Table) -> None:

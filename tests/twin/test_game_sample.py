@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from bench._liar import WrongAt
+from bench._liar import Liar, Lie
+from bench._market import LONG, LONG_TOKENS, SHORT, Batch, Market, serve, write_model
 from contracts.client import ChainError
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
-from tests.twin.market import LONG, LONG_TOKENS, SHORT, Batch, Market, serve, write_model
 from tests.twin.test_game import NOBODY, Table, lie_at
 from verifier.canonical import Case
 from verifier.game import WRONG, Segment
@@ -58,7 +58,7 @@ def winner(batch: Batch) -> tuple[Segment, Case]:
 def test_a_token_that_another_beats_is_convicted_whatever_is_denied(table: Table, step: int) -> None:
     segment, truth = winner(table.guilty)
     steps = b"".join(truth.steps())
-    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=False)
+    liar = Liar(truth, [lie_at(truth, step)], wrong=False)
     game_id = table.open(table.guilty, segment, steps)
     name = f"SAMPLE step {step} {truth.instructions[step].op} (worker lies)"
     end = table.play(game_id, worker=liar, challenger=truth, steps=steps, name=name)
@@ -71,7 +71,7 @@ def test_an_innocent_worker_wins_whatever_is_claimed(table: Table, step: int, un
     segment = segment_of(table.innocent, unit)
     truth = table.innocent.case(segment, TOKEN)
     assert not truth.verdict()
-    liar = WrongAt(truth, step, *lie_at(truth, step), accuses=True)
+    liar = Liar(truth, [lie_at(truth, step)], wrong=True)
     steps = b"".join(liar.steps())
     assert steps[-32:] == WRONG
     game_id = table.open(table.innocent, segment, steps)
@@ -90,7 +90,7 @@ def test_a_token_that_was_not_allowed_is_convicted_by_its_own_membership(table: 
     assert truth.verdict()
     fold = 5 if "top_k" in filters else 6
     assert int(truth.vector(fold)[0]) > 0
-    liar = WrongAt(truth, fold, 0, truth.chunks(fold) - 1, accuses=False)
+    liar = Liar(truth, [Lie(fold, 0, truth.chunks(fold) - 1)], wrong=False)
     steps = b"".join(truth.steps())
     game_id = table.open(batch, segment, steps)
     assert table.play(game_id, worker=liar, challenger=truth, steps=steps).convicted == 1

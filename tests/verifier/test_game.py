@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench._liar import Bluffer, Liar, Lie, Solver, every_lie
 from tests.verifier import tiny
 from verifier.canonical import Case
 from verifier.game import (
@@ -22,15 +23,12 @@ from verifier.game import (
     opening_steps,
     remaining_seconds,
     solve,
-    span,
     sum_range,
 )
 from verifier.keccak import keccak256
 from verifier.linear import Bits
 from verifier.program import Kind
 from verifier.referee.codec import Request
-from verifier.referee.ops import Op
-from verifier.referee.tree import Tree, depth
 from verifier.rules import (
     ClaimMismatch,
     FlagFallen,
@@ -166,16 +164,16 @@ def truth_logits(model: tiny.Tiny, place: dict[str, int], u: int) -> int:
     return int(model.case(Kind.TOKEN, **(place | {"unit": u})).vector(3)[1])
 
 
-def lies(truth: Case, seed: int) -> list[tuple[int, int, int, int]]:
-    """(instruction, element, delta, chunk): every instruction at first, last and random elements and chunks."""
-    generator, out = np.random.default_rng(seed), []
-    for i, instruction in enumerate(truth.instructions[:-1]):
-        n, chunks = len(truth.vector(i)), truth.chunks(i)
-        random_element, random_chunk = (int(generator.integers(0, top)) for top in (n, chunks))
-        for element, chunk in ((0, 0), (n - 1, chunks - 1), (random_element, random_chunk)):
-            delta = -1 if instruction.op == Op.MAX else int(generator.choice([-1, 1, 1000, -(1 << 40)]))
-            out.append((i, element, delta, chunk))
-    return out
+def several(truth: Case, seed: int) -> list[Lie]:
+    """Lies in up to four places at once."""
+    generator, all_lies = np.random.default_rng(seed), list(every_lie(truth))
+    chosen = generator.choice(len(all_lies), int(generator.integers(2, 5)), replace=False)
+    return [replace(all_lies[k], delta=int(generator.choice([-1, 1, 1000, -(1 << 40)]))) for k in chosen]
+
+
+def all_lies(truth: Case) -> list[list[Lie]]:
+    """Every lie alone - each instruction, class of element and depth -, the bare verdict, and several at once."""
+    return [[], *([lie] for lie in every_lie(truth)), *(several(truth, seed) for seed in range(20))]
 
 
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda value: getattr(value, "name", None))
@@ -201,45 +199,18 @@ def assert_worker_wins(truth: Case) -> None:
     assert not truth.verdict()
     with pytest.raises(NothingWrong):
         opening_steps(truth)
-    last = len(truth.instructions) - 1
-    for step, element, delta, chunk in [(last, 0, 0, 0), *lies(truth, 1)]:
-        liar = tiny.Liar(truth, step, element, delta, chunk, wrong=True)
-        convicted, moves = play(truth, liar)
-        assert not convicted and moves <= most_moves(truth), f"lie at {step}, element {element}, chunk {chunk}"
+    for lies in all_lies(truth):
+        for follows in (False, True) if len(lies) > 1 else (False,):
+            convicted, moves = play(truth, Liar(truth, lies, wrong=True, follows=follows))
+            assert not convicted and moves <= most_moves(truth), lies
 
 
 def assert_challenger_wins(truth: Case) -> None:
     assert opening_steps(truth) == b"".join(truth.steps())
-    last = len(truth.instructions) - 1
-    for step, element, delta, chunk in [(last, 0, 0, 0), *lies(truth, 2)]:
-        liar = tiny.Liar(truth, step, element, delta, chunk, wrong=False)
-        convicted, moves = play(liar, truth)
-        assert convicted and moves <= most_moves(truth), f"lie at {step}, element {element}, chunk {chunk}"
-
-
-def garbage(game: Game, posted: bytes, truth: Case, generator: np.random.Generator) -> Move | None:
-    """A well-formed move with a random pick and random content; None where only a proof is left."""
-    i, size = game.step, {Phase.STEPS: 32, Phase.NODES: 32, Phase.SUMS: 16}.get(game.phase)
-    if game.phase == Phase.STEPS:
-        i = int(generator.integers(0, len(truth.instructions)))
-        levels = depth(truth.leaves(i))
-        below = len(truth.tree(i).nodes(next_level(levels, levels))) * 32 if levels else len(truth.leaf(i, 0))
-        return Move(truth.record(i), truth.record_proof(i), i, posted, generator.bytes(below))
-    size = size or (16 if truth.instructions[i].wide else 8)
-    pick = int(generator.integers(0, len(posted) // size))
-    if game.phase == Phase.NODES:
-        theirs = [posted[at : at + 32] for at in range(0, len(posted), 32)]
-        level, node = game.level, game.index + pick
-        down = next_level(depth(truth.leaves(i)), level) if level else 0
-        nodes = truth.tree(i).nodes(down)[node << (level - down) : (node + 1) << (level - down)]
-        below = 32 * len(nodes) if level else len(truth.leaf(i, node))
-        return Move(truth.record(i), tuple(Tree(theirs).prove(pick)), pick, theirs[pick], generator.bytes(below))
-    whole = (0, truth.chunks(i))
-    first, end = whole if game.phase == Phase.ELEMENTS else sum_range(game.first_chunk, game.end_chunk, pick)
-    if end - first == 1:
-        return None
-    entries = -(-(end - first) // span(end - first))
-    return Move(truth.record(i), (), pick, posted, generator.bytes(16 * entries))
+    for lies in all_lies(truth):
+        for follows in (False, True) if len(lies) > 1 else (False,):
+            convicted, moves = play(Liar(truth, lies, wrong=False, follows=follows), truth)
+            assert convicted and moves <= most_moves(truth), lies
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -251,15 +222,16 @@ def test_garbage_loses_from_either_side(long: tiny.Tiny, seed: int) -> None:
         roots = [generator.bytes(32) if generator.integers(0, 3) == 0 else root for root in truth.steps()]
         steps = opening_steps(truth) if liar_works else b"".join([*roots[:-1], WRONG])
         game, posted, now = opened(truth, steps), steps, 100
+        bluffer = Bluffer(truth, seed, always=True)
         while True:
             now += 1
-            if game.worker_turn == liar_works:
-                answer: Move | Proof | None = garbage(game, posted, truth, generator)
-                if answer is None:
-                    break
-            else:
-                answer = solve(game, posted, truth, steps)
+            side = bluffer if game.worker_turn == liar_works else Solver(truth)
+            answer = side.answer(game, posted, steps)
             if isinstance(answer, Proof):
+                if side is bluffer:
+                    with pytest.raises(NotWrong):
+                        decide(game, answer, now)
+                    break
                 assert decide(game, answer, now) == liar_works
                 break
             assert isinstance(answer, Move)
@@ -279,7 +251,7 @@ def test_a_worker_who_admits_nothing_wrong_has_no_move(model: tiny.Tiny) -> None
 def started(long: tiny.Tiny, step: int, wrong: bool = True) -> tuple[Game, Move, Case, bytes]:
     """A liar's game and the honest worker's first move; the lie is at `step`."""
     truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
-    liar = tiny.Liar(truth, step, 3, 5, 1, wrong)
+    liar = Liar(truth, [Lie(step, 3, 1, 5)], wrong, follows=True)
     steps = b"".join(liar.steps())
     game = opened(truth, steps)
     move = solve(game, steps, truth, steps)

@@ -1,4 +1,4 @@
-"""A tiny random model in a folder, its honest served tensors, and liars: what the fast half's tests share."""
+"""A tiny random model in a folder and its honest served tensors: what the fast half's tests share."""
 
 import json
 from collections.abc import Callable
@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from verifier.audit import Stage
-from verifier.canonical import Case, Vector
+from verifier.canonical import Case
 from verifier.game import Segment
 from verifier.linear import Bits, float_tensor
 from verifier.program import Kind, ModelShape, WeightLayout, shape_from_config
 from verifier.referee.codec import GREEDY, Model
 from verifier.referee.floats import Dtype
-from verifier.referee.ops import Op
 from verifier.reference import Reference
 from verifier.safetensors_file import write
 from verifier.tolerance import Profile, uniform_profile
@@ -150,38 +149,6 @@ def case_of(
 def whole(trace: RequestTrace) -> Stage:
     """One stage that holds all layers."""
     return Stage(0, trace)
-
-
-class Liar(Case):
-    """A case that lies consistently: all is recomputed above the false element, and sums combine to it."""
-
-    def __init__(self, truth: Case, step: int, element: int, delta: int, chunk: int, wrong: bool) -> None:
-        """delta is added to one element of one instruction; wrong: what its verdict claims."""
-        place = (truth.model, truth.weights, truth.profile, truth.segment, truth.trace)
-        super().__init__(*place, truth.next_trace, truth.token, truth.sampling_word)
-        self.step, self.element, self.delta, self.chunk, self.wrong = step, element, delta, chunk, wrong
-
-    def vector(self, i: int) -> Vector:
-        if i in self._vectors:
-            return self._vectors[i]
-        values = super().vector(i).copy()
-        if i == self.step:
-            values[self.element] += self.delta
-        if i == len(self.instructions) - 1:
-            values[0] = int(self.wrong)
-        self._vectors[i] = values
-        return values
-
-    def chunk_sums(self, i: int, e: int) -> list[int]:
-        sums = list(super().chunk_sums(i, e))
-        if i == self.step and e == self.element and len(sums) > 1:
-            chunk, false = self.chunk % len(sums), int(self.vector(i)[e])
-            op, a = self.instructions[i].op, self.instructions[i].a
-            if op == Op.MAX:
-                return [false if c == chunk else min(value, false) for c, value in enumerate(sums)]
-            shift = a if op in (Op.LINEAR, Op.LOGIT) else 0
-            sums[chunk] += (false << shift) - sum(sums)
-        return sums
 
 
 def to_real(bits: Bits, dtype: Dtype) -> torch.Tensor:

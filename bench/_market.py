@@ -6,7 +6,7 @@ profile and right under a loose one: one trace makes both a guilty and an innoce
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +49,20 @@ SHORT = Request(prompt=(1, 2), limit=5, stops=(STOP, 298))
 SHORT_TOKENS = (7, STOP)
 REQUESTS = (SHORT, LONG)
 LONG_AT = 1  # its index
+LONG_OUTPUT = Output(2, len(LONG_TOKENS), 2, LONG_TOKENS)
+NO_TOKEN = 0xFFFFFFFF  # STOP: no token is shown
+# What the short request's output may be wrong in, and the token that shows it.
+BROKEN = {
+    "code 3": (Output(0, 2, 3, SHORT_TOKENS), NO_TOKEN),
+    "limit not reached": (Output(0, 2, 2, SHORT_TOKENS), NO_TOKEN),
+    "over the limit": (Output(0, 6, 1, (1, 2, 3, 4, 5, STOP)), NO_TOKEN),
+    "positions": (Output(0, 3, 1, (7, 8, STOP)), NO_TOKEN),
+    "no tokens": (Output(0, 0, 1, (7,)), NO_TOKEN),
+    "last token no stop id": (Output(0, 2, 1, (7, 8)), 1),
+    "stop id too early": (Output(0, 2, 1, (298, STOP)), 0),
+    "beyond the vocabulary": (Output(0, 2, 1, (300, STOP)), 0),
+    "more tokens than counted": (Output(0, 2, 1, (7, STOP, 9)), 1),
+}
 WORKERS = (1, 2)  # development accounts; their signers are these plus 10
 REQUESTER, CHALLENGER, STRANGER = 3, 4, 5
 
@@ -73,6 +87,7 @@ class Served:
     traces: tuple[tuple[RequestTrace, RequestTrace], ...]  # by request, then stage
     outputs: tuple[bytes, ...]
     tokens: int
+    ids: tuple[tuple[int, ...], ...] = (SHORT_TOKENS, LONG_TOKENS)  # output tokens by request
 
     @cached_property
     def stage_trees(self) -> tuple[StageTree, ...]:
@@ -111,7 +126,7 @@ def serve(
         extra = (0, 0) if r == LONG_AT else extra_positions
         traces.append((_trace(weights.shape, arrays, 0, extra[0]), _trace(weights.shape, arrays, 1, extra[1])))
     records = tuple(output.record(r) for r, output in enumerate(made))
-    return Served(tuple(traces), records, made[-1].start + made[-1].count)
+    return Served(tuple(traces), records, made[-1].start + made[-1].count, tuple(output.tokens for output in made))
 
 
 def _arrays(weights: Weights, tokens: Sequence[int], seed: int) -> dict[str, Bits]:
@@ -176,8 +191,8 @@ class Market:
 
     def batch(self, tight: bool, served: Served, requests: tuple[Request, ...] = REQUESTS) -> "Batch":
         """A job in its window. tight: under the profile nothing random passes; requests: with REQUESTS' prompts."""
-        profile = self.profile(tight)
-        model = identify(self.weights, profile)
+        unplaced = self.unplaced(tight, served, requests)
+        model = unplaced.model
         requester = self.chain(REQUESTER)
         model_id = requester.models.register(model)
         self._nonce += 1
@@ -201,7 +216,12 @@ class Market:
             grace=GRACE_SECONDS,
             nonce=self._nonce,
         )
-        return Batch(at, served, model, profile, self.weights, requests)
+        return replace(unplaced, job=at)
+
+    def unplaced(self, tight: bool, served: Served, requests: tuple[Request, ...] = REQUESTS) -> "Batch":
+        """The same without a job, to compute with."""
+        profile = self.profile(tight)
+        return Batch(bytes(32), served, identify(self.weights, profile), profile, self.weights, requests)
 
 
 @dataclass(frozen=True)
@@ -241,7 +261,7 @@ class Batch:
         return self.served.outputs_tree.opening(request)
 
     def output_token(self, place: int, request: int = LONG_AT) -> Opening:
-        tokens = (SHORT_TOKENS, LONG_TOKENS)[request]
+        tokens = self.served.ids[request]
         outputs = OutputsTree([Output(0, len(tokens), 1, tokens)])
         return outputs.token_opening(0, place)
 
@@ -254,6 +274,34 @@ class Batch:
         place = segment.position + 1 - len(REQUESTS[segment.request].prompt)
         token = self.output_token(place, segment.request)
         return [*first, self.request(segment.request), self.output(segment.request), token]
+
+    def shown(self, segment: Segment) -> list[Opening]:
+        """What `show` wants. LINK of layer 0 is judged at the boundary of the two stages."""
+        request, stage = segment.request, segment.stage
+        match Kind(segment.kind):
+            case Kind.EMBED:
+                prompt = self.requests[request].prompt
+                first = [self.node(stage, request), self.request(request)]
+                if segment.position < len(prompt):
+                    fed = [RequestsTree(self.requests).token_opening(request, segment.position)]
+                    token = prompt[segment.position]
+                else:
+                    place = segment.position - len(prompt)
+                    fed = [self.output(request), self.output_token(place, request)]
+                    token = self.served.ids[request][place]
+                return [*first, *fed, *self.judged(segment, token=token)]
+            case Kind.LINK if segment.layer == 0:
+                return [self.node(0, request), self.node(1, request), *self.judged(segment, sender=0)]
+            case Kind.LINK:
+                return [self.node(stage, request), *self.judged(segment)]
+            case Kind.STOP:
+                records = [self.request(request), self.output(request), self.node(stage, request)]
+                return records if segment.unit == NO_TOKEN else [*records, self.output_token(segment.unit, request)]
+            case Kind.BILL:
+                return [self.output(r) for r in range(request, min(request + 2, len(self.requests)))]
+            case Kind.LENGTH:
+                return [self.node(stage, request), self.node(stage - 1, request)]
+        raise ValueError(f"expected an exact segment, got {segment}")
 
     def judged(self, segment: Segment, sender: int | None = None, token: int = 0) -> list[Opening]:
         """Header, instruction and openings of an exact program. sender: whose tensors LINK reads at a boundary."""

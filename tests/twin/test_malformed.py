@@ -1,0 +1,263 @@
+"""Calls that are too long, cut off, not canonical or point elsewhere, at every entry of the judge.
+
+Each is refused, by name wherever the contract gets to read it, and costs no more than its own calldata and what the
+well-formed call spends on checking.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from bench._arena import NAMELESS, Arena
+from bench._liar import Liar, Lie
+from bench._market import CHALLENGER, LONG_AT, WORKERS, Batch, Market, serve, write_model
+from contracts.abi import functions
+from contracts.client import challenge_id
+from deploy.deployment import deploy
+from deploy.devnet import Devnet
+from deploy.keys import dev_account
+from verifier.commit import HandoffTree
+from verifier.game import HandoffProof, Move, Phase, Proof, Segment, solve
+from verifier.program import Kind
+from verifier.referee.codec import Opening, handoff_row
+from verifier.weights import Weights
+
+FUNDS = 10**30
+LONGEST = 24 * 1024
+CHECKING_GAS = 30_000  # beyond a transaction and its calldata: to look at lengths, a state and a clock
+CUTS, DIRTY = 12, 12
+WSUM = 4
+POSITION = 597  # WSUM has 75 chunks: two lists of sums
+
+
+@dataclass(frozen=True)
+class Court:
+    arena: Arena
+    market: Market
+    batch: Batch
+
+
+@pytest.fixture(scope="module")
+def court(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
+    weights = Weights.open(write_model(tmp_path_factory.mktemp("model")), threads=1)
+    with Devnet() as devnet:
+        market = Market(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), weights)
+        market.settle_in()
+        market.chain(CHALLENGER).disputes.deposit(FUNDS // 2)
+        served = serve(weights, changes={(LONG_AT, "1.h"): (9, 260)})
+        batch = market.batch(True, served)
+        arena = Arena(devnet, market.addresses.disputes)
+        yield Court(arena, market, batch)
+        arena.close()
+
+
+def encode(name: str, *arguments: Any) -> bytes:
+    return functions("Disputes")[name].encode(arguments)
+
+
+def calldata_gas(data: bytes) -> int:
+    """A transaction with these bytes: 21,000 and EIP-2028's price, at least EIP-7623's floor."""
+    zeros = data.count(0)
+    tokens = zeros + 4 * (len(data) - zeros)
+    return 21_000 + 10 * tokens
+
+
+def of_bytes(data: bytes, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Too long, cut off anywhere, and words of the head with bits where none belong."""
+    random = Random(seed)
+    yield "too long", data + bytes(LONGEST + 1 - len(data))
+    yield "much too long", data + random.randbytes(100_000)
+    for _ in range(CUTS):
+        yield "cut off", data[: random.randrange(4, len(data))]
+    yield "cut off", data[:-1]
+    yield "no arguments", data[:4]
+    words = (len(data) - 4) // 32
+    for _ in range(DIRTY):
+        at = 4 + 32 * random.randrange(min(words, 6))
+        word = int.from_bytes(data[at : at + 32], "big") ^ 1 << random.randrange(160, 256)
+        yield "dirty", data[:at] + word.to_bytes(32, "big") + data[at + 32 :]
+
+
+def of_openings(openings: Sequence[Opening]) -> Iterator[tuple[str, tuple[Opening, ...]]]:
+    """Each opening cut, lengthened, without a sibling, with one more; one opening more and less; two exchanged."""
+    yield "an opening less", tuple(openings[:-1])
+    yield "an opening more", (*openings, openings[-1])
+    if len(openings) > 1:
+        yield "exchanged", (openings[1], openings[0], *openings[2:])
+    for i, opening in enumerate(openings):
+        for what, changed in (
+            ("data cut off", replace(opening, data=opening.data[:-1])),
+            ("data too long", replace(opening, data=opening.data + b"\0")),
+            ("no data", replace(opening, data=b"")),
+            ("much data", replace(opening, data=opening.data + bytes(LONGEST))),
+            ("a sibling more", replace(opening, siblings=(*opening.siblings, bytes(32)))),
+            ("a sibling less", replace(opening, siblings=opening.siblings[:-1])),
+        ):
+            if changed != opening:
+                yield f"opening {i}: {what}", (*openings[:i], changed, *openings[i + 1 :])
+
+
+def of_segment(segment: Segment) -> Iterator[tuple[str, Segment]]:
+    """Places that are none. Each has a commitment of its own."""
+    for name, value in (
+        ("stage", 2),
+        ("kind", 12),
+        ("request", 2),
+        ("layer", 2),
+        ("position", 1 << 30),
+        ("unit", 1 << 31),
+    ):
+        yield f"no such {name}", replace(segment, **{name: value})
+
+
+def of_move(move: Move) -> Iterator[tuple[str, Move]]:
+    yield "pick", replace(move, pick=move.pick + 1)
+    yield "pick beyond the list", replace(move, pick=1 << 20)
+    yield "the largest pick", replace(move, pick=(1 << 64) - 1)
+    for name in ("record", "claim", "list"):
+        held: bytes = getattr(move, name)
+        yield f"{name} cut off", replace(move, **{name: held[:-1]})
+        yield f"{name} too long", replace(move, **{name: held + b"\0"})
+        yield f"no {name}", replace(move, **{name: b""})
+        yield f"much {name}", replace(move, **{name: held + bytes(LONGEST)})
+    yield "list of one entry more", replace(move, list=move.list + move.list[:32])
+    yield "a sibling more", replace(move, siblings=(*move.siblings, bytes(32)))
+    if move.siblings:
+        yield "a sibling less", replace(move, siblings=move.siblings[:-1])
+
+
+def of_proof(proof: Proof) -> Iterator[tuple[str, Proof]]:
+    yield "pick beyond the list", replace(proof, pick=1 << 20)
+    yield "the largest pick", replace(proof, pick=(1 << 64) - 1)
+    for name in ("record", "claim"):
+        held: bytes = getattr(proof, name)
+        yield f"{name} cut off", replace(proof, **{name: held[:-1]})
+        yield f"{name} too long", replace(proof, **{name: held + b"\0"})
+    yield "a root less", replace(proof, steps=proof.steps[:-1])
+    yield "a root more", replace(proof, steps=(*proof.steps, bytes(32)))
+    yield "another model", replace(proof, model=replace(proof.model, layers=3))
+    for what, openings in of_openings(proof.openings):
+        yield what, replace(proof, openings=openings)
+
+
+def of_handoff(proof: HandoffProof) -> Iterator[tuple[str, HandoffProof]]:
+    yield "index", replace(proof, index=proof.index ^ 1)
+    yield "index beyond the tree", replace(proof, index=proof.leaves)
+    yield "no leaves", replace(proof, leaves=0)
+    yield "many leaves", replace(proof, leaves=(1 << 32) - 1)
+    for name in ("record", "signature"):
+        held: bytes = getattr(proof, name)
+        yield f"{name} cut off", replace(proof, **{name: held[:-1]})
+        yield f"no {name}", replace(proof, **{name: b""})
+        yield f"{name} too long", replace(proof, **{name: held + bytes(LONGEST)})
+    yield "a sibling more", replace(proof, siblings=(*proof.siblings, bytes(32)))
+
+
+def check(court: Court, index: int, right: bytes, wrong: Sequence[tuple[str, bytes]], seed: int = 0) -> None:
+    """All of `wrong` and every mangled form of `right` are refused; then `right` is taken.
+
+    wrong: well-formed calls with something false inside, refused for a reason that has a name.
+    """
+    spent = []
+    for what, data in wrong:
+        name, gas = court.arena.attempt(index, data)
+        assert name and name not in NAMELESS, f"{what}: expected a refusal with a name, got {name or 'a success'}"
+        spent.append((what, gas - calldata_gas(data)))
+    for what, data in of_bytes(right, seed):
+        name, gas = court.arena.attempt(index, data)
+        assert name, f"{what}: expected a refusal, got a success"
+        assert "long" not in what or name == "CalldataTooLong", f"{what}: {name}"
+        spent.append((what, gas - calldata_gas(data)))
+    name, gas = court.arena.attempt(index, right)
+    assert name == "", f"expected the right call to be taken, got {name}"
+    most = max(CHECKING_GAS, gas - calldata_gas(right) + CHECKING_GAS)
+    dear = [each for each in spent if each[1] > most]
+    assert not dear, f"expected at most {most} gas beyond the calldata, got {dear}"
+
+
+def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
+    """One game meets every phase: a lie about the last chunk of a weighted sum."""
+    arena, batch = court.arena, court.batch
+    segment = batch.segment(Kind.ATTEND, 1, 1, POSITION, 1)
+    truth = batch.case(segment)
+    lie = Lie(WSUM, len(truth.vector(WSUM)) - 70, truth.chunks(WSUM) - 1)
+    liar = Liar(truth, [lie], wrong=False)
+    steps, evidence = b"".join(truth.steps()), batch.evidence(segment)
+
+    def challenge(at: Segment, salt: bytes, openings: Sequence[Opening], roots: bytes) -> bytes:
+        return encode("challenge", at, salt, batch.model, openings, roots)
+
+    salt = arena.commit(segment)
+    wrong = [(what, challenge(segment, salt, openings, steps)) for what, openings in of_openings(evidence)]
+    for what, at in of_segment(segment):
+        wrong.append((what, challenge(at, arena.commit(at), evidence, steps)))
+    wrong += [
+        ("roots cut off", challenge(segment, salt, evidence, steps[:-1])),
+        ("no roots", challenge(segment, salt, evidence, b"")),
+        ("a root more", challenge(segment, salt, evidence, steps + steps[-32:])),
+        ("many roots", challenge(segment, salt, evidence, steps * 100)),
+        ("another salt", challenge(segment, bytes(31) + b"\xff", evidence, steps)),
+    ]
+    check(court, CHALLENGER, challenge(segment, salt, evidence, steps), wrong)
+    id = challenge_id(dev_account(CHALLENGER).address, segment, salt)
+
+    phases = []
+    while True:
+        seen = arena.seen(id)
+        phases.append(seen.game.phase)
+        index = WORKERS[1] if seen.game.worker_turn else CHALLENGER
+        answer = solve(seen.game, seen.list, liar if seen.game.worker_turn else truth, steps)
+        if isinstance(answer, Proof):
+            proofs = [(what, encode("prove", id, seen.game, proof)) for what, proof in of_proof(answer)]
+            check(court, index, encode("prove", id, seen.game, answer), proofs, seed=len(phases))
+            break
+        moves = [(what, encode("descend", id, seen.game, move)) for what, move in of_move(answer)]
+        states = [
+            ("state cut off", encode("descend", id, seen.game.encode()[:-1], answer)),
+            ("another state", encode("descend", id, replace(seen.game, index=seen.game.index + 1), answer)),
+            ("no game", encode("descend", bytes(32), seen.game, answer)),
+        ]
+        check(court, index, encode("descend", id, seen.game, answer), [*moves, *states], seed=len(phases))
+    assert set(phases) == {Phase.STEPS, Phase.NODES, Phase.ELEMENTS, Phase.SUMS}
+
+
+def test_what_is_shown_deflected_and_flagged(court: Court) -> None:
+    """A row at the boundary of two stages that is not what the layer's outputs add up to; its sender signed it."""
+    arena, batch = court.arena, court.batch
+    segment = batch.segment(Kind.LINK, 1, 0, 9, 1)
+    evidence = batch.shown(segment)
+    salt = arena.commit(segment)
+
+    def show(at: Segment, salt: bytes, openings: Sequence[Opening]) -> bytes:
+        return encode("show", at, salt, batch.model, openings)
+
+    wrong = [(what, show(segment, salt, openings)) for what, openings in of_openings(evidence)]
+    wrong += [(what, show(at, arena.commit(at), evidence)) for what, at in of_segment(segment)]
+    check(court, CHALLENGER, show(segment, salt, evidence), wrong)
+    id = challenge_id(dev_account(CHALLENGER).address, segment, salt)
+    game = arena.seen(id).game
+    assert game.phase == Phase.HANDOFF
+
+    early = encode("flag", id, game)
+    for what, data in (("too early", early), ("another state", encode("flag", id, replace(game, index=7)))):
+        name, gas = arena.attempt(CHALLENGER, data)
+        assert name in ("FlagNotFallen", "WrongState"), what
+        assert gas < calldata_gas(data) + CHECKING_GAS
+
+    block = batch.served.traces[LONG_AT][1].block_leaf("1.h", 9, 1)
+    tree = HandoffTree([handoff_row(LONG_AT, 9, 0, bytes(512)), handoff_row(LONG_AT, 9, 1, block)])
+    door = court.market.chain(CHALLENGER)
+    signature = door.sign_handoff(batch.job, 0, tree.root, tree.leaves, court.market.signer(0))
+    proof = HandoffProof(
+        tree.root, tree.leaves, 1, handoff_row(LONG_AT, 9, 1, block), tree.opening(1).siblings, signature
+    )
+    proofs = [(what, encode("deflect", id, game, other)) for what, other in of_handoff(proof)]
+    check(court, WORKERS[1], encode("deflect", id, game, proof), proofs)
+
+
+def test_every_field_of_a_segment_was_tried() -> None:
+    tried = {what.removeprefix("no such ") for what, _ in of_segment(Segment(bytes(32), 0, 0, 0, 0, 0, 0))}
+    assert tried | {"job"} == {field.name for field in fields(Segment)}
