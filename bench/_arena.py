@@ -30,7 +30,7 @@ from verifier.referee.codec import Model, Opening
 
 COPIER = 6
 SIGNERS_FROM = 10  # a worker's signer is the development account so many behind its own
-MOVE_GAS_LIMIT = 3_000_000
+MOVE_GAS_LIMIT = 10_000_000  # what 100 KB of calldata cost before anything is looked at, twice
 TRIES = 3  # of a party whose move is refused, before it gives up
 NOBODY = 255
 NAMELESS = {"OutOfGas", "Reverted", "Unknown", "Rpc", "Panic", "Error", "NoContract"}  # ways to fail without saying why

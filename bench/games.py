@@ -2,7 +2,8 @@
 
 Every game draws its segment, its place, its lies, silences and bad manners from (seed, number). Games of even number
 go through a shuffled census of lies alone - each kind of segment, instruction, class of element and depth, by worker
-and by challenger; the others have several lies, nothing but nonsense, or an exact segment. Rows are by segment kind and by who is at fault:
+and by challenger; the others have several lies, nothing but nonsense, or an exact segment. Rows are by segment kind
+and by who is at fault:
   worker             served something wrong and denies it
   challenger         accuses an honest worker
   sender             the hand-off that it signed is not what it committed to; the accused shows it
