@@ -33,7 +33,6 @@ SHOWN_SHARE, SILENT_SHARE, NONSENSE_SHARE = 0.5, 0.2, 0.4
 PLACES = 4  # of each kind: layers, positions, units
 POSITIONS = (0, 1, 254, 255, 256, 511, 512, 597, 599)
 FAULTS = 4  # batches with faults that are shown
-VOCABULARY = 300
 ROUND = 40  # games between two returns of the chain to where it was: far less than a job's window
 DRAWN = (
     replace(LONG, temperature=40_000, top_k=200, top_p=60_000, seed=(1 << 64) - 3),
@@ -203,7 +202,7 @@ class Docket:
         if kind in (Kind.TOKEN, Kind.SAMPLE):
             output = random.randrange(len(LONG_TOKENS))
             position, token = len(LONG.prompt) - 1 + output, LONG_TOKENS[output]
-            units = random.sample(range(VOCABULARY), VOCABULARY)
+            units = random.sample(range(shape.vocabulary), shape.vocabulary)
             units.insert(place % 2, token if kind == Kind.SAMPLE else units[0])  # its own membership, sometimes first
         else:
             position, token = random.choice(POSITIONS), 0
@@ -287,7 +286,7 @@ class Docket:
             return Exhibit(ground, _segment(kind, 1, 0, sent, 0, 0), 0, lambda lied: _lengths(sent, lied))
         request = place % 2
         last = len(SHORT.prompt) if request == 0 else len(LONG.prompt)
-        position, column = random.randrange(last), random.choice((0, 255, 256, 319))
+        position, column = random.randrange(last), random.choice((0, 255, 256, weights.shape.hidden - 1))
         unit = column // BLOCK
         if kind == Kind.EMBED:
             self._served[name] = serve(weights, changes={(request, "0.h"): (position, column)})

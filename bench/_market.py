@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,18 +61,19 @@ BROKEN = {
     "no tokens": (Output(0, 0, 1, (7,)), NO_TOKEN),
     "last token no stop id": (Output(0, 2, 1, (7, 8)), 1),
     "stop id too early": (Output(0, 2, 1, (298, STOP)), 0),
-    "beyond the vocabulary": (Output(0, 2, 1, (300, STOP)), 0),
+    "beyond the vocabulary": (Output(0, 2, 1, (9999, STOP)), 0),
     "more tokens than counted": (Output(0, 2, 1, (7, STOP, 9)), 1),
 }
 WORKERS = (1, 2)  # development accounts; their signers are these plus 10
 REQUESTER, CHALLENGER, STRANGER = 3, 4, 5
 
 
-def write_model(folder: Path) -> Path:
-    """Random bfloat16 weights."""
+def write_model(folder: Path, **changes: Any) -> Path:
+    """Random bfloat16 weights. changes: of CONFIG; the vocabulary must hold the batch's tokens."""
     random = torch.Generator().manual_seed(7)
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    shape = shape_from_config(CONFIG)
+    told = CONFIG | changes
+    (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    shape = shape_from_config(told)
     tensors = {}
     for place in WeightLayout(shape).tensors:
         size = (place.cols,) if "norm" in place.name else (place.rows, place.cols)
