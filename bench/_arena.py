@@ -4,25 +4,20 @@ The referee of the games: it makes the moves that players ask for, plays copier,
 holds the contracts to what they must refuse. What it finds wrong is an `Unfair`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
 from random import Random
 from typing import Any, Protocol, cast
-from urllib.parse import urlsplit
 
-from eth_account.signers.local import LocalAccount
-from hexbytes import HexBytes
 from web3.types import TxReceipt
 
 from bench._market import CHALLENGER, STRANGER, WORKERS
-from contracts.abi import decode_error, decode_event, event_topics
+from bench._node import Node, Unlocked
+from contracts.abi import decode_event, event_topics
 from contracts.client import ChainError, challenge_id
 from contracts.doors import DisputesDoor
 from contracts.events import EVENTS, Credited, Event, GameEnded
 from contracts.play import Followed, GameLog
-from contracts.transport import Receipt, Transport
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from verifier.game import Game, HandoffProof, Move, Proof, Segment, remaining_seconds
@@ -30,7 +25,6 @@ from verifier.referee.codec import Model, Opening
 
 COPIER = 6
 SIGNERS_FROM = 10  # a worker's signer is the development account so many behind its own
-MOVE_GAS_LIMIT = 10_000_000  # what 100 KB of calldata cost before anything is looked at, twice
 TRIES = 3  # of a party whose move is refused, before it gives up
 NOBODY = 255
 NAMELESS = {"OutOfGas", "Reverted", "Unknown", "Rpc", "Panic", "Error", "NoContract"}  # ways to fail without saying why
@@ -102,82 +96,15 @@ class _Live:
     last: tuple[int, Game, Answer] | None = field(default=None)
 
 
-class NodeError(Exception):
-    """The node answered with an error."""
-
-    def __init__(self, method: str, error: dict[str, Any]) -> None:
-        super().__init__(f"{method}: {error.get('message')}")
-        told = error.get("data")
-        self.data = bytes.fromhex(told[2:]) if isinstance(told, str) else b""
-
-
-class _Unlocked(Transport):
-    """Sends from an account that the node itself holds, with a fixed gas limit; `heard` gets every receipt."""
-
-    def __init__(self, url: str, key: LocalAccount, node: "_Node", heard: Callable[[TxReceipt], None]) -> None:
-        super().__init__(url, key)
-        self._node, self._heard = node, heard
-
-    def send_raw(self, to: str | None, data: bytes, label: str, gas: int | None = None) -> TxReceipt:
-        limit = gas or MOVE_GAS_LIMIT
-        sender = cast(LocalAccount, self.key).address
-        transaction = {"from": sender, "to": to, "data": "0x" + data.hex(), "gas": hex(limit)}
-        told = self._node.ask("eth_sendTransactionSync", transaction)
-        receipt = cast(
-            TxReceipt,
-            {
-                "gasUsed": int(told["gasUsed"], 16),
-                "status": int(told["status"], 16),
-                "blockNumber": int(told["blockNumber"], 16),
-                "transactionHash": HexBytes(told["transactionHash"]),
-                "logs": told["logs"],
-            },
-        )
-        used, block = receipt["gasUsed"], receipt["blockNumber"]
-        self.receipts.append(Receipt(label, sender, used, len(data), block, bytes(receipt["transactionHash"])))
-        if receipt["status"] != 1:
-            raise self._reason(transaction, told["blockNumber"], label)
-        self._heard(receipt)
-        return receipt
-
-    def _reason(self, transaction: dict[str, Any], block: str, label: str) -> ChainError:
-        """What the contract said, by the same call on the state that the refusal left as it was."""
-        try:
-            self._node.ask("eth_call", transaction, block)
-        except NodeError as error:
-            data = error.data
-            return decode_error(data, label) if data else ChainError("Reverted", {}, label)
-        return ChainError("Reverted", {}, label)
-
-
-class _Node:
-    """A development node, asked over one connection."""
-
-    def __init__(self, url: str) -> None:
-        self._http = HTTPConnection(urlsplit(url).netloc, timeout=60.0)
-
-    def ask(self, method: str, *parameters: Any) -> Any:
-        """The result. Raises NodeError for an error."""
-        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": parameters}
-        self._http.request("POST", "/", json.dumps(request), {"Content-Type": "application/json"})
-        answer = json.loads(self._http.getresponse().read())
-        if "error" in answer:
-            raise NodeError(method, answer["error"])
-        return answer["result"]
-
-    def close(self) -> None:
-        self._http.close()
-
-
 class Arena:
     """Plays games about the jobs of one deployment. Challenger and workers must be funded, and a bond deposited."""
 
     def __init__(self, devnet: Devnet, disputes: str) -> None:
         """disputes: the contract's address."""
-        self._node = _Node(devnet.url)
+        self._node = Node(devnet.url)
         self._url, self._disputes = devnet.url, disputes
         self._doors: dict[int, DisputesDoor] = {}
-        self._transports: dict[int, _Unlocked] = {}
+        self._transports: dict[int, Unlocked] = {}
         self._topics = event_topics("Disputes")
         self._log, self._credited = GameLog(), dict[bytes, dict[str, int]]()
         self._salt, self._kept = 0, ""
@@ -192,9 +119,9 @@ class Arena:
             self._doors[index] = DisputesDoor(self._transport(index), self._disputes)
         return self._doors[index]
 
-    def _transport(self, index: int) -> _Unlocked:
+    def _transport(self, index: int) -> Unlocked:
         if index not in self._transports:
-            self._transports[index] = _Unlocked(self._url, dev_account(index), self._node, self._heard)
+            self._transports[index] = Unlocked(self._url, dev_account(index), self._node, self._heard)
         return self._transports[index]
 
     def keep(self) -> None:

@@ -28,7 +28,7 @@ FUNDS = 10**30
 LEAST_LOCK = 10**17  # what the jobs of small models lock; a long history of a large one must be covered by more
 FLAG = 2
 NOBODY = 255
-GREEDILY: Mapping[str, int] = {}
+GREEDILY: Mapping[str, Any] = {}
 ENDINGS = {True: "slashed", False: "bond_lost"}
 
 
@@ -228,7 +228,7 @@ def program_leaf(weights: ModelWeights, kind: Kind) -> Opening:
 class Batch:
     """What the pipeline committed to: 64 requests, of which one is real."""
 
-    def __init__(self, trace: RequestTrace, token: int, drawn: Mapping[str, int] = GREEDILY) -> None:
+    def __init__(self, trace: RequestTrace, token: int, drawn: Mapping[str, Any] = GREEDILY) -> None:
         """token: the first output token, which the last position yields; drawn: how the judged request samples."""
         prompts: list[tuple[int, ...]] = [(1,)] * REQUESTS
         prompts[JUDGED] = (1,) * trace.positions

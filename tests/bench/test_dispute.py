@@ -48,10 +48,24 @@ def test_a_guilty_worker_and_a_lying_challenger_lose() -> None:
     for row in (denied, alleged):
         assert row["gas_total"] == row["gas_worker"] + row["gas_challenger"]
         assert row["gas_total"] == sum(gas for _, gas, _ in row["transactions"])
+        assert row["classic"]["moves"] > row["moves"] and row["classic"]["gas_total"] > row["gas_total"]
     assert result["worst"]["gas_total"] == max(denied["gas_total"], alleged["gas_total"])
 
 
+def test_a_drawn_token_is_judged_where_the_profile_decides() -> None:
+    """RANK reads the margin: what a guilty worker denies and what is alleged of an honest one differ from there on."""
+    result = dispute.run(shape="demo", segment="sample", position=20, instruction=8)
+    assert [row["outcome"] for row in result["results"]] == ["slashed", "bond_lost"]
+    assert {row["instruction"] for row in result["results"]} == {"8 CHOICE"}
+
+
+def test_a_false_link_convicts_at_once() -> None:
+    (shown,) = dispute.run(shape="demo", segment="link", position=20)["results"]
+    assert (shown["outcome"], shown["moves"], shown["gas_worker"]) == ("slashed", 1, 0)
+    assert shown.keys() >= ROW and shown["classic"] == {"moves": 1, "gas_total": shown["gas_total"]}
+
+
 def test_an_unknown_shape_segment_or_position_is_refused() -> None:
-    for wrong in ({"shape": "none"}, {"segment": "link"}, {"position": 1 << 20}):
+    for wrong in ({"shape": "none"}, {"segment": "embed"}, {"position": 1 << 20}):
         with pytest.raises(ValueError, match="expected a"):
             dispute.run(**wrong)

@@ -7,7 +7,7 @@ well-formed call spends on checking.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -102,6 +102,15 @@ def of_openings(openings: Sequence[Opening]) -> Iterator[tuple[str, tuple[Openin
                 yield f"opening {i}: {what}", (*openings[:i], changed, *openings[i + 1 :])
 
 
+R = TypeVar("R", Move, Proof, HandoffProof)
+
+
+def with_bytes(record: R, name: str, value: bytes) -> R:
+    """The same with another field of that name."""
+    changed: dict[str, Any] = {name: value}
+    return replace(record, **changed)
+
+
 def of_segment(segment: Segment) -> Iterator[tuple[str, Segment]]:
     """Places that are none. Each has a commitment of its own."""
     for name, value in (
@@ -112,7 +121,8 @@ def of_segment(segment: Segment) -> Iterator[tuple[str, Segment]]:
         ("position", 1 << 30),
         ("unit", 1 << 31),
     ):
-        yield f"no such {name}", replace(segment, **{name: value})
+        changed: dict[str, Any] = {name: value}
+        yield f"no such {name}", replace(segment, **changed)
 
 
 def of_move(move: Move) -> Iterator[tuple[str, Move]]:
@@ -122,10 +132,10 @@ def of_move(move: Move) -> Iterator[tuple[str, Move]]:
     yield "the largest pick", replace(move, pick=(1 << 64) - 1)
     for name in ("record", "claim", "list"):
         held: bytes = getattr(move, name)
-        yield f"{name} cut off", replace(move, **{name: held[:-1]})
-        yield f"{name} too long", replace(move, **{name: held + b"\0"})
-        yield f"no {name}", replace(move, **{name: b""})
-        yield f"much {name}", replace(move, **{name: held + bytes(LONGEST)})
+        yield f"{name} cut off", with_bytes(move, name, held[:-1])
+        yield f"{name} too long", with_bytes(move, name, held + b"\0")
+        yield f"no {name}", with_bytes(move, name, b"")
+        yield f"much {name}", with_bytes(move, name, held + bytes(LONGEST))
     yield "list of one entry more", replace(move, list=move.list + move.list[:32])
     if move.siblings:  # else nothing is proved by any, and none is read
         yield "a sibling more", replace(move, siblings=(*move.siblings, bytes(32)))
@@ -137,8 +147,8 @@ def of_proof(proof: Proof) -> Iterator[tuple[str, Proof]]:
     yield "the largest pick", replace(proof, pick=(1 << 64) - 1)
     for name in ("record", "claim"):
         held: bytes = getattr(proof, name)
-        yield f"{name} cut off", replace(proof, **{name: held[:-1]})
-        yield f"{name} too long", replace(proof, **{name: held + b"\0"})
+        yield f"{name} cut off", with_bytes(proof, name, held[:-1])
+        yield f"{name} too long", with_bytes(proof, name, held + b"\0")
     yield "a root less", replace(proof, steps=proof.steps[:-1])
     yield "a root more", replace(proof, steps=(*proof.steps, bytes(32)))
     yield "another model", replace(proof, model=replace(proof.model, layers=3))
@@ -153,9 +163,9 @@ def of_handoff(proof: HandoffProof) -> Iterator[tuple[str, HandoffProof]]:
     yield "many leaves", replace(proof, leaves=(1 << 32) - 1)
     for name in ("record", "signature"):
         held: bytes = getattr(proof, name)
-        yield f"{name} cut off", replace(proof, **{name: held[:-1]})
-        yield f"no {name}", replace(proof, **{name: b""})
-        yield f"{name} too long", replace(proof, **{name: held + bytes(LONGEST)})
+        yield f"{name} cut off", with_bytes(proof, name, held[:-1])
+        yield f"no {name}", with_bytes(proof, name, b"")
+        yield f"{name} too long", with_bytes(proof, name, held + bytes(LONGEST))
     yield "a sibling more", replace(proof, siblings=(*proof.siblings, bytes(32)))
 
 
