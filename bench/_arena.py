@@ -370,10 +370,12 @@ class Arena:
         return error.name
 
     def _check_money(self, game: Game, end: GameEnded, live: _Live) -> None:
-        """The bond goes back to a challenger that won, else to the worker and the burn address, whole."""
+        """The bond goes back whole to a challenger that won; else the worker's moves are paid from it, and no more."""
         paid = self._credited.pop(live.id, {})
-        whole = game.challenger in paid and len(paid) == 1 if end.convicted != NOBODY else game.challenger not in paid
-        if sum(paid.values()) != game.bond or not whole:
+        won = end.convicted != NOBODY
+        amount = paid.get(game.challenger if won else game.worker, 0)
+        fair = amount == game.bond if won else 0 < amount <= game.bond
+        if len(paid) != 1 or not fair:
             raise Unfair(f"a bond of {game.bond} was paid out as {paid}")
 
     # ---- the node
