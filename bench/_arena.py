@@ -371,11 +371,8 @@ class Arena:
 
     def _check_money(self, game: Game, end: GameEnded, live: _Live) -> None:
         """The bond goes back whole to a challenger that won; else the worker's moves are paid from it, and no more."""
-        paid = self._credited.pop(live.id, {})
-        won = end.convicted != NOBODY
-        amount = paid.get(game.challenger if won else game.worker, 0)
-        fair = amount == game.bond if won else 0 < amount <= game.bond
-        if len(paid) != 1 or not fair:
+        least, account = (game.bond, game.challenger) if end.convicted != NOBODY else (1, game.worker)
+        if not least <= (paid := self._credited.pop(live.id, {})).get(account, 0) <= game.bond or len(paid) != 1:
             raise Unfair(f"a bond of {game.bond} was paid out as {paid}")
 
     # ---- the node
