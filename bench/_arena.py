@@ -297,10 +297,9 @@ class Arena:
         return error.name
 
     def _check_money(self, game: Game, end: GameEnded, live: _Live) -> None:
-        """The bond goes back to a challenger that won, else to the worker and the burn address, whole."""
-        paid = self._credited.pop(live.id, {})
-        whole = game.challenger in paid and len(paid) == 1 if end.convicted != NOBODY else game.challenger not in paid
-        if sum(paid.values()) != game.bond or not whole:
+        """The bond goes back whole to a challenger that won; else the worker's moves are paid from it, and no more."""
+        least, account = (game.bond, game.challenger) if end.convicted != NOBODY else (1, game.worker)
+        if not least <= (paid := self._credited.pop(live.id, {})).get(account, 0) <= game.bond or len(paid) != 1:
             raise Unfair(f"a bond of {game.bond} was paid out as {paid}")
 
     # ---- the node

@@ -23,6 +23,7 @@ from verifier.game import (
     Phase,
     Proof,
     next_level,
+    quoted,
     solve,
     span,
     sum_range,
@@ -260,9 +261,10 @@ class Bluffer(Solver):
         if end - first == 1:
             roots = tuple(slices(steps, HASH_BYTES))
             openings = tuple(case.openings(i, element, first))
-            return Proof(case.model, case.record(i), pick, posted, roots, openings)
+            return Proof(case.model, case.record(i), pick, *quoted(posted, pick, size), roots, openings)
         entries = -(-(end - first) // span(end - first))
-        return Move(case.record(i), (), pick, posted, self._random.bytes(SUM_BYTES * entries))
+        piece, hashes = quoted(posted, pick, size)
+        return Move(case.record(i), hashes, pick, piece, self._random.bytes(SUM_BYTES * entries))
 
     def _beneath(self, i: int, level: int, index: int) -> bytes:
         """Random bytes as long as the list beneath node `index` of `level`."""

@@ -152,6 +152,10 @@ class EscrowDoor(Door):
     def expire(self, job: bytes) -> TxReceipt:
         return self._send("expire", job)
 
+    def refund(self, job: bytes) -> TxReceipt:
+        """Credits the price of a void job to its requester, unless that was done."""
+        return self._send("refund", job)
+
     def release(self, job: bytes) -> TxReceipt:
         return self._send("release", job)
 
@@ -187,7 +191,12 @@ class EscrowDoor(Door):
         return int(self._read("windowEnd", job))
 
     def open_games(self, job: bytes, stage: int) -> int:
+        """Games that raise the next one's bond: those against the stage, and against others eight or more away."""
         return int(self._read("openGames", job, stage))
+
+    def refunded(self, job: bytes) -> bool:
+        """Whether the price of a void job was credited to its requester."""
+        return bool(self._read("refunded", job))
 
     def convicted(self, job: bytes, stage: int) -> bool:
         return bool(self._read("convicted", job, stage))
@@ -241,10 +250,6 @@ class DisputesDoor(Door):
     def withdraw(self) -> TxReceipt:
         """Collects bonds that came back."""
         return self._send("withdraw")
-
-    def burn(self) -> TxReceipt:
-        """Sends what lost bonds left to the burn address."""
-        return self._send("burn")
 
     def credit(self, account: str) -> int:
         return int(self._read("credit", account))

@@ -120,14 +120,14 @@ class JobCommitted(Event):
 class StageConvicted(Event):
     id: bytes
     stage: int
-    worker: str
     challenger: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobVoided(Event):
+    """From now on `refund` gives the requester its price back."""
+
     id: bytes
-    refund: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,18 +38,18 @@ class Job:
     model: bytes
     pipeline: bytes
     requests_root: bytes
-    requests: int
-    prompt_tokens: int
-    max_tokens: int
-    prompt_price: int
-    token_price: int
-    lock: int
     gas_rate: int
-    accept_by: int
-    commit_by: int
+    requests: int
     window: int
     clock: int
     grace: int
+    prompt_tokens: int
+    max_tokens: int
+    accept_by: int
+    commit_by: int
+    prompt_price: int
+    token_price: int
+    lock: int
     nonce: int
 
 

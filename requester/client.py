@@ -176,6 +176,9 @@ class Requester:
             except ChainError as error:
                 if error.name not in ("WrongStatus", "AlreadyDone", "GamesOpen", "TooEarly"):
                     raise
+        if status == Status.VOID and not escrow.refunded(id):
+            escrow.refund(id)
+            done.append("had the price refunded")
         for door in (escrow, self.chain.demands):
             owed = door.credit(self.chain.account)
             if owed:

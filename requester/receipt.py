@@ -107,7 +107,7 @@ def why(status: Status, story: Sequence[Event], now: int, job: Job) -> str:
             ends = [end for end in story if isinstance(end, GameEnded) and end.convicted == event.stage]
             silent = any(isinstance(lapse, DemandLapsed) and lapse.stage == event.stage for lapse in story)
             proof = _PROOFS.get(ends[0].reason, "a game") if ends else "its silence" if silent else "a game"
-            return f"stage {event.stage} ({event.worker}) was convicted by {proof}; the price was refunded in full"
+            return f"stage {event.stage} was convicted by {proof}; `plumb request collect` refunds the price in full"
     match status:
         case Status.OPEN if now <= job.accept_by:
             accepted = sum(isinstance(event, StageAccepted) for event in story)
@@ -144,7 +144,7 @@ def _ended(story: Sequence[Event]) -> str:
         if isinstance(event, JobRefunded):
             return f"not served in time: {event.refund} refunded, {event.no_show_fee} no-show fee"
         if isinstance(event, JobVoided):
-            return f"void: {event.refund} refunded"
+            return "void: `plumb request collect` refunds the price in full"
     return "unknown to this chain"
 
 

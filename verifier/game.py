@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from verifier.keccak import checksummed
+from verifier.keccak import checksummed, keccak256
 from verifier.referee.codec import Model, Opening, Trace, encode_vector, slices, vector_leaf_elements
 from verifier.referee.errors import DataLength
 from verifier.referee.tree import Tree, depth, leaf, nodes_at
@@ -24,6 +24,7 @@ LIST_LEVELS, ONE_LIST_LEVELS = 5, 6
 HASH_BYTES = 32
 SUM_BYTES = 16
 SUM_ENTRIES = 32  # partial sums in a list: 512 bytes
+PIECE_BYTES = 128  # of a list of elements or sums: who disputes an entry quotes the piece that holds it
 WRONG = leaf(encode_vector([1], wide=False))  # the root of a verdict's vector [1]
 
 
@@ -167,6 +168,7 @@ class Proof:
     record: bytes
     pick: int
     claim: bytes
+    siblings: tuple[bytes, ...]
     steps: tuple[bytes, ...]
     openings: tuple[Opening, ...]
 
@@ -230,6 +232,20 @@ def sum_range(first: int, end: int, pick: int) -> tuple[int, int]:
     return first + pick * step, min(first + (pick + 1) * step, end)
 
 
+def told(posted: bytes) -> bytes:
+    """What a game remembers of a posted list of elements or sums: keccak256 of the hashes of its pieces."""
+    return keccak256(b"".join(_piece_hashes(posted)))
+
+
+def quoted(posted: bytes, pick: int, size: int) -> tuple[bytes, tuple[bytes, ...]]:
+    """The piece of a posted list that holds entry `pick` of `size` bytes, and the hashes of all pieces."""
+    return slices(posted, PIECE_BYTES)[pick * size // PIECE_BYTES], _piece_hashes(posted)
+
+
+def _piece_hashes(posted: bytes) -> tuple[bytes, ...]:
+    return tuple(keccak256(piece) for piece in slices(posted, PIECE_BYTES))
+
+
 # ---- what an honest party does
 
 
@@ -282,8 +298,9 @@ def _answer_elements(game: Game, claim: bytes, case: "Case", steps: bytes) -> Mo
     element = game.index * vector_leaf_elements(wide) + pick
     chunks = case.chunks(i)
     if chunks == 1:
-        return _proof(case, i, element, 0, pick, claim, steps)
-    return Move(case.record(i), (), pick, claim, encode_vector(case.sums(i, element, 0, chunks), wide=True))
+        return _proof(case, i, element, 0, pick, quoted(claim, pick, size), steps)
+    piece, hashes = quoted(claim, pick, size)
+    return Move(case.record(i), hashes, pick, piece, encode_vector(case.sums(i, element, 0, chunks), wide=True))
 
 
 def _answer_sums(game: Game, claim: bytes, case: "Case", steps: bytes) -> Move | Proof:
@@ -292,13 +309,16 @@ def _answer_sums(game: Game, claim: bytes, case: "Case", steps: bytes) -> Move |
     pick = _first_difference(slices(claim, SUM_BYTES), slices(ours, SUM_BYTES))
     first, end = sum_range(game.first_chunk, game.end_chunk, pick)
     if end - first == 1:
-        return _proof(case, i, element, first, pick, claim, steps)
-    return Move(case.record(i), (), pick, claim, encode_vector(case.sums(i, element, first, end), wide=True))
+        return _proof(case, i, element, first, pick, quoted(claim, pick, SUM_BYTES), steps)
+    piece, hashes = quoted(claim, pick, SUM_BYTES)
+    return Move(case.record(i), hashes, pick, piece, encode_vector(case.sums(i, element, first, end), wide=True))
 
 
-def _proof(case: "Case", i: int, element: int, chunk: int, pick: int, claim: bytes, steps: bytes) -> Proof:
+def _proof(
+    case: "Case", i: int, element: int, chunk: int, pick: int, claim: tuple[bytes, tuple[bytes, ...]], steps: bytes
+) -> Proof:
     openings = tuple(case.openings(i, element, chunk))
-    return Proof(case.model, case.record(i), pick, claim, tuple(slices(steps, HASH_BYTES)), openings)
+    return Proof(case.model, case.record(i), pick, *claim, tuple(slices(steps, HASH_BYTES)), openings)
 
 
 def _nodes(case: "Case", i: int, above: int, parent: int) -> bytes:

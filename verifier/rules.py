@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from verifier.game import (
     HASH_BYTES,
+    PIECE_BYTES,
     SUM_BYTES,
     WRONG,
     Game,
@@ -20,6 +21,7 @@ from verifier.game import (
     remaining_seconds,
     span,
     sum_range,
+    told,
 )
 from verifier.keccak import keccak256
 from verifier.referee.codec import (
@@ -131,13 +133,13 @@ def decide(game: Game, proof: Proof, now: int) -> bool:
         raise ClaimMismatch("expected the challenger's instruction roots")
     if game.phase == Phase.ELEMENTS:
         wide = bool(ins.wide)
-        claimed = _claimed(game, proof.claim, proof.pick, _element_bytes(ins))
+        claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings)
         element, chunk = game.index * _per_leaf(ins) + proof.pick, 0
         if chunk_count(ins, game.segment.position) > 1:
             raise MustDescend("expected a descent into the element's sums")
     else:
         wide = True
-        claimed = _claimed(game, proof.claim, proof.pick, SUM_BYTES)
+        claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings)
         element, (chunk, end) = game.index, sum_range(game.first_chunk, game.end_chunk, proof.pick)
         if end - chunk > 1:
             raise MustDescend("expected a descent into a partial sum of several chunks")
@@ -189,7 +191,7 @@ def _pick_node(game: Game, move: Move) -> Game:
 
 def _pick_element(game: Game, move: Move) -> Game:
     ins = _instruction(game, move.record)
-    disputed = _claimed(game, move.claim, move.pick, _element_bytes(ins))
+    disputed = _claimed(game, ins, move.pick, move.claim, move.siblings)
     chunks = chunk_count(ins, game.segment.position)
     if chunks == 1:
         raise MustProve("expected a proof of an element that one step yields")
@@ -198,18 +200,18 @@ def _pick_element(game: Game, move: Move) -> Game:
         raise SameRoot("expected sums that yield another element")
     index = game.index * _per_leaf(ins) + move.pick
     posted = replace(game, phase=Phase.SUMS, index=index, first_chunk=0, end_chunk=chunks)
-    return replace(posted, list=leaf(move.list))
+    return replace(posted, list=told(move.list))
 
 
 def _pick_sum(game: Game, move: Move) -> Game:
     ins = _instruction(game, move.record)
-    disputed = _claimed(game, move.claim, move.pick, SUM_BYTES)
+    disputed = _claimed(game, ins, move.pick, move.claim, move.siblings)
     first, end = sum_range(game.first_chunk, game.end_chunk, move.pick)
     if end - first == 1:
         raise MustProve("expected a proof of a partial sum of one chunk")
     if _combined(ins, move.list, end - first) == decode_vector(disputed, wide=True)[0]:
         raise SameRoot("expected sums of another total")
-    return replace(game, first_chunk=first, end_chunk=end, list=leaf(move.list))
+    return replace(game, first_chunk=first, end_chunk=end, list=told(move.list))
 
 
 def _post_nodes(game: Game, leaves: int, above: int, parent: int, disputed: bytes, posted: bytes) -> Game:
@@ -223,26 +225,42 @@ def _post_nodes(game: Game, leaves: int, above: int, parent: int, disputed: byte
 
 
 def _post_leaf(game: Game, ins: Instruction, index: int, disputed: bytes, posted: bytes) -> Game:
-    elements = element_count(ins, game.segment.position, game.segment.unit)
-    full = vector_leaf_bytes(bool(ins.wide))
-    _length(posted, min(elements * _element_bytes(ins) - index * full, full))
+    _length(posted, _leaf_bytes(game, ins, index))
     if leaf(posted) == disputed:
         raise SameRoot("expected elements of another leaf")
-    return replace(game, phase=Phase.ELEMENTS, level=0, index=index, list=leaf(posted))
+    return replace(game, phase=Phase.ELEMENTS, level=0, index=index, list=told(posted))
 
 
 def _combined(ins: Instruction, posted: bytes, chunks: int) -> int:
     """The total of a posted list of partial sums over so many chunks."""
-    _length(posted, SUM_BYTES * -(-chunks // span(chunks)))
+    _length(posted, SUM_BYTES * _sums(chunks))
     return combine(ins.op, decode_vector(posted, wide=True))
 
 
-def _claimed(game: Game, claim: bytes, pick: int, size: int) -> bytes:
-    """Entry `pick` of the opponent's list of elements or sums."""
-    if leaf(claim) != game.list:
-        raise ClaimMismatch("expected the opponent's list")
-    _within(pick, len(claim) // size)
-    return claim[pick * size : (pick + 1) * size]
+def _claimed(game: Game, ins: Instruction, pick: int, piece: bytes, hashes: tuple[bytes, ...]) -> bytes:
+    """Entry `pick` of the opponent's list of elements or sums, from the piece of the list that holds it."""
+    if game.phase == Phase.SUMS:
+        size, length = SUM_BYTES, SUM_BYTES * _sums(game.end_chunk - game.first_chunk)
+    else:
+        size, length = _element_bytes(ins), _leaf_bytes(game, ins, game.index)
+    _within(pick, length // size)
+    index, first = divmod(pick * size, PIECE_BYTES)
+    _length(piece, min(length - index * PIECE_BYTES, PIECE_BYTES))
+    if keccak256(b"".join(hashes)) != game.list or hashes[index] != keccak256(piece):
+        raise ClaimMismatch("expected a piece of the opponent's list")
+    return piece[first : first + size]
+
+
+def _leaf_bytes(game: Game, ins: Instruction, index: int) -> int:
+    """Bytes of leaf `index` of the vector in dispute."""
+    elements = element_count(ins, game.segment.position, game.segment.unit)
+    full = vector_leaf_bytes(bool(ins.wide))
+    return min(elements * _element_bytes(ins) - index * full, full)
+
+
+def _sums(chunks: int) -> int:
+    """Entries of a list of partial sums over so many chunks."""
+    return -(-chunks // span(chunks))
 
 
 def _instruction(game: Game, record: bytes) -> Instruction:

@@ -25,12 +25,10 @@ contract Disputes is IDisputes {
 
     uint256 public constant GAME_GAS = 2_000_000;
     /// @notice What a winner's move is paid for.
-    // Rationale: the dearest honest move at the shapes measured (`plumb bench dispute`), a VERDICT that convicts, takes just under it.
+    // Rationale: no move measured takes more (`plumb bench dispute`): the dearest, a VERDICT that convicts, about 0.3M at any shape.
     uint256 public constant MOVE_GAS = 350_000;
     /// @dev An honest move needs at most a list of 64 nodes, a leaf of 2048 bytes and its openings: under 7 KB at every shape measured.
     uint256 public constant MAX_CALLDATA_BYTES = 24 * 1024;
-    /// @notice Where burned bonds go: the token need not know how to burn.
-    address public constant BURN = 0x000000000000000000000000000000000000dEaD;
 
     /// @dev leaf(i64 1): the only verdict that a challenge may claim.
     bytes32 private constant WRONG = 0xd81f51781eeb8f46a0e112e86ca335896ccc12cee00e6cfcf58a3501129dfc24;
@@ -201,11 +199,11 @@ contract Disputes is IDisputes {
         bool wide = true; // as partial sums are
         if (game.phase == Phase.Elements) {
             wide = ins.wide != 0;
-            claimed = _claimed(game, proof.claim, proof.pick, Codec.elementBytes(wide));
+            claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings);
             element = element * Codec.elementsPerLeaf(wide) + proof.pick;
             if (Codec.chunkCount(ins, game.segment.position) > 1) revert MustDescend();
         } else {
-            claimed = _claimed(game, proof.claim, proof.pick, Descent.SUM_BYTES);
+            claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings);
             uint256 end;
             (chunk, end) = Descent.sumRange(game.firstChunk, game.endChunk, proof.pick);
             if (end - chunk > 1) revert MustDescend();
@@ -243,22 +241,13 @@ contract Disputes is IDisputes {
 
     /// @inheritdoc IDisputes
     function withdraw() external {
-        _pay(msg.sender);
-    }
-
-    /// @inheritdoc IDisputes
-    function burn() external {
-        _pay(BURN);
-    }
-
-    function _pay(address account) private {
-        uint256 amount = credit[account];
+        uint256 amount = credit[msg.sender];
         if (amount == 0) revert NothingToWithdraw();
 
-        credit[account] = 0;
-        emit Withdrawn(account, amount);
+        credit[msg.sender] = 0;
+        emit Withdrawn(msg.sender, amount);
 
-        token.safeTransfer(account, amount);
+        token.safeTransfer(msg.sender, amount);
     }
 
     // ---- views
@@ -315,7 +304,7 @@ contract Disputes is IDisputes {
     function _pickElement(Game memory game, Move calldata move) private pure {
         Instruction memory ins = _instruction(game, move.record);
         bool wide = ins.wide != 0;
-        bytes memory disputed = _claimed(game, move.claim, move.pick, Codec.elementBytes(wide));
+        bytes memory disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
         uint256 chunks = Codec.chunkCount(ins, game.segment.position);
         if (chunks == 1) revert MustProve();
         _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(chunks));
@@ -324,12 +313,12 @@ contract Disputes is IDisputes {
         game.phase = Phase.Sums;
         game.index = uint64(game.index * Codec.elementsPerLeaf(wide) + move.pick);
         game.endChunk = uint32(chunks);
-        game.list = Tree.leaf(move.list);
+        game.list = Descent.told(move.list);
     }
 
     function _pickSum(Game memory game, Move calldata move) private pure {
         Instruction memory ins = _instruction(game, move.record);
-        bytes memory disputed = _claimed(game, move.claim, move.pick, Descent.SUM_BYTES);
+        bytes memory disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
         (uint256 first, uint256 end) = Descent.sumRange(game.firstChunk, game.endChunk, move.pick);
         if (end - first == 1) revert MustProve();
         _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(end - first));
@@ -337,7 +326,7 @@ contract Disputes is IDisputes {
 
         game.firstChunk = uint32(first);
         game.endChunk = uint32(end);
-        game.list = Tree.leaf(move.list);
+        game.list = Descent.told(move.list);
     }
 
     /// @dev Posts the nodes beneath node `parent` of level `above`.
@@ -366,24 +355,35 @@ contract Disputes is IDisputes {
         pure
     {
         _requireLength(list, Descent.leafBytes(_elements(game, ins), ins.wide != 0, index));
-        bytes32 leaf = Tree.leaf(list);
-        if (leaf == disputed) revert SameRoot();
+        if (Tree.leaf(list) == disputed) revert SameRoot();
 
         game.phase = Phase.Elements;
         game.level = 0;
         game.index = uint64(index);
-        game.list = leaf;
+        game.list = Descent.told(list);
     }
 
-    /// @dev Entry `pick` of the opponent's list of elements or sums.
-    function _claimed(Game memory game, bytes calldata claim, uint256 pick, uint256 size)
-        private
-        pure
-        returns (bytes memory)
-    {
-        if (Tree.leaf(claim) != game.list) revert ClaimMismatch();
-        if (pick >= claim.length / size) revert PickOutOfRange(pick, claim.length / size);
-        return claim[pick * size:(pick + 1) * size];
+    /// @dev Entry `pick` of the opponent's list of elements or sums, from the piece of the list that holds it.
+    function _claimed(
+        Game memory game,
+        Instruction memory ins,
+        uint256 pick,
+        bytes calldata piece,
+        bytes32[] calldata hashes
+    ) private pure returns (bytes memory) {
+        bool wide = ins.wide != 0;
+        bool sums = game.phase == Phase.Sums;
+        uint256 size = sums ? Descent.SUM_BYTES : Codec.elementBytes(wide);
+        uint256 length = sums
+            ? Descent.SUM_BYTES * Descent.sums(game.endChunk - game.firstChunk)
+            : Descent.leafBytes(_elements(game, ins), wide, game.index);
+        if (pick >= length / size) revert PickOutOfRange(pick, length / size);
+        (uint256 index, uint256 first) = (pick * size / Descent.PIECE_BYTES, pick * size % Descent.PIECE_BYTES);
+        _requireLength(piece, Descent.pieceBytes(length, index));
+        if (keccak256(abi.encodePacked(hashes)) != game.list || hashes[index] != keccak256(piece)) {
+            revert ClaimMismatch();
+        }
+        return piece[first:first + size];
     }
 
     function _instruction(Game memory game, bytes calldata record) private pure returns (Instruction memory) {
@@ -501,11 +501,9 @@ contract Disputes is IDisputes {
         if (convicted != NOBODY) {
             _credit(game.challenger, game.bond, id);
         } else {
+            // SAFETY: what the moves leave of the bond burns: it is nobody's credit, so it stays here for ever.
             uint256 moves = game.workerMoves * MOVE_GAS * game.gasRate;
-            if (moves > game.bond) moves = game.bond;
-            _credit(game.worker, moves, id);
-            // Burned later, and for many games at once: that the money is out of reach is what counts.
-            _credit(BURN, game.bond - moves, id);
+            _credit(game.worker, moves < game.bond ? moves : game.bond, id);
         }
         emit GameEnded(id, segment.job, segment.stage, convicted, reason);
 

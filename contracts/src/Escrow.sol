@@ -8,6 +8,7 @@ import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 
 import {Acceptance, Brief, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
 import {IWorkers, Stage} from "./interfaces/IWorkers.sol";
+import {Counts} from "./game/Counts.sol";
 import {MAX_WINNERS, Winner, Winners} from "./game/Winners.sol";
 
 /// @title See IEscrow
@@ -15,13 +16,14 @@ import {MAX_WINNERS, Winner, Winners} from "./game/Winners.sol";
 /// SAFETY: besides the token, the only outside calls go to Workers, which calls nobody but the token; state is written first all the same.
 contract Escrow is IEscrow, EIP712 {
     using SafeERC20 for IERC20;
+    using Counts for uint64;
 
     bytes32 public constant ACCEPT_TYPEHASH = keccak256("Accept(bytes32 job,uint8 stage,bytes32 model)");
     bytes32 public constant COMMIT_TYPEHASH =
         keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
 
     /// @notice Gas that a job's lock must cover besides its price.
-    // Rationale: the dearest game in docs/protocol.md takes about eight moves of 250,000 gas.
+    // Rationale: twice and more what the dearest game takes (docs/protocol.md, "What a game costs").
     uint256 public constant GAME_GAS = 2_000_000;
     /// @notice Gas of having one byte of a withheld history posted, price of the demand included (Demands: 5/4 of 506,000 + 40 a byte, for 64 KB).
     uint256 public constant HISTORY_GAS = 60;
@@ -50,17 +52,17 @@ contract Escrow is IEscrow, EIP712 {
         address requester;
         Status status;
         uint8 stages; // how many
-        uint16 openGames; // against all stages, open demands included
-        uint64 windowEnd; // 0 until committed; an answered demand may move it
+        bool refunded; // of a void job: the price was credited
+        uint16 openDemands; // against all stages
+        uint40 windowEnd; // 0 until committed; an answered demand may move it
         // Sets of stages, bit i for stage i.
         uint64 lockedSet; // INVARIANT: the bit is set exactly while the stage's lock is held in Workers for this job
         uint64 committedSet;
-        uint64 convictedSet;
+        uint64 openGames; // see Counts
         uint64 tokens;
         bytes32 outputs;
         Job job;
         mapping(uint256 stage => bytes32) roots;
-        mapping(uint256 stage => uint256) gamesAgainst;
         mapping(uint256 stage => Winner[MAX_WINNERS]) winners; // from the front; an empty place has no challenger
     }
 
@@ -156,7 +158,7 @@ contract Escrow is IEscrow, EIP712 {
         }
         record.committedSet = committed;
         if (committed == _all(count)) {
-            uint64 end = uint64(block.timestamp) + record.job.window;
+            uint40 end = uint40(block.timestamp) + record.job.window;
             record.status = Status.Committed;
             record.windowEnd = end;
             emit JobCommitted(id, record.outputs, record.tokens, end);
@@ -180,7 +182,7 @@ contract Escrow is IEscrow, EIP712 {
             _credit(stages[i].worker, pay, id);
         }
         // What the shares round off, less than one base unit a stage, returns as well.
-        uint256 returned = _maximumPrice(record.job) - paid;
+        uint256 returned = _maximumPriceOf(record) - paid;
         _credit(record.requester, returned, id);
         emit JobPaid(id, paid, returned);
 
@@ -201,16 +203,16 @@ contract Escrow is IEscrow, EIP712 {
         uint64 locked = record.lockedSet;
         record.status = Status.Refunded;
         record.lockedSet = 0;
-        uint256 refund = _maximumPrice(record.job);
+        uint256 price = _maximumPriceOf(record);
         uint256 fee;
         uint256 broken = NOBODY; // the first stage without a root
         if (actual == Status.Accepted) {
-            fee = refund * NO_SHOW_BPS / BPS;
+            fee = price * NO_SHOW_BPS / BPS;
             broken = 0;
             while (_contains(record.committedSet, broken)) ++broken; // at most 63 times: a full set is status Committed
         }
-        _credit(record.requester, refund, id);
-        emit JobRefunded(id, refund, fee);
+        _credit(record.requester, price, id);
+        emit JobRefunded(id, price, fee);
 
         Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
         uint256 lock = record.job.lock;
@@ -229,6 +231,14 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     /// @inheritdoc IEscrow
+    /// @dev Rationale: at the conviction it would cost the winner of the game a slot of somebody else's.
+    function refund(bytes32 id) external {
+        Record storage record = _records[id];
+        if (record.status != Status.Void) revert WrongStatus(id, Status.Void, record.status);
+        _refund(id, record);
+    }
+
+    /// @inheritdoc IEscrow
     /// @dev Reverts with AlreadyDone(255) if the job was released before.
     function release(bytes32 id) external {
         Record storage record = _records[id];
@@ -237,8 +247,9 @@ contract Escrow is IEscrow, EIP712 {
         _requireWindowOver(record);
 
         record.lockedSet = 0;
+        _refund(id, record);
         Stage[] memory stages = workers.pipelineStages(record.job.pipeline);
-        uint64 guilty = record.convictedSet;
+        uint64 guilty = _guilty(record);
         uint256 price = _price(record);
         uint256 owed; // to the stages without a conviction
         for (uint256 i; i < stages.length; ++i) {
@@ -283,10 +294,8 @@ contract Escrow is IEscrow, EIP712 {
         Record storage record = _records[id];
         _requireInWindow(id, record, stage);
 
-        alreadyOpen = record.gamesAgainst[stage];
-        record.gamesAgainst[stage] = alreadyOpen + 1;
-        // Checked: bonds double every four games, so 2^16 games can't be paid for; if they could, only further ones were refused.
-        record.openGames += 1;
+        alreadyOpen = record.openGames.against(stage);
+        record.openGames = record.openGames.opened(stage);
     }
 
     /// @inheritdoc IEscrow
@@ -297,10 +306,9 @@ contract Escrow is IEscrow, EIP712 {
         Record storage record = _records[id];
         if (guilty != NOBODY && guilty >= record.stages) revert UnknownStage(guilty);
 
-        // INVARIANT: a job with an open game is Committed or Void: settle and release wait for all of them. Checked subtraction refuses
-        // a game that was never opened.
-        record.gamesAgainst[stage] -= 1;
-        record.openGames -= 1;
+        // INVARIANT: a job with an open game is Committed or Void: settle and release wait for all of them. A game that was never opened
+        // is refused.
+        record.openGames = record.openGames.closed(stage);
         if (guilty != NOBODY) _convict(id, record, guilty, Winner(challenger, committedAt, _units(gasUnits)));
     }
 
@@ -313,7 +321,7 @@ contract Escrow is IEscrow, EIP712 {
         end = record.windowEnd;
 
         // Checked: the price of a demand doubles with what is queued, so 2^16 can't be paid for; see gameOpened.
-        record.openGames += 1;
+        record.openDemands += 1;
     }
 
     /// @inheritdoc IEscrow
@@ -324,13 +332,13 @@ contract Escrow is IEscrow, EIP712 {
         Record storage record = _records[id];
 
         // INVARIANT: as in gameClosed, the job is Committed or Void, and the demand was opened.
-        record.openGames -= 1;
+        record.openDemands -= 1;
         if (silent) {
             _convict(id, record, stage, Winner(demander, openedAt, _units(gasUnits)));
             return;
         }
         // What was posted in the last second must still be of use: there is time to challenge it.
-        uint64 end = uint64(block.timestamp) + record.job.clock;
+        uint40 end = uint40(block.timestamp) + record.job.clock;
         if (end > record.windowEnd) record.windowEnd = end;
     }
 
@@ -382,12 +390,17 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function openGames(bytes32 id, uint8 stage) external view returns (uint256) {
-        return _records[id].gamesAgainst[stage];
+        return _records[id].openGames.against(stage);
     }
 
     /// @inheritdoc IEscrow
     function convicted(bytes32 id, uint8 stage) external view returns (bool) {
-        return _contains(_records[id].convictedSet, stage);
+        return _records[id].winners[stage][0].challenger != address(0);
+    }
+
+    /// @inheritdoc IEscrow
+    function refunded(bytes32 id) external view returns (bool) {
+        return _records[id].refunded;
     }
 
     /// @inheritdoc IEscrow
@@ -441,18 +454,29 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     function _convict(bytes32 id, Record storage record, uint8 guilty, Winner memory winner) private {
-        record.convictedSet |= _bit(guilty);
         Winners.remember(record.winners[guilty], winner);
-        emit StageConvicted(id, guilty, workers.pipelineStage(record.job.pipeline, guilty).worker, winner.challenger);
+        emit StageConvicted(id, guilty, winner.challenger);
         if (record.status == Status.Committed) {
-            uint256 refund = _maximumPrice(record.job);
             record.status = Status.Void;
-            _credit(record.requester, refund, id);
-            emit JobVoided(id, refund);
+            emit JobVoided(id);
+        }
+    }
+
+    /// @dev A stage is convicted from its first winner on.
+    function _guilty(Record storage record) private view returns (uint64 guilty) {
+        for (uint256 i; i < record.stages; ++i) {
+            if (record.winners[i][0].challenger != address(0)) guilty |= _bit(i);
         }
     }
 
     // ---- money ----
+
+    /// @dev The price of a void job, once.
+    function _refund(bytes32 id, Record storage record) private {
+        if (record.refunded) return;
+        record.refunded = true;
+        _credit(record.requester, _maximumPriceOf(record), id);
+    }
 
     function _units(uint256 gasUnits) private pure returns (uint32) {
         return gasUnits < type(uint32).max ? uint32(gasUnits) : type(uint32).max;
@@ -500,7 +524,6 @@ contract Escrow is IEscrow, EIP712 {
         return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
     }
 
-    /// @dev As `_maximumPrice`, without reading the rest of the job.
     function _maximumPriceOf(Record storage record) private view returns (uint256) {
         Job storage job_ = record.job;
         return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
@@ -556,7 +579,8 @@ contract Escrow is IEscrow, EIP712 {
 
     function _requireWindowOver(Record storage record) private view {
         if (block.timestamp <= record.windowEnd) revert TooEarly(record.windowEnd + 1);
-        if (record.openGames != 0) revert GamesOpen(record.openGames);
+        uint256 waiting = record.openGames.total() + record.openDemands;
+        if (waiting != 0) revert GamesOpen(waiting);
     }
 
     // ---- sets of at most 64 stages ----

@@ -438,6 +438,7 @@ contract DemandsTest is Archive {
         demands.lapse(key, demanded);
         assertTrue(escrow.convicted(id, 1) && !escrow.convicted(id, 0), "convicted");
         assertEq(uint256(escrow.status(id)), uint256(Status.Void), "status");
+        escrow.refund(id);
         assertEq(escrow.credit(REQUESTER), 650, "refund");
         assertEq(demands.credit(ALICE), demanded.pay, "what did not burn");
         vm.expectRevert(abi.encodeWithSelector(IDemands.WrongState.selector, key));

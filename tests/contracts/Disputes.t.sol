@@ -6,6 +6,7 @@ import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {Disputes} from "../../contracts/src/Disputes.sol";
 import {Token} from "../../contracts/src/dev/Token.sol";
 import {Evidence} from "../../contracts/src/game/Evidence.sol";
+import {Descent} from "../../contracts/src/game/Descent.sol";
 import {Games} from "../../contracts/src/game/Games.sol";
 import {Game, HandoffProof, IDisputes, Move, Phase, Proof, Segment} from "../../contracts/src/interfaces/IDisputes.sol";
 import {IEscrow, Job} from "../../contracts/src/interfaces/IEscrow.sol";
@@ -14,6 +15,7 @@ import {IWorkers, Stage} from "../../contracts/src/interfaces/IWorkers.sol";
 import {Codec} from "../../contracts/src/referee/Codec.sol";
 import {Tree} from "../../contracts/src/referee/Tree.sol";
 import {Base} from "./Base.t.sol";
+import {Forest} from "./village/Forest.sol";
 import {EscrowMock, RefereeMock, WorkersMock} from "./mocks/Chambers.sol";
 
 struct Log {
@@ -259,6 +261,19 @@ abstract contract DisputesTable is Base {
         disputes.prove(id, Games.pack(game), proof);
     }
 
+    /// @dev A move that disputes entry `pick` of a list of elements or sums of `size` bytes each.
+    function _quoting(uint256 record, uint64 pick, bytes memory list, uint256 size, bytes memory answer)
+        internal
+        view
+        returns (Move memory)
+    {
+        bytes32[] memory none = new bytes32[](0);
+        if (list.length == 0) return Move(records[record], none, pick, list, answer);
+        uint256 index = pick * size / Descent.PIECE_BYTES;
+        bytes memory piece = Forest.cut(list, index * Descent.PIECE_BYTES, Descent.pieceBytes(list.length, index));
+        return Move(records[record], Forest.pieceHashes(list), pick, piece, answer);
+    }
+
     function _claim(bytes memory list, uint256 index, bytes memory value) internal pure returns (bytes memory changed) {
         changed = bytes.concat(list);
         for (uint256 i = 0; i < value.length; ++i) {
@@ -449,9 +464,7 @@ contract DisputesMoveTest is DisputesTable {
         assertEq(uint256(escrow.convicted()), 255, "nobody is convicted");
         assertEq(disputes.credit(WORKER), MOVE_GAS * GAS_RATE, "one move");
         assertEq(disputes.credit(CHALLENGER), 0, "nothing back");
-        disputes.burn();
-        assertEq(token.balanceOf(disputes.BURN()), BOND - MOVE_GAS * GAS_RATE, "burned");
-        assertEq(token.balanceOf(address(disputes)), disputes.credit(WORKER), "holds what it owes");
+        assertEq(token.balanceOf(address(disputes)), BOND, "the rest is nobody's: it stays for ever");
     }
 
     function test_grace_tops_up_and_clocks_add_up() external {
@@ -513,7 +526,7 @@ contract DisputesMoveTest is DisputesTable {
             _pickStep(2, abi.encodePacked(uint64(2)))
         );
         _refuseProof(
-            abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps), WORKER, id, stored, _proof(0, 0, "")
+            abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps), WORKER, id, stored, _proof(0, 0, "", 8)
         );
         vm.expectRevert(abi.encodeWithSelector(IDisputes.WrongPhase.selector, Phase.Steps));
         vm.prank(WORKER);
@@ -558,19 +571,25 @@ contract DisputesMoveTest is DisputesTable {
     function test_elements_refusals() external {
         Game memory game = _atElements();
         bytes memory sums = abi.encodePacked(uint128(2), uint128(0)); // one, none: another total than 0
-        Move memory move = Move(records[0], new bytes32[](0), 35, new bytes(288), sums);
+        Move memory move = _quoting(0, 35, new bytes(288), 8, sums);
         move.pick = 36;
         _refuse(abi.encodeWithSelector(IDisputes.PickOutOfRange.selector, 36, 36), WORKER, id, game, move);
         move.pick = 35;
-        move.claim = new bytes(287);
+        bytes memory piece = move.claim;
+        move.claim = new bytes(33);
+        _refuse(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 32, 33), WORKER, id, game, move);
+        move.claim = abi.encodePacked(uint256(1));
         _refuse(abi.encodeWithSelector(IDisputes.ClaimMismatch.selector), WORKER, id, game, move);
-        move.claim = new bytes(288);
+        move.claim = piece;
+        move.pick = 15; // of another piece
+        _refuse(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 128, 32), WORKER, id, game, move);
+        move.pick = 35;
         move.list = new bytes(16 * 33);
         _refuse(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 32, 16 * 33), WORKER, id, game, move);
         move.list = abi.encodePacked(uint128(2), uint128(1)); // 1 and -1
         _refuse(abi.encodeWithSelector(IDisputes.SameRoot.selector), WORKER, id, game, move);
         _refuseProof(
-            abi.encodeWithSelector(IDisputes.MustDescend.selector), WORKER, id, game, _proof(0, 35, new bytes(288))
+            abi.encodeWithSelector(IDisputes.MustDescend.selector), WORKER, id, game, _proof(0, 35, new bytes(288), 8)
         );
         move.list = sums;
         game = _descend(WORKER, id, game, move);
@@ -582,11 +601,13 @@ contract DisputesMoveTest is DisputesTable {
     function test_sums_descend_to_one_chunk_and_are_proved() external {
         Game memory game = _atElements();
         bytes memory sums = abi.encodePacked(uint128(2), uint128(0));
-        game = _descend(WORKER, id, game, Move(records[0], new bytes32[](0), 35, new bytes(288), sums));
+        game = _descend(WORKER, id, game, _quoting(0, 35, new bytes(288), 8, sums));
         // Entry 1 covers the last chunk alone.
-        Move memory move = Move(records[0], new bytes32[](0), 1, sums, new bytes(16));
+        Move memory move = _quoting(0, 1, sums, 16, new bytes(16));
         _refuse(abi.encodeWithSelector(IDisputes.MustProve.selector), CHALLENGER, id, game, move);
-        _refuseProof(abi.encodeWithSelector(IDisputes.MustDescend.selector), CHALLENGER, id, game, _proof(0, 0, sums));
+        _refuseProof(
+            abi.encodeWithSelector(IDisputes.MustDescend.selector), CHALLENGER, id, game, _proof(0, 0, sums, 16)
+        );
         // Entry 0 covers 32.
         move.pick = 0;
         move.list = new bytes(16 * 31);
@@ -600,17 +621,13 @@ contract DisputesMoveTest is DisputesTable {
 
         referee.set(0);
         _refuseProof(
-            abi.encodeWithSelector(IDisputes.NotWrong.selector), WORKER, id, game, _proof(0, 3, new bytes(512))
+            abi.encodeWithSelector(IDisputes.NotWrong.selector), WORKER, id, game, _proof(0, 3, new bytes(512), 16)
         );
-        _refuseProof(
-            abi.encodeWithSelector(IDisputes.PickOutOfRange.selector, 32, 32),
-            WORKER,
-            id,
-            game,
-            _proof(0, 32, new bytes(512))
-        );
+        Proof memory beyond = _proof(0, 31, new bytes(512), 16);
+        beyond.pick = 32;
+        _refuseProof(abi.encodeWithSelector(IDisputes.PickOutOfRange.selector, 32, 32), WORKER, id, game, beyond);
         referee.set(-5);
-        _prove(WORKER, id, game, _proof(0, 3, new bytes(512)));
+        _prove(WORKER, id, game, _proof(0, 3, new bytes(512), 16));
         assertEq(uint256(escrow.convicted()), 255, "the challenger lied");
         assertEq(disputes.credit(WORKER), 3 * MOVE_GAS * GAS_RATE, "three moves");
     }
@@ -619,21 +636,21 @@ contract DisputesMoveTest is DisputesTable {
         bytes memory list = _claim(new bytes(512), 63, abi.encodePacked(uint64(4)));
         Game memory game = _descend(WORKER, id, stored, _pickStep(1, list));
         assertTrue(game.phase == Phase.Elements, "elements");
-        Move memory move = Move(records[1], new bytes32[](0), 63, list, new bytes(16));
+        Move memory move = _quoting(1, 63, list, 8, new bytes(16));
         _refuse(abi.encodeWithSelector(IDisputes.MustProve.selector), CHALLENGER, id, game, move);
 
-        Proof memory proof = _proof(1, 63, list);
+        Proof memory proof = _proof(1, 63, list, 8);
         proof.steps[1] = 0;
         _refuseProof(abi.encodeWithSelector(IDisputes.ClaimMismatch.selector), CHALLENGER, id, game, proof);
-        proof = _proof(1, 63, list);
+        proof = _proof(1, 63, list, 8);
         proof.model.layers = 9;
         _refuseProof("", CHALLENGER, id, game, proof);
-        proof = _proof(0, 63, list);
+        proof = _proof(0, 63, list, 8);
         _refuseProof(abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, id, game, proof);
         referee.set(2);
-        _refuseProof(abi.encodeWithSelector(IDisputes.NotWrong.selector), CHALLENGER, id, game, _proof(1, 63, list));
+        _refuseProof(abi.encodeWithSelector(IDisputes.NotWrong.selector), CHALLENGER, id, game, _proof(1, 63, list, 8));
         referee.set(3);
-        _prove(CHALLENGER, id, game, _proof(1, 63, list));
+        _prove(CHALLENGER, id, game, _proof(1, 63, list, 8));
         assertEq(uint256(escrow.convicted()), 0, "the worker lied");
         assertEq(escrow.gasUnits(), 2 * MOVE_GAS, "two moves");
     }
@@ -648,12 +665,14 @@ contract DisputesMoveTest is DisputesTable {
         game = _descend(WORKER, opened, game, _pickStep(1, list));
         referee.set(3);
         _refuseProof(
-            abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, opened, game, _proof(1, 0, list)
+            abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, opened, game, _proof(1, 0, list, 8)
         );
     }
 
-    function _proof(uint256 record, uint64 pick, bytes memory claim) internal view returns (Proof memory) {
-        return Proof(model, records[record], pick, claim, _words(_steps()), new Opening[](0));
+    /// @dev Entries of `size` bytes.
+    function _proof(uint256 record, uint64 pick, bytes memory list, uint256 size) internal view returns (Proof memory) {
+        Move memory move = _quoting(record, pick, list, size, "");
+        return Proof(model, move.record, pick, move.claim, move.siblings, _words(_steps()), new Opening[](0));
     }
 
     function _words(bytes memory list) internal pure returns (bytes32[] memory) {

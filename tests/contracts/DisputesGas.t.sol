@@ -33,15 +33,16 @@ contract DisputesGasTest is DisputesTable {
         bytes32[] memory words = abi.decode(abi.encodePacked(uint256(32), uint256(2), nodes), (bytes32[]));
         Move memory move = Move(records[0], _prove(words, 1), 1, abi.encodePacked(words[1]), new bytes(288));
         game = _noted(CHALLENGER, id, game, move, "descend to elements");
-        move = Move(records[0], new bytes32[](0), 35, new bytes(288), new bytes(32));
+        move = _quoting(0, 35, new bytes(288), 8, new bytes(32));
         move.list = _claim(move.list, 0, abi.encodePacked(uint128(2)));
         game = _noted(WORKER, id, game, move, "descend to partial sums");
-        move = Move(records[0], new bytes32[](0), 0, move.list, new bytes(512));
+        move = _quoting(0, 0, move.list, 16, new bytes(512));
         game = _noted(CHALLENGER, id, game, move, "descend to chunks");
 
         referee.set(-5);
         bytes32[] memory roots = abi.decode(abi.encodePacked(uint256(32), uint256(3), steps), (bytes32[]));
-        Proof memory proof = Proof(model, records[0], 3, new bytes(512), roots, new Opening[](0));
+        Move memory told = _quoting(0, 3, new bytes(512), 16, "");
+        Proof memory proof = Proof(model, records[0], 3, told.claim, told.siblings, roots, new Opening[](0));
         bytes memory state = Games.pack(game);
         vm.prank(WORKER);
         disputes.prove(id, state, proof);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Counts} from "../../contracts/src/game/Counts.sol";
 import {IEscrow, Job, Status} from "../../contracts/src/interfaces/IEscrow.sol";
 import {Market} from "./Market.t.sol";
 
@@ -60,6 +61,26 @@ contract EscrowSlashTest is Market {
         assertEq(escrow.openGames(id, 1), 1, "open");
     }
 
+    function testFuzz_counts(uint64 counts, uint256 stage) public {
+        stage = bound(stage, 0, 63);
+        uint256 before = Counts.against(counts, stage);
+        if (before == 255) {
+            vm.expectRevert(abi.encodeWithSelector(Counts.CountOutOfRange.selector, stage));
+            this.opened(counts, stage);
+            return;
+        }
+        uint64 more = Counts.opened(counts, stage);
+        assertEq(Counts.closed(more, stage), counts, "there and back");
+        assertEq(Counts.total(more), Counts.total(counts) + 1, "one more in all");
+        for (uint256 i; i < 8; ++i) {
+            assertEq(Counts.against(more, i), Counts.against(counts, i) + (i == stage % 8 ? 1 : 0), "of its own count");
+        }
+    }
+
+    function opened(uint64 counts, uint256 stage) external pure returns (uint64) {
+        return Counts.opened(counts, stage);
+    }
+
     // ---- gameClosed ----
 
     function test_gameClosed_revertsForAGameThatIsNotOpen() public {
@@ -81,20 +102,28 @@ contract EscrowSlashTest is Market {
         assertEq(uint256(escrow.status(id)), uint256(Status.Paid), "status");
     }
 
-    function test_gameClosed_firstConvictionRefundsTheRequester() public {
+    function test_refund_followsTheFirstConviction() public {
         escrow.gameOpened(id, 1);
+        vm.expectRevert(abi.encodeWithSelector(IEscrow.WrongStatus.selector, id, Status.Void, Status.Committed));
+        escrow.refund(id);
         vm.expectEmit();
-        emit IEscrow.StageConvicted(id, 1, _account(1), ALICE);
+        emit IEscrow.StageConvicted(id, 1, ALICE);
         vm.expectEmit();
-        emit IEscrow.Credited(REQUESTER, 650, id);
-        vm.expectEmit();
-        emit IEscrow.JobVoided(id, 650);
+        emit IEscrow.JobVoided(id);
         escrow.gameClosed(id, 1, 1, ALICE, START, 1);
         assertEq(uint256(escrow.status(id)), uint256(Status.Void), "status");
         assertTrue(escrow.convicted(id, 1) && !escrow.convicted(id, 0), "convicted");
-        // Again, and another stage: nothing is refunded twice, and games go on.
+        assertTrue(!escrow.refunded(id), "not yet");
+        vm.expectEmit();
+        emit IEscrow.Credited(REQUESTER, 650, id);
+        vm.prank(ALICE); // anyone
+        escrow.refund(id);
+        // Again, and after other convictions: nothing is refunded twice, and games go on.
+        escrow.refund(id);
         _convict(1, BOB, START - 1, 1);
         _convict(2, BOB, START - 1, 1);
+        escrow.refund(id);
+        assertTrue(escrow.refunded(id), "once");
         assertEq(escrow.credit(REQUESTER), 650, "refund");
         assertEq(escrow.winners(id, 1).length, 2, "winners");
         vm.warp(START + 61);

@@ -53,7 +53,7 @@ def ended(stage: int, convicted: int, reason: int, id: bytes = GAME, job: bytes 
 
 
 def convicted(stage: int) -> StageConvicted:
-    return StageConvicted(id=JOB, stage=stage, worker="", challenger="", **AT)
+    return StageConvicted(id=JOB, stage=stage, challenger="", **AT)
 
 
 def opened(id: bytes = JOB) -> list[Event]:
@@ -63,7 +63,7 @@ def opened(id: bytes = JOB) -> list[Event]:
 
 
 PAID = JobPaid(id=JOB, price=1, returned=0, **AT)
-VOIDED, RELEASED = JobVoided(id=JOB, refund=1, **AT), JobReleased(id=JOB, **AT)
+VOIDED, RELEASED = JobVoided(id=JOB, **AT), JobReleased(id=JOB, **AT)
 REFUNDED = JobRefunded(id=JOB, refund=1, no_show_fee=1, **AT)
 LINK = replace(SEGMENT, kind=int(Kind.LINK))
 LAST_STAGE = replace(SEGMENT, stage=2, kind=int(Kind.TOKEN))

@@ -231,7 +231,9 @@ def test_finish(referee: Contract, cases: list[tuple[Op, int, int]]) -> None:
 @FUZZ
 @given(st.lists(st.tuples(st.sampled_from(list(Op)), I128, I128), min_size=_BATCH, max_size=_BATCH))
 def test_combine(harness: Contract, cases: list[tuple[Op, int, int]]) -> None:
-    assert harness.calls("combine", cases) == [combine(op, (x, y)) for op, x, y in cases]
+    assert harness.calls("combine", [(op, [[x, y]]) for op, x, y in cases]) == [
+        combine(op, (x, y)) for op, x, y in cases
+    ]
 
 
 # ---- fixed

@@ -57,12 +57,10 @@ class Step:
 
     def words(self) -> tuple[Any, ...]:
         """As the ABI wants them."""
-        i = self.instruction
-        operands = [dataclasses.astuple(operand) for operand in (i.x, i.y, i.z)]
-        instruction = (i.op, i.wide, i.rows, i.cols, i.limit, i.terms, i.a, i.b, *operands)
         openings = [(o.data, list(o.siblings)) for o in self.openings]
         model, cell = dataclasses.astuple(self.model), dataclasses.astuple(self.cell)
-        return (model, cell, list(self.steps), instruction, self.element, self.chunk, openings)
+        proof = (model, self.instruction.encode(), 0, b"", list(self.steps), openings)
+        return (cell, self.element, self.chunk, proof)
 
     def judged(self) -> Answer:
         """By the Python twin."""
@@ -264,7 +262,7 @@ def alike(expected: Answer, answer: Answer) -> bool:
 def same(referee: Contract, steps: Sequence[Step]) -> list[Answer]:
     """Requires both twins to give the same answers, and returns them."""
     expected = [step.judged() for step in steps]
-    answers = referee.calls("step", [step.words() for step in steps])
+    answers = referee.calls("judge", [step.words() for step in steps])
     wrong = [(s, e, a) for s, e, a in zip(steps, expected, answers, strict=True) if not alike(e, a)]
     for step, expect, answer in wrong[:3]:
         where = f"{Op(step.instruction.op).name if 0 < step.instruction.op < 19 else step.instruction.op}"

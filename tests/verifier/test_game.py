@@ -21,6 +21,7 @@ from verifier.game import (
     may_flag,
     next_level,
     opening_steps,
+    quoted,
     remaining_seconds,
     solve,
     sum_range,
@@ -292,7 +293,7 @@ def test_agreeing_with_what_is_disputed_is_refused(long: tiny.Tiny) -> None:
 def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
     truth = long.case(Kind.ATTEND, layer=1, position=599, unit=0)
     game, move, liar, steps = started(long, 4)
-    proof = Proof(truth.model, move.record, 0, move.claim, (), ())
+    proof = Proof(truth.model, move.record, 0, move.claim, (), (), ())
     with pytest.raises(WrongPhase):
         decide(game, proof, 101)
     game = apply(game, move, 101)
@@ -302,7 +303,8 @@ def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
         assert isinstance(answer, Move)
         game, move = apply(game, answer, 102), answer
     roots = tuple(steps[i : i + 32] for i in range(0, len(steps), 32))
-    proof = Proof(truth.model, move.record, 3, move.list, roots, ())
+    size = 16 if truth.instructions[game.step].wide else 8
+    proof = Proof(truth.model, move.record, 3, *quoted(move.list, 3, size), roots, ())
     with pytest.raises(MustDescend):
         decide(game, proof, 102)
     with pytest.raises(WrongModel):
@@ -323,7 +325,7 @@ def test_one_step_must_be_proved_and_a_true_value_cannot_be(long: tiny.Tiny) -> 
     final = solve(game, answer.list, truth, steps)
     assert isinstance(final, Proof)
     with pytest.raises(MustProve):
-        apply(game, Move(final.record, (), final.pick, final.claim, bytes(16)), 103)
+        apply(game, Move(final.record, final.siblings, final.pick, final.claim, bytes(16)), 103)
     other = 1 - final.pick
     with pytest.raises(NotWrong):
         decide(game, replace(final, pick=other, openings=tuple(truth.openings(1, 3, other))), 103)

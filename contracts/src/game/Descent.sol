@@ -14,6 +14,8 @@ library Descent {
     uint256 private constant ONE_LIST_LEVELS = 6;
     /// @dev Bytes of one partial sum, an i128.
     uint256 internal constant SUM_BYTES = 16;
+    /// @dev Rationale: a quoted byte costs up to 40 gas, hashing it when the list is posted not one.
+    uint256 internal constant PIECE_BYTES = 128;
     uint8 private constant STEP = 1; // operand source
     uint256 private constant MODEL_BYTES = 14 * 32;
 
@@ -86,6 +88,31 @@ library Descent {
         return rest < full ? rest : full;
     }
 
+    // ---- pieces of a list of elements or sums: who disputes one entry quotes its piece, and the hashes of all
+
+    /// @notice What a game remembers of such a list: keccak256 of the hashes of its pieces, keccak256 as well.
+    function told(bytes memory list) internal pure returns (bytes32 hash) {
+        uint256 size = PIECE_BYTES;
+        assembly ("memory-safe") {
+            let hashes := mload(0x40)
+            let write := hashes
+            let read := add(list, 32)
+            for { let end := add(read, mload(list)) } lt(read, end) { read := add(read, size) } {
+                let rest := sub(end, read)
+                if gt(rest, size) { rest := size }
+                mstore(write, keccak256(read, rest))
+                write := add(write, 32)
+            }
+            hash := keccak256(hashes, sub(write, hashes))
+        }
+    }
+
+    /// @notice Bytes of piece `index`: the last may be shorter.
+    function pieceBytes(uint256 length, uint256 index) internal pure returns (uint256) {
+        uint256 rest = length - index * PIECE_BYTES;
+        return rest < PIECE_BYTES ? rest : PIECE_BYTES;
+    }
+
     // ---- partial sums
 
     /// @notice Entries of the list that covers `chunks` chunks.
@@ -103,11 +130,9 @@ library Descent {
 
     /// @notice All entries of a list of partial sums put together.
     function combine(uint8 op, bytes memory list) internal pure returns (int256 total) {
-        int256[] memory entries = Codec.decodeValues(list, 0, list.length / SUM_BYTES, true);
-        total = entries[0];
-        for (uint256 i = 1; i < entries.length; ++i) {
-            total = Ops.combine(op, total, entries[i]);
-        }
+        int256[][] memory entries = new int256[][](1);
+        entries[0] = Codec.decodeValues(list, 0, list.length / SUM_BYTES, true);
+        total = Ops.combine(op, entries);
     }
 
     /// @notice The element that a list of partial sums over all its chunks amounts to, encoded.

@@ -5,7 +5,7 @@ import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 
 import {Game, HandoffProof, IDisputes, Segment} from "../interfaces/IDisputes.sol";
 import {Brief, IEscrow} from "../interfaces/IEscrow.sol";
-import {Cell, Instruction, IReferee, Model, Opening, Trace} from "../interfaces/IReferee.sol";
+import {Cell, IReferee, Model, Opening, Proof, Trace} from "../interfaces/IReferee.sol";
 import {IWorkers, Stage} from "../interfaces/IWorkers.sol";
 import {Codec, SegmentHeader} from "../referee/Codec.sol";
 import {Tree} from "../referee/Tree.sol";
@@ -268,15 +268,17 @@ contract Evidence {
         _requireAtLeast(evidence, used + 3);
         SegmentHeader memory header = _header(segment, model, evidence[used]);
         if (header.steps != 1) revert IDisputes.WrongSegment("kind");
-        Instruction memory ins =
-            Codec.instruction(_open(evidence[used + 1], model.programRoot, header.first, model.programLeaves));
+        bytes memory record = _open(evidence[used + 1], model.programRoot, header.first, model.programLeaves);
         Opening[] memory openings = new Opening[](evidence.length - used - 2);
         for (uint256 i = 0; i < openings.length; ++i) {
             openings[i] = evidence[used + 2 + i];
         }
         Cell memory cell = Cell(segment.layer, segment.position, segment.unit, found.token, found.trace, next, 0);
-        // No step comes before the first, so an operand that names one finds no root.
-        if (referee.step(model, cell, new bytes32[](0), ins, 0, 0, openings) != 1) revert IDisputes.NotWrong();
+        // No step comes before the first, so an operand that names one finds no root; and no list was claimed.
+        bytes32[] memory none = new bytes32[](0);
+        if (referee.judge(cell, 0, 0, Proof(model, record, 0, "", none, none, openings)) != 1) {
+            revert IDisputes.NotWrong();
+        }
     }
 
     // ---- hand-offs

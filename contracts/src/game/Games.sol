@@ -10,38 +10,40 @@ import {Trace} from "../interfaces/IReferee.sol";
 library Games {
     uint256 internal constant BYTES = 422;
 
-    function pack(Game memory game) internal pure returns (bytes memory) {
+    function pack(Game memory game) internal pure returns (bytes memory packed) {
         Segment memory s = game.segment;
         Trace memory t = game.trace;
-        bytes memory place =
-            abi.encodePacked(s.job, s.stage, s.kind, s.request, s.layer, s.position, s.unit, game.challenger);
-        bytes memory terms = abi.encodePacked(
-            game.committedAt, game.worker, game.grace, game.token, game.programLeaves, game.bond, game.gasRate
+        packed = new bytes(BYTES);
+        // Each word runs on over the place of the next, which is written after it.
+        _put(packed, 0, uint256(s.job));
+        _put(packed, 32, _place(s) << 112);
+        _put(packed, 50, uint256(uint160(game.challenger)) << 96 | uint256(game.committedAt) << 32);
+        _put(
+            packed,
+            78,
+            uint256(uint160(game.worker)) << 96 | uint256(game.grace) << 64 | uint256(game.token) << 32
+                | game.programLeaves
         );
-        bytes memory roots = abi.encodePacked(
-            game.modelId,
-            game.programRoot,
-            t.root,
-            game.steps,
-            t.positions,
-            t.firstLayer,
-            t.endLayer,
-            game.firstInstruction
+        _put(packed, 110, uint256(game.bond) << 128 | game.gasRate);
+        _put(packed, 142, uint256(game.modelId));
+        _put(packed, 174, uint256(game.programRoot));
+        _put(packed, 206, uint256(t.root));
+        _put(packed, 238, uint256(game.steps));
+        _put(
+            packed,
+            270,
+            uint256(t.positions) << 224 | uint256(t.firstLayer) << 192 | uint256(t.endLayer) << 160
+                | uint256(game.firstInstruction) << 128 | _clocks(game)
         );
-        bytes memory clocks = abi.encodePacked(
-            game.workerSeconds,
-            game.challengerSeconds,
-            game.workerMoves,
-            game.challengerMoves,
-            game.phase,
-            game.step,
-            game.level,
-            game.workerTurn,
-            game.turnStarted
+        _put(
+            packed,
+            302,
+            uint256(game.turnStarted) << 192 | uint256(game.index) << 128 | uint256(game.firstChunk) << 96
+                | uint256(game.endChunk) << 64
         );
-        bytes memory turn =
-            abi.encodePacked(game.index, game.firstChunk, game.endChunk, game.instruction, game.list, game.sampling);
-        return bytes.concat(place, terms, roots, clocks, turn);
+        _put(packed, 326, uint256(game.instruction));
+        _put(packed, 358, uint256(game.list));
+        _put(packed, 390, uint256(game.sampling));
     }
 
     /// @dev SAFETY: whoever calls this has checked that `pack` made the bytes; others may read as nonsense.
@@ -88,6 +90,24 @@ library Games {
         game.instruction = bytes32(_word(data, 326));
         game.list = bytes32(_word(data, 358));
         game.sampling = bytes32(_word(data, 390));
+    }
+
+    function _place(Segment memory s) private pure returns (uint256) {
+        return uint256(s.stage) << 136 | uint256(s.kind) << 128 | uint256(s.request) << 96 | uint256(s.layer) << 64
+            | uint256(s.position) << 32 | s.unit;
+    }
+
+    function _clocks(Game memory game) private pure returns (uint256) {
+        return uint256(game.workerSeconds) << 96 | uint256(game.challengerSeconds) << 64 | uint256(game.workerMoves)
+            << 48 | uint256(game.challengerMoves) << 32 | uint256(uint8(game.phase)) << 24 | uint256(game.step) << 16
+            | uint256(game.level) << 8 | (game.workerTurn ? 1 : 0);
+    }
+
+    /// @dev SAFETY: the last word ends where the bytes do.
+    function _put(bytes memory data, uint256 offset, uint256 word) private pure {
+        assembly ("memory-safe") {
+            mstore(add(add(data, 32), offset), word)
+        }
     }
 
     /// @dev What lies behind the end of calldata reads as zero.

@@ -46,7 +46,7 @@ struct Game {
     uint64 index; // Nodes: index of the first listed node at `level`; Elements: leaf; Sums: element; Handoff: output token that EMBED read
     uint32 firstChunk; // Sums: the range that the list covers
     uint32 endChunk;
-    bytes32 list; // what the opponent posted last. Nodes: its fold; Elements, Sums: leaf(bytes); Handoff: leaf of the judged block
+    bytes32 list; // what the opponent posted last. Nodes: its fold; Elements, Sums: hash over those of its pieces; Handoff: leaf of the judged block
     bool workerTurn;
     uint64 turnStarted;
     uint32 workerSeconds;
@@ -57,9 +57,9 @@ struct Game {
 
 struct Move {
     bytes record; // the 128-byte instruction in dispute
-    bytes32[] siblings; // Steps: proves the record in the program tree; Nodes: proves the picked node in the opponent's list
+    bytes32[] siblings; // Steps: proves the record in the program tree; Nodes: the node in the opponent's list; else the hashes of all its pieces
     uint64 pick; // Steps: instruction; Nodes, Elements, Sums: place within the opponent's list, from 0
-    bytes claim; // Steps: all instruction roots; Nodes: the picked node (32 bytes); Elements, Sums: the opponent's list
+    bytes claim; // Steps: all instruction roots; Nodes: the picked node (32 bytes); Elements, Sums: the piece of the list that holds the picked entry
     bytes list; // the mover's own list for the picked child: 32-byte nodes, a leaf's bytes, or i128 sums
 }
 
@@ -81,7 +81,7 @@ interface IDisputes {
     /// @notice convicted = 255: the challenger lost.
     event GameEnded(bytes32 indexed id, bytes32 indexed job, uint8 stage, uint8 convicted, uint8 reason); // reason: 1 proved, 2 flag, 3 shown, 4 deflected
 
-    /// @notice A bond returned, a worker's moves, what is to be burned; id = 0: a deposit.
+    /// @notice A bond returned, a worker's moves; id = 0: a deposit.
     event Credited(address indexed account, uint256 amount, bytes32 indexed id);
     event Withdrawn(address indexed account, uint256 amount);
 
@@ -140,7 +140,6 @@ interface IDisputes {
     /// @notice Adds to the caller's credit, from which bonds are taken first: a slot costs less than two balances and an allowance.
     function deposit(uint256 amount) external;
     function withdraw() external; // the caller's credit
-    function burn() external; // sends what lost bonds left to the burn address
 
     function credit(address account) external view returns (uint256);
     function stateOf(bytes32 id) external view returns (bytes32);

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+/// @dev In this order its numbers fill four slots, and all that a game needs of them lies in one.
 struct Job {
     bytes32 model;
     bytes32 pipeline;
     bytes32 requestsRoot;
-    uint32 requests;
-    uint64 promptTokens;
-    uint64 maxTokens; // the sum of all limits
-    uint128 promptPrice; // base units a prompt token
-    uint128 tokenPrice; // base units an output token
-    uint128 lock; // base units of stake locked by each stage
     uint128 gasRate; // base units a unit of gas: fixes bonds and refunds for this job
-    uint64 acceptBy; // timestamps in seconds
-    uint64 commitBy;
+    uint32 requests;
     uint32 window; // seconds after the commitment in which challenges may be opened
     uint32 clock; // seconds each side has in a game
     uint32 grace; // seconds each side has at least at a move
+    uint64 promptTokens;
+    uint64 maxTokens; // the sum of all limits
+    uint64 acceptBy; // timestamps in seconds
+    uint64 commitBy;
+    uint128 promptPrice; // base units a prompt token
+    uint128 tokenPrice; // base units an output token
+    uint128 lock; // base units of stake locked by each stage
     uint64 nonce;
 }
 
@@ -62,8 +63,8 @@ interface IEscrow {
     event JobAccepted(bytes32 indexed id);
     event StageCommitted(bytes32 indexed id, uint8 stage, bytes32 root);
     event JobCommitted(bytes32 indexed id, bytes32 outputs, uint64 tokens, uint64 windowEnd);
-    event StageConvicted(bytes32 indexed id, uint8 stage, address worker, address challenger);
-    event JobVoided(bytes32 indexed id, uint256 refund);
+    event StageConvicted(bytes32 indexed id, uint8 stage, address challenger);
+    event JobVoided(bytes32 indexed id);
     event JobPaid(bytes32 indexed id, uint256 price, uint256 returned);
     event JobRefunded(bytes32 indexed id, uint256 refund, uint256 noShowFee);
     event JobReleased(bytes32 indexed id);
@@ -93,7 +94,8 @@ interface IEscrow {
     function commit(bytes32 id, Claim[] calldata claims) external; // already committed stages are passed over
     function settle(bytes32 id) external; // Committed -> Paid, after the window, no game open
     function expire(bytes32 id) external; // Open or Accepted -> Refunded, after its deadline
-    function release(bytes32 id) external; // Void: locks freed or slashed, after the window, no game open
+    function refund(bytes32 id) external; // Void: the price is the requester's again; once, and a repeated call changes nothing
+    function release(bytes32 id) external; // Void: refunds, frees or slashes the locks, after the window, no game open
     function withdraw() external; // the caller's credit
 
     /// @notice Disputes only. Reverts outside the window of a Committed or Void job.
@@ -124,7 +126,8 @@ interface IEscrow {
     function root(bytes32 id, uint8 stage) external view returns (bytes32); // 0 until committed
     function outputs(bytes32 id) external view returns (bytes32 outputsRoot, uint64 tokens);
     function windowEnd(bytes32 id) external view returns (uint64); // until then games may be opened; an answered demand may move it
-    function openGames(bytes32 id, uint8 stage) external view returns (uint256);
+    function openGames(bytes32 id, uint8 stage) external view returns (uint256); // against the stage, and those it is counted with
+    function refunded(bytes32 id) external view returns (bool); // whether a void job's price is the requester's again
     function convicted(bytes32 id, uint8 stage) external view returns (bool);
     function credit(address account) external view returns (uint256);
 }

@@ -74,7 +74,8 @@ struct Proof {
     Model model;
     bytes record; // the instruction's
     uint64 pick; // place within the opponent's list of elements or sums
-    bytes claim; // that list
+    bytes claim; // the piece of that list which holds it
+    bytes32[] siblings; // the hashes of all its pieces
     bytes32[] steps; // the challenger's instruction roots
     Opening[] openings;
 }
@@ -82,18 +83,7 @@ struct Proof {
 /// @notice Computes one step of a canonical program from opened inputs. Stateless; the Python twin is verifier/referee/.
 interface IReferee {
     /// @notice `run` of one chunk (chunk 0 where the instruction is no long sum), before `finish`.
-    /// @param steps the roots of all instructions' vectors, as far as they are agreed
-    function step(
-        Model calldata model,
-        Cell calldata cell,
-        bytes32[] calldata steps,
-        Instruction calldata instruction,
-        uint64 element,
-        uint32 chunk,
-        Opening[] calldata openings
-    ) external view returns (int256);
-
-    /// @notice As `step`, from a game's proof as it stands in calldata: what is not copied into another shape costs nothing.
+    /// @param proof as it stands in a game's calldata: what is not copied into another shape costs nothing. `pick`, `claim` and `siblings` are not read
     function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
         external
         view

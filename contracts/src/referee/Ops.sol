@@ -77,12 +77,9 @@ library Ops {
         return op == Op.LINEAR || op == Op.LOGIT ? Fixed.cl(Fixed.rs(total, a)) : total;
     }
 
-    /// @notice Two partial results of an element put together.
-    function combine(uint8 number, int256 left, int256 right) internal pure returns (int256) {
-        if (named(number) == Op.MAX) return left > right ? left : right;
-        unchecked {
-            return left + right;
-        }
+    /// @notice Partial results (one or more) of an element, in a single list, put together.
+    function combine(uint8 number, int256[][] memory parts) internal pure returns (int256) {
+        return named(number) == Op.MAX ? max(parts) : sum(parts);
     }
 
     // ---- the ops, by their number
@@ -266,22 +263,49 @@ library Ops {
         assembly ("memory-safe") {
             let ahead := sub(served, standard)
             let place := add(standard, 32)
-            for { let end := add(place, shl(5, mload(standard))) } lt(place, end) { place := add(place, 32) } {
+            let end := add(place, shl(5, mload(standard)))
+            // Four pairs a turn while they last and are valid, then one.
+            for { let whole := add(place, and(sub(end, place), not(127))) } lt(place, whole) { place := add(
+                place,
+                128
+            ) } {
+                let there := add(place, ahead)
+                if or(
+                    or(eq(mload(there), missing), eq(mload(add(there, 32)), missing)),
+                    or(eq(mload(add(there, 64)), missing), eq(mload(add(there, 96)), missing))
+                ) { break }
+                let d := mload(place)
+                let s := sub(mload(there), d)
+                let more := mul(s, s)
+                let sizes := mul(d, d)
+                d := mload(add(place, 32))
+                s := sub(mload(add(there, 32)), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                d := mload(add(place, 64))
+                s := sub(mload(add(there, 64)), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                d := mload(add(place, 96))
+                s := sub(mload(add(there, 96)), d)
+                distance := add(distance, add(more, mul(s, s)))
+                size := add(size, add(sizes, mul(d, d)))
+            }
+            for {} lt(place, end) { place := add(place, 32) } {
                 let d := mload(place)
                 let s := mload(add(place, ahead))
-                switch eq(s, missing)
-                case 0 {
-                    s := sub(s, d)
-                    distance := add(distance, mul(s, s))
-                    size := add(size, mul(d, d))
-                }
-                default {
+                if eq(s, missing) {
                     if slt(d, 0) { d := sub(0, d) }
                     if iszero(gt(d, a)) {
                         bad := 1
                         break
                     }
+                    d := 0
+                    s := 0
                 }
+                s := sub(s, d)
+                distance := add(distance, mul(s, s))
+                size := add(size, mul(d, d))
             }
         }
     }

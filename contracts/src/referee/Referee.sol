@@ -77,19 +77,6 @@ contract Referee is IReferee {
     }
 
     /// @inheritdoc IReferee
-    function step(
-        Model calldata model,
-        Cell calldata cell,
-        bytes32[] calldata steps,
-        Instruction calldata instruction,
-        uint64 element,
-        uint32 chunk,
-        Opening[] calldata openings
-    ) external view returns (int256) {
-        return _step(Place(model, cell, steps), instruction, element, chunk, openings);
-    }
-
-    /// @inheritdoc IReferee
     function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
         external
         view

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
+
 /// @title Tree: SHA-256 trees as in RFC 6962
 /// @notice docs/canonical.md, "Trees"; the Python twin is verifier/referee/tree.py.
 /// @dev Level 0 is the leaves; neighbours pair up; an unpaired last node is carried up unchanged.
@@ -47,11 +49,7 @@ library Tree {
 
     /// @notice Levels above the leaves of a tree of `count` leaves: ceil(log2 count).
     function depth(uint256 count) internal pure returns (uint256 levels) {
-        if (count > 1) {
-            for (--count; count > 0; count >>= 1) {
-                ++levels;
-            }
-        }
+        return Math.log2(count, Math.Rounding.Ceil);
     }
 
     /// @notice Nodes of level `level` in a tree of `count` leaves: ceil(count / 2^level).
@@ -108,7 +106,7 @@ library Tree {
             let preimage := mload(0x40)
             let left := add(preimage, 1)
             mstore8(preimage, 1)
-            for {} gt(count, 1) {} {
+            for {} gt(length, 1) {} {
                 // INVARIANT: a parent is written where its children have been read, so the place written never overtakes the place read.
                 let read := list
                 let write := list
@@ -144,6 +142,23 @@ library Tree {
                 first := shr(1, first)
                 count := shr(1, add(count, 1))
             }
+            // The way up of a single node, which is most of every proof: it or its sibling stands to the left.
+            let alone := mload(list)
+            for {} gt(count, 1) {} {
+                let odd := and(first, 1)
+                if or(odd, lt(add(first, 1), count)) {
+                    used := add(used, 1)
+                    if gt(used, mload(siblings)) { break }
+                    odd := shl(5, odd)
+                    mstore(add(left, odd), alone)
+                    mstore(add(left, xor(odd, 32)), mload(add(siblings, shl(5, used))))
+                    if iszero(staticcall(gas(), 2, preimage, 65, 0, 32)) { revert(0, 0) }
+                    alone := mload(0)
+                }
+                first := shr(1, first)
+                count := shr(1, add(count, 1))
+            }
+            mstore(list, alone)
         }
         return used;
     }

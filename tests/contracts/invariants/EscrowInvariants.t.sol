@@ -52,9 +52,8 @@ contract EscrowInvariants is Base {
         for (uint256 i; i < all.jobCount(); ++i) {
             bytes32 id = all.jobs(i);
             Status status = escrow.status(id);
-            if (status == Status.Open || status == Status.Accepted || status == Status.Committed) {
-                owed += all.priceEscrowed(id);
-            }
+            bool unpaid = status == Status.Open || status == Status.Accepted || status == Status.Committed;
+            if (unpaid || (status == Status.Void && !escrow.refunded(id))) owed += all.priceEscrowed(id);
         }
         assertEq(token.balanceOf(address(escrow)), owed, "balance of the escrow");
     }

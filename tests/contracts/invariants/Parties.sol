@@ -169,6 +169,13 @@ contract Parties is Market {
         expire(seed);
     }
 
+    function refund(uint256 seed) external {
+        vm.warp(_now);
+        bytes32 id = _pick(seed);
+        bool void_ = escrow.status(id) == Status.Void;
+        if (_try(id, abi.encodeCall(escrow.refund, (id))) != void_ || escrow.refunded(id) != void_) ++wrongAnswers;
+    }
+
     function withdraw(uint256 seed) external {
         vm.warp(_now);
         address account = party(seed % parties());

@@ -71,6 +71,7 @@ contract Villagers is Village {
 
     // What the invariants read.
     uint256 public bonds; // of open games
+    uint256 public burned; // what lost bonds left
     uint256 public honestWorkersConvicted; // law 2
     uint256 public honestChallengersBeaten; // law 3
     uint256 public honestMovesRefused; // laws 2, 3 and 10
@@ -186,7 +187,6 @@ contract Villagers is Village {
     function withdraw(uint256 seed) external {
         vm.warp(_now);
         _withdraw(party(seed % parties()));
-        if ((seed >> 8) % 2 == 0) _burn();
     }
 
     /// @notice Time passes. On its way the honest do what they must in the last second in which they may; of the others some do, some are
@@ -211,7 +211,6 @@ contract Villagers is Village {
         for (uint256 i = 0; i < parties(); ++i) {
             _withdraw(party(i));
         }
-        _burn();
     }
 
     // ---- games
@@ -325,6 +324,7 @@ contract Villagers is Village {
     function _judge(Play memory play, uint8 convicted) private {
         uint8 guilty = Batches.guilty(play.lie);
         if (convicted == NOBODY) {
+            _burn(_game(play.id));
             if (play.accuser) ++honestChallengersBeaten;
         } else {
             if (guilty >> convicted & 1 == 0) ++honestWorkersConvicted;
@@ -336,6 +336,12 @@ contract Villagers is Village {
             escrow.windowEnd(play.job) + 2 * uint256(terms.clock) + (play.alreadyOpen + MOST_MOVES) * terms.grace + 1;
         job.gamesOver = _now;
         if (latest > job.latest) job.latest = latest;
+    }
+
+    /// @dev The last state of a game that its challenger lost: a proof that ended it was one more move of the worker.
+    function _burn(Game memory game) private {
+        uint256 moves = (game.workerMoves + (game.workerTurn ? 1 : 0)) * disputes.MOVE_GAS() * game.gasRate;
+        if (moves < game.bond) burned += game.bond - moves;
     }
 
     // ---- time
@@ -431,16 +437,7 @@ contract Villagers is Village {
         fromEscrow = fromDisputes; // either may have nothing
     }
 
-    function _burn() private {
-        if (disputes.credit(BURN) > 0) disputes.burn();
-    }
-
     // ---- what the invariants ask
-
-    /// @notice What lost bonds left and nobody has burned yet.
-    function toBurn() external view returns (uint256) {
-        return disputes.credit(BURN);
-    }
 
     function jobCount() external view returns (uint256) {
         return jobs.length;

@@ -2,7 +2,7 @@
 pragma solidity 0.8.37;
 
 import {Brief, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
-import {Cell, Instruction, Model, Opening, Proof} from "../../../contracts/src/interfaces/IReferee.sol";
+import {Cell, Proof} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
 
 /// @title What Disputes asks of Escrow, with answers that a test sets
@@ -98,18 +98,6 @@ contract RefereeMock {
 
     function set(int256 answer_) external {
         answer = answer_;
-    }
-
-    function step(
-        Model calldata,
-        Cell calldata,
-        bytes32[] calldata,
-        Instruction calldata,
-        uint64,
-        uint32,
-        Opening[] calldata
-    ) external view returns (int256) {
-        return answer;
     }
 
     function judge(Cell calldata, uint64, uint32, Proof calldata) external view returns (int256) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Cell, Instruction, Model, Opening, Operand, Trace} from "../../../contracts/src/interfaces/IReferee.sol";
+import {Cell, Instruction, Model, Opening, Operand, Proof, Trace} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Codec} from "../../../contracts/src/referee/Codec.sol";
 import {Referee} from "../../../contracts/src/referee/Referee.sol";
 import {Tree} from "../../../contracts/src/referee/Tree.sol";
@@ -36,7 +36,7 @@ contract GasTest is Base {
         ins.x = Operand(1, 0, 1, 0, 0, 14336);
         ins.y = Operand(3, 0, 12344 - 3 * 56 - 3, 0, 0, 14336);
         Cell memory cell;
-        int256 sum = referee.step(model, cell, steps, ins, 3, 4, openings);
+        int256 sum = referee.judge(cell, 3, 4, Proof(model, _record(ins), 0, "", _siblings(0), steps, openings));
         vm.snapshotGasLastCall("Referee", "LINEAR of 256 terms");
         assertTrue(sum != 0, "a sum");
     }
@@ -67,7 +67,9 @@ contract GasTest is Base {
         Cell memory cell;
         (cell.position, cell.token, cell.unit) = (8191, 7, 150);
         cell.sampling = bytes32(abi.encodePacked(uint32(65536), uint32(0), uint32(60000), uint64(1), uint32(1)));
-        bytes memory call = abi.encodeCall(referee.step, (model, cell, steps, ins, 0, 1, openings));
+        bytes memory call = abi.encodeCall(
+            referee.judge, (cell, 0, 1, Proof(model, _record(ins), 0, "", _siblings(0), steps, openings))
+        );
         uint256 before = gasleft();
         (bool done, bytes memory answer) = address(referee).staticcall(call);
         uint256 gas = before - gasleft();
@@ -90,6 +92,16 @@ contract GasTest is Base {
         for (uint256 i = 0; i < chunk.siblings.length; ++i) {
             one.siblings[1 + i] = chunk.siblings[i];
         }
+    }
+
+    function _record(Instruction memory ins) private pure returns (bytes memory) {
+        bytes memory head =
+            abi.encodePacked(ins.op, ins.wide, ins.rows, ins.cols, ins.limit, ins.terms, ins.a, ins.b, bytes2(0));
+        return bytes.concat(head, _operand(ins.x), _operand(ins.y), _operand(ins.z));
+    }
+
+    function _operand(Operand memory o) private pure returns (bytes memory) {
+        return abi.encodePacked(o.source, o.id, o.base, o.layerStride, o.unitStride, o.width, bytes6(0));
     }
 
     function _siblings(uint256 count) private pure returns (bytes32[] memory siblings) {

@@ -159,7 +159,7 @@ contract Harness {
 
     // ---- Ops
 
-    function combine(uint8 op, int256 left, int256 right) external pure returns (int256) {
-        return Ops.combine(op, left, right);
+    function combine(uint8 op, int256[][] calldata parts) external pure returns (int256) {
+        return Ops.combine(op, parts);
     }
 }

@@ -41,13 +41,19 @@ contract OpsTest is Base {
         assertEq(referee.run(uint8(Op.LINEAR), _lists(a, b), 24, 0), expected, "sum of products");
     }
 
+    function _pairOf(int256 left, int256 right) private pure returns (int256[][] memory parts) {
+        parts = new int256[][](1);
+        parts[0] = new int256[](2);
+        (parts[0][0], parts[0][1]) = (left, right);
+    }
+
     function testFuzz_ChunksCombineToTheWholeSum(int64[8] memory x, uint8 cut_) public view {
         uint256 cut = bound(uint256(cut_), 1, 7);
         for (uint8 op = 0; op < 2; ++op) {
             uint8 number = uint8(op == 0 ? Op.SUM : Op.MAX);
             int256 left = referee.run(number, _list(x, 0, cut), 0, 0);
             int256 right = referee.run(number, _list(x, cut, 8), 0, 0);
-            assertEq(Ops.combine(number, left, right), referee.run(number, _list(x, 0, 8), 0, 0), "combined");
+            assertEq(Ops.combine(number, _pairOf(left, right)), referee.run(number, _list(x, 0, 8), 0, 0), "combined");
         }
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Descent} from "../../../contracts/src/game/Descent.sol";
 import {Tree} from "../../../contracts/src/referee/Tree.sol";
 
 /// @title Forest: the prover's side of the trees that Tree verifies
@@ -43,6 +44,15 @@ library Forest {
         part = new bytes(length);
         assembly ("memory-safe") {
             mcopy(add(part, 32), add(add(data, 32), start), length)
+        }
+    }
+
+    /// @notice The hashes of the pieces of a list of elements or sums.
+    function pieceHashes(bytes memory list) internal pure returns (bytes32[] memory hashes) {
+        uint256 size = Descent.PIECE_BYTES;
+        hashes = new bytes32[]((list.length + size - 1) / size);
+        for (uint256 i = 0; i < hashes.length; ++i) {
+            hashes[i] = keccak256(cut(list, i * size, Descent.pieceBytes(list.length, i)));
         }
     }
 

@@ -83,13 +83,15 @@ library Solver {
         if (!found) return;
         uint256 element = board.game.index * Codec.elementsPerLeaf(wide) + pick;
         uint256 chunks = Codec.chunkCount(c.program[step], c.segment.position);
-        if (chunks == 1) return _prove(answer, board, c, pick, Cases.openings(c, step, element, 0));
+        if (chunks == 1) {
+            return _prove(answer, board, c, pick, Codec.elementBytes(wide), Cases.openings(c, step, element, 0));
+        }
         answer.kind = Kind.MOVE;
         answer.move = Move({
             record: Plan.record(c.program[step]),
-            siblings: new bytes32[](0),
+            siblings: Forest.pieceHashes(board.posted),
             pick: uint64(pick),
-            claim: board.posted,
+            claim: _quoted(board.posted, pick, Codec.elementBytes(wide)),
             list: Cases.sums(c, step, element, 0, chunks)
         });
     }
@@ -99,17 +101,29 @@ library Solver {
         bytes memory mine = Cases.sums(c, game.step, game.index, game.firstChunk, game.endChunk);
         (bool found, uint256 pick) = _differs(board, board.posted, mine, Descent.SUM_BYTES);
         if (!found) return;
-        _prove(answer, board, c, pick, Cases.openings(c, game.step, game.index, game.firstChunk + pick));
+        Opening[] memory openings = Cases.openings(c, game.step, game.index, game.firstChunk + pick);
+        _prove(answer, board, c, pick, Descent.SUM_BYTES, openings);
     }
 
-    function _prove(Answer memory answer, Board memory board, Case memory c, uint256 pick, Opening[] memory openings)
-        private
-        pure
-    {
+    /// @dev The piece of a list that holds entry `pick` of `size` bytes.
+    function _quoted(bytes memory list, uint256 pick, uint256 size) private pure returns (bytes memory) {
+        uint256 index = pick * size / Descent.PIECE_BYTES;
+        return Forest.cut(list, index * Descent.PIECE_BYTES, Descent.pieceBytes(list.length, index));
+    }
+
+    function _prove(
+        Answer memory answer,
+        Board memory board,
+        Case memory c,
+        uint256 pick,
+        uint256 size,
+        Opening[] memory openings
+    ) private pure {
         answer.kind = Kind.PROOF;
         answer.proof.record = Plan.record(c.program[board.game.step]);
         answer.proof.pick = uint64(pick);
-        answer.proof.claim = board.posted;
+        answer.proof.claim = _quoted(board.posted, pick, size);
+        answer.proof.siblings = Forest.pieceHashes(board.posted);
         answer.proof.steps = Forest.words(board.steps);
         answer.proof.openings = openings;
     }
