@@ -1,8 +1,9 @@
 """Detection rates of every known way to cheat, and false alarms of every honest way to serve, cell by cell.
 
 `plumb bench detect --report FILE`. Options: model (a folder; default the demo's, made if it is not there), dtypes,
-requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), honest (sequences of each
-honest setting), toploc (false leaves the comparison out).
+requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), sequences (of calibration;
+0: as many as `plumb model calibrate` serves), honest (sequences of each honest setting), toploc (false: without it),
+only (attacks whose name holds this text).
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def run(
     output: int = 64,
     trials: int = 2000,
     settings: str = "full",
+    sequences: int = 0,
     honest: int = 6,
     toploc: bool = True,
+    only: str = "",
 ) -> dict[str, Any]:
     unknown = set(dtypes.split(",")) - set(NAMES)
     if unknown:
@@ -81,15 +84,19 @@ def run(
     models = {}
     for dtype in dtypes.split(","):
         folder = variant(source, NAMES[dtype], PLACE / dtype)
-        measured = calibrate(folder, settings=settings)
+        measured = calibrate(folder, sequences=sequences, settings=settings)
         measured.save(folder)
         court = Court(dtype, Weights.open(folder), measured, trials)
         models[dtype] = _told(court)
         rows += honest_rows(court, settings, honest)
-        rows += attack_rows(court, requests, prompt, output, python if dtype == "bfloat16" else None)
+        rows += attack_rows(court, requests, prompt, output, only, python if dtype == "bfloat16" else None)
     false = sum(row["false_alarms"] for row in rows if row["kind"] == "honest")
+    errors = [row for row in rows if "weight_error" in row]
+    always, never = ([row["weight_error"] for row in errors if row["rate_8"] == rate] for rate in (1, 0))
     return {
         "intervals": "95 %, Wilson score",
+        "smallest_weight_error_always_seen": min(always, default=None),
+        "largest_weight_error_never_seen": max(never, default=None),
         "models": models,
         "honest_cells": sum(row["cells"] for row in rows if row["kind"] == "honest"),
         "false_alarms": false,
@@ -139,7 +146,9 @@ def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, A
     return out
 
 
-def attack_rows(court: Court, requests: int, prompt: int, output: int, python: Path | None) -> list[dict[str, Any]]:
+def attack_rows(
+    court: Court, requests: int, prompt: int, output: int, only: str, python: Path | None
+) -> list[dict[str, Any]]:
     weights, auditor = court.weights, court.auditor
     random = np.random.default_rng(FRESH)
     shape = weights.shape
@@ -154,7 +163,7 @@ def attack_rows(court: Court, requests: int, prompt: int, output: int, python: P
     others = tuned(weights)
     rows, compared = [], {}
     honest = [Attack("nobody cheats, greedy", lambda: None), Attack("nobody cheats, drawn", lambda: None, drawn=True)]
-    for attack in [*honest, *attacks(weights, others, earlier)]:
+    for attack in [*honest, *(one for one in attacks(weights, others, earlier) if only in one.name)]:
         results = Server(weights, attack.cheat()).run(drawn if attack.drawn else greedy)
         judged = [judge(auditor, result) for result in results]
         kind = "honest" if attack in honest else "attack"
