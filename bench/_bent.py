@@ -87,8 +87,9 @@ class Bent:
             leaves = {key: value.requires_grad_(True) for key, value in directions.items()}
             logits, _ = self.run(ids, reach, leaves)
             total = gain(logits).sum()
-            if float(total) > best[0]:
-                best = float(total), {key: value.detach() for key, value in leaves.items()}
+            reached = float(total.detach())
+            if reached > best[0]:
+                best = reached, {key: value.detach() for key, value in leaves.items()}
             slopes = torch.autograd.grad(total, list(leaves.values()))
             directions = {}
             for key, slope in zip(leaves, slopes, strict=True):
@@ -113,7 +114,7 @@ class Bent:
         kind = _KIND[name]
         columns = BLOCK if kind in (Kind.ATTEND, Kind.MLP) else self.shape.head_dim
         parts = []
-        for unit, part in enumerate(standard.detach().split(columns, dim=2)):
+        for unit, part in enumerate(torch.split(standard.detach(), columns, dim=2)):
             cell = self.profile.cell(kind, layer, unit)
             size = part.square().sum(dim=2, keepdim=True) + part.shape[2] * (cell.floor / Q30) ** 2
             parts.append((size.sqrt() * (reach.scale * SLACK * cell.num / cell.den)).expand_as(part))
@@ -137,7 +138,7 @@ class Bent:
     def _lengths(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """Each element's unit's length: [requests, positions, width]."""
         columns = BLOCK if key.endswith("_out") else self.shape.head_dim
-        parts = [part.norm(dim=2, keepdim=True).expand_as(part) for part in tensor.split(columns, dim=2)]
+        parts = [part.norm(dim=2, keepdim=True).expand_as(part) for part in torch.split(tensor, columns, dim=2)]
         return torch.cat(parts, dim=2)
 
     def _unit(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ class Bent:
         return rows * scale * self.tensors[name][0]
 
     def _turned(self, rows: torch.Tensor) -> torch.Tensor:
-        heads = rows.unflatten(2, (-1, 2, self.shape.head_dim // 2))
+        heads = rows.reshape(*rows.shape[:2], -1, 2, self.shape.head_dim // 2)
         phase = (torch.arange(rows.shape[1], dtype=torch.float64)[:, None] * self.turns[None, :]) % 1.0 * 2 * pi
         c, s = phase.cos().float()[:, None, :], phase.sin().float()[:, None, :]
         a, b = heads[:, :, :, 0], heads[:, :, :, 1]
@@ -160,7 +161,7 @@ class Bent:
 
     def _mixed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         hd, group = self.shape.head_dim, self.shape.heads // self.shape.kv_heads
-        q, k, v = (rows.unflatten(2, (-1, hd)).transpose(1, 2) for rows in (q, k, v))
+        q, k, v = (rows.reshape(*rows.shape[:2], -1, hd).transpose(1, 2) for rows in (q, k, v))
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
         weights = torch.softmax((q @ k.transpose(2, 3) / sqrt(hd)).masked_fill(future, float("-inf")), dim=3)

@@ -21,7 +21,7 @@ import torch
 from bench import BenchError
 from bench._attacks import DRAWN, Attack, attacks
 from bench._cells import Judged, confirmed, judge, peaks, row, wilson
-from bench._served import Result, Server, requests_like
+from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
 from deploy.calibrate import Measured, calibrate, lengths, sample
@@ -133,7 +133,7 @@ def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, A
     for run in serve_all(court.weights.folder, court.weights, texts, here):
         judged, false, suspicions = [], 0, 0
         for r, (text, arrays, logits) in enumerate(zip(texts, run.traces, run.logits, strict=True)):
-            drawn = {} if r % 2 else DRAWN
+            drawn: dict[str, Any] = {} if r % 2 else DRAWN
             asked = Request((text[0],), len(text), **drawn)
             draws = [Draw(asked, r, position) for position in range(len(text))]
             tokens = tuple(choose_all(logits.double().numpy(), draws))
@@ -162,7 +162,7 @@ def attack_rows(
     earlier = Server(weights).run(requests_like(random.integers(0, shape.vocabulary, prompts.shape), output))
     others = tuned(weights)
     rows, compared = [], {}
-    honest = [Attack("nobody cheats, greedy", lambda: None), Attack("nobody cheats, drawn", lambda: None, drawn=True)]
+    honest = [Attack("nobody cheats, greedy", Cheat), Attack("nobody cheats, drawn", Cheat, drawn=True)]
     for attack in [*honest, *(one for one in attacks(weights, others, earlier) if only in one.name)]:
         results = Server(weights, attack.cheat()).run(drawn if attack.drawn else greedy)
         judged = [judge(auditor, result) for result in results]

@@ -41,8 +41,8 @@ def worst(auditor: Auditor, served: dict[str, torch.Tensor]) -> float:
     return float(max(ratios))
 
 
-def lead(token: torch.Tensor) -> adversary.Gain:
-    return lambda logits: logits.gather(1, token[:, None])[:, 0] - logits.amax(dim=1)
+def lead(token: torch.Tensor, over: torch.Tensor) -> adversary.Gain:
+    return lambda logits: (logits.gather(1, token[:, None]) - logits.gather(1, over[:, None]))[:, 0]
 
 
 def test_without_reach_it_serves_what_the_model_computes(auditor: Auditor) -> None:
@@ -54,7 +54,8 @@ def test_without_reach_it_serves_what_the_model_computes(auditor: Auditor) -> No
 def test_bent_tensors_move_a_token_and_no_audit_convicts(auditor: Auditor, history: bool) -> None:
     bent, ids = Bent(auditor.weights, auditor.profile), texts(auditor)
     honest, _ = bent.run(ids, Reach((), False, 0.0), {})
-    gain = lead(honest.argsort(dim=1, descending=True)[:, 1])
+    ranks = honest.argsort(dim=1, descending=True)
+    gain = lead(ranks[:, 1], over=ranks[:, 0])
     moved = []
     for scale in (0.5, 1.0, 4.0):
         logits, served = bent.bend(ids, Reach(range(2), history, scale), gain, steps=4)
@@ -67,7 +68,7 @@ def test_bent_tensors_move_a_token_and_no_audit_convicts(auditor: Auditor, histo
 def test_a_reach_of_one_layer_leaves_the_others_alone(auditor: Auditor) -> None:
     bent, ids = Bent(auditor.weights, auditor.profile), texts(auditor)
     honest, plain = bent.run(ids, Reach((), False, 0.0), {})
-    _, served = bent.bend(ids, Reach((1,), False, 1.0), lead(honest.argmin(dim=1)), steps=2)
+    _, served = bent.bend(ids, Reach((1,), False, 1.0), lead(honest.argmin(dim=1), over=honest.argmax(dim=1)), steps=2)
     changed = {key for key, rows in served.items() if not torch.equal(rows, plain[key])}
     assert changed == {"1.q", "1.k", "1.v", "1.attn_out", "1.mlp_out", "out"}
     assert all(torch.equal(served[key][:, :-1], plain[key][:, :-1]) for key in changed)

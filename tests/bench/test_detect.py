@@ -33,6 +33,8 @@ from tests.end_to_end import random_model
 from verifier.audit import Auditor
 from verifier.program import Kind
 from verifier.referee.floats import Dtype
+from verifier.weights import Weights
+from worker.stage import from_bits
 
 torch.set_num_threads(1)
 PROMPT, OUTPUT = 12, 6
@@ -92,7 +94,7 @@ def test_a_spoofed_last_layer_ends_in_the_models_own_hidden_state(auditor: Audit
     for result in serve(auditor, Spoofed(auditor.weights)):
         with torch.inference_mode():
             own, _ = Server(auditor.weights).forward(torch.tensor([result.fed]), 0)
-        served = detect.from_bits(np.array(result.arrays["out"]), torch.bfloat16)
+        served = from_bits(np.array(result.arrays["out"]), torch.bfloat16)
         assert float((served.float() - own[0].float()).norm() / own[0].float().norm()) < 0.01
 
 
@@ -142,7 +144,7 @@ def test_eight_cells_are_spread_over_the_layers() -> None:
 def test_a_row_counts_cells_and_requests() -> None:
     found = row("attack", "x", "bfloat16", [judged([[True, False]]), judged([[False, False]])], trials=100)
     assert (found["cells"], found["rate_1"], found["rate_full"]) == (4, 0.25, 0.5)
-    assert found["ci95"]["rate_1"] == wilson(1, 4)  # type: ignore[index]
+    assert found["ci95"]["rate_1"] == wilson(1, 4)
     # A wrong embedding is seen by whoever looks at a cell at or after it.
     late = row("attack", "x", "bfloat16", [judged([[False] * 4, [False] * 4], [False, True, False, False])], trials=10)
     assert late["rate_1"] == 0.75
@@ -150,7 +152,7 @@ def test_a_row_counts_cells_and_requests() -> None:
 
 def test_a_finer_dtype_holds_what_the_source_could_not(auditor: Auditor, tmp_path: Path) -> None:
     folder = detect.variant(auditor.weights.folder, Dtype.FLOAT32, tmp_path / "wide")
-    wide = detect.Weights.open(folder)
+    wide = Weights.open(folder)
     assert wide.shape.served_dtype == Dtype.FLOAT32
     a, b = (w.float64("model.layers.0.mlp.up_proj.weight") for w in (auditor.weights, wide))
     assert not torch.equal(a, b) and float((a - b).abs().max() / a.abs().max()) < 2**-9
