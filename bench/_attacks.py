@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ def integers(bits: int) -> Rounding:
 
     def rounded(groups: torch.Tensor) -> torch.Tensor:
         scale = groups.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / top
-        return (groups / scale).round().clamp(-top, top) * scale
+        near: torch.Tensor = (groups / scale).round().clamp(-top, top) * scale
+        return near
 
     return rounded
 
@@ -171,7 +174,7 @@ class OtherLaw(Cheat):
         self.changes = changes
 
     def asked(self, request: Request) -> Request:
-        changes = dict(self.changes)
+        changes: dict[str, Any] = dict(self.changes)
         seed = changes.pop("other_seed", 0)
         return replace(request, seed=request.seed + seed, **changes)
 
@@ -181,6 +184,7 @@ class Speculative(Cheat):
 
     def __init__(self, weights: Weights, best: int) -> None:
         self.draft, self.best, self.fed = Server(weights, Shallow()), best, 0
+        self.told: list[int] = []
 
     def choose(self, server: Server, rows: Rows, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
         own = super().choose(server, rows, logits, draws)
@@ -241,7 +245,7 @@ class Attack:
     by_peak: bool = False  # reported by position and by how peaked the attention is
 
 
-DRAWN = {"temperature": 65536, "top_p": 62259, "seed": 77}  # temperature 1, top_p 0.95
+DRAWN: dict[str, Any] = {"temperature": 65536, "top_p": 62259, "seed": 77}  # temperature 1, top_p 0.95
 
 
 def attacks(weights: Weights, others: Mapping[str, torch.Tensor], earlier: Sequence[Result]) -> list[Attack]:
@@ -258,7 +262,7 @@ def attacks(weights: Weights, others: Mapping[str, torch.Tensor], earlier: Seque
         Attack("fp8 e4m3 weights", lambda: Quantised(small_floats(e4m3))),
         Attack("fp8 e5m2 weights", lambda: Quantised(small_floats(e5m2))),
         Attack("NF4 weights, groups of 64", lambda: Quantised(nf4, 64)),
-        *(Attack(f"int{bits} weights, a scale a row", lambda n=bits: Quantised(integers(n))) for bits in FINER),
+        *(Attack(f"int{bits} weights, a scale a row", partial(Quantised, integers(bits))) for bits in FINER),
         Attack("int8 KV cache", lambda: Kept(integers(8)), by_peak=True),
         Attack("fp8 e4m3 KV cache", lambda: Kept(small_floats(e4m3)), by_peak=True),
         Attack("fp8 e5m2 KV cache", lambda: Kept(small_floats(e5m2)), by_peak=True),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,10 +87,10 @@ def confirmed(auditor: Auditor, model: Model, judged: Judged) -> list[Verdict]:
 
 def peaks(auditor: Auditor, result: Result) -> Floats:
     """[layers, T]: the largest attention probability, averaged over the heads."""
-    shape, out = auditor.shape, []
+    shape, out, positions = auditor.shape, [], len(result.arrays["out"])
     for layer in range(shape.layers):
         q, k = (
-            real(result.arrays[f"{layer}.{name}"], shape.served_dtype).unflatten(1, (-1, shape.head_dim))
+            real(result.arrays[f"{layer}.{name}"], shape.served_dtype).reshape(positions, -1, shape.head_dim)
             for name in "qk"
         )
         k = k.repeat_interleave(shape.heads // shape.kv_heads, dim=1)
@@ -134,7 +135,7 @@ def sampled(
 
 def row(
     kind: str, name: str, dtype: str, judged: Sequence[Judged], trials: int, among: Sequence[Flags] | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A row of the report: rates from one random cell, from eight, and from a full audit, each with its interval."""
     random = np.random.default_rng(len(name))
     flags, own = [j.cells for j in judged], [j.own for j in judged]

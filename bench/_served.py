@@ -130,7 +130,7 @@ class Server:
         ids, first = torch.tensor(prompts), 0
         step = prefill or ids.shape[1]
         while True:
-            parts = [self.forward(part, first + step * n) for n, part in enumerate(ids.split(step, dim=1))]
+            parts = [self.forward(part, first + step * n) for n, part in enumerate(torch.split(ids, step, dim=1))]
             for _, tensors in parts:
                 for key, tensor in tensors.items():
                     captured.setdefault(key, []).append(tensor)
@@ -183,7 +183,7 @@ class Server:
         positions = torch.arange(first, first + rows.shape[1])
         q, k, v = (
             functional.linear(x, self.tensors[f"{prefix}.self_attn.{name}_proj.weight"])
-            .unflatten(2, (-1, shape.head_dim))
+            .reshape(*x.shape[:2], -1, shape.head_dim)
             .transpose(1, 2)
             for name in "qkv"
         )

@@ -51,7 +51,7 @@ def flagged(python: Path, pairs: Mapping[str, Any]) -> dict[str, list[bool]]:
 
     with tempfile.TemporaryDirectory(prefix="plumb-toploc-") as name:
         place = Path(name)
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for index, (served, own, _) in enumerate(pairs.values()):
             tensors |= {f"{index}.served": served.contiguous(), f"{index}.own": own.contiguous()}
         save_file(tensors, place / "tensors")
@@ -74,7 +74,7 @@ def _other_side(place: Path) -> None:
     from toploc import build_proofs_bytes, verify_proofs_bytes
 
     tensors = load_file(place / "tensors")
-    refused = []
+    refused: list[list[bool]] = []
     for index, prompt in enumerate(json.loads((place / "prompts.json").read_text(encoding="utf-8"))):
         refused.append([])
         for served, own in zip(tensors[f"{index}.served"], tensors[f"{index}.own"], strict=True):

@@ -1,8 +1,9 @@
 """Detection rates of every known way to cheat, and false alarms of every honest way to serve, cell by cell.
 
 `plumb bench detect --report FILE`. Options: model (a folder; default the demo's, made if it is not there), dtypes,
-requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), honest (sequences of each
-honest setting), toploc (false leaves the comparison out).
+requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), sequences (of calibration;
+0: as many as `plumb model calibrate` serves), honest (sequences of each honest setting), toploc (false: without it),
+only (attacks whose name holds this text).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from bench import BenchError
 from bench._attacks import DRAWN, Attack, attacks
 from bench._cells import Judged, confirmed, judge, peaks, row, wilson
-from bench._served import Result, Server, requests_like
+from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
 from deploy.calibrate import Measured, calibrate, lengths, sample
@@ -69,8 +70,10 @@ def run(
     output: int = 64,
     trials: int = 2000,
     settings: str = "full",
+    sequences: int = 0,
     honest: int = 6,
     toploc: bool = True,
+    only: str = "",
 ) -> dict[str, Any]:
     unknown = set(dtypes.split(",")) - set(NAMES)
     if unknown:
@@ -81,15 +84,19 @@ def run(
     models = {}
     for dtype in dtypes.split(","):
         folder = variant(source, NAMES[dtype], PLACE / dtype)
-        measured = calibrate(folder, settings=settings)
+        measured = calibrate(folder, sequences=sequences, settings=settings)
         measured.save(folder)
         court = Court(dtype, Weights.open(folder), measured, trials)
         models[dtype] = _told(court)
         rows += honest_rows(court, settings, honest)
-        rows += attack_rows(court, requests, prompt, output, python if dtype == "bfloat16" else None)
+        rows += attack_rows(court, requests, prompt, output, only, python if dtype == "bfloat16" else None)
     false = sum(row["false_alarms"] for row in rows if row["kind"] == "honest")
+    errors = [row for row in rows if "weight_error" in row]
+    always, never = ([row["weight_error"] for row in errors if row["rate_8"] == rate] for rate in (1, 0))
     return {
         "intervals": "95 %, Wilson score",
+        "smallest_weight_error_always_seen": min(always, default=None),
+        "largest_weight_error_never_seen": max(never, default=None),
         "models": models,
         "honest_cells": sum(row["cells"] for row in rows if row["kind"] == "honest"),
         "false_alarms": false,
@@ -126,7 +133,7 @@ def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, A
     for run in serve_all(court.weights.folder, court.weights, texts, here):
         judged, false, suspicions = [], 0, 0
         for r, (text, arrays, logits) in enumerate(zip(texts, run.traces, run.logits, strict=True)):
-            drawn = {} if r % 2 else DRAWN
+            drawn: dict[str, Any] = {} if r % 2 else DRAWN
             asked = Request((text[0],), len(text), **drawn)
             draws = [Draw(asked, r, position) for position in range(len(text))]
             tokens = tuple(choose_all(logits.double().numpy(), draws))
@@ -139,7 +146,9 @@ def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, A
     return out
 
 
-def attack_rows(court: Court, requests: int, prompt: int, output: int, python: Path | None) -> list[dict[str, Any]]:
+def attack_rows(
+    court: Court, requests: int, prompt: int, output: int, only: str, python: Path | None
+) -> list[dict[str, Any]]:
     weights, auditor = court.weights, court.auditor
     random = np.random.default_rng(FRESH)
     shape = weights.shape
@@ -153,8 +162,8 @@ def attack_rows(court: Court, requests: int, prompt: int, output: int, python: P
     earlier = Server(weights).run(requests_like(random.integers(0, shape.vocabulary, prompts.shape), output))
     others = tuned(weights)
     rows, compared = [], {}
-    honest = [Attack("nobody cheats, greedy", lambda: None), Attack("nobody cheats, drawn", lambda: None, drawn=True)]
-    for attack in [*honest, *attacks(weights, others, earlier)]:
+    honest = [Attack("nobody cheats, greedy", Cheat), Attack("nobody cheats, drawn", Cheat, drawn=True)]
+    for attack in [*honest, *(one for one in attacks(weights, others, earlier) if only in one.name)]:
         results = Server(weights, attack.cheat()).run(drawn if attack.drawn else greedy)
         judged = [judge(auditor, result) for result in results]
         kind = "honest" if attack in honest else "attack"

@@ -92,13 +92,15 @@ class Measured:
 def calibrate(
     folder: Path,
     margin: float = MARGIN,
-    sequences: int = SEQUENCES,
+    sequences: int = 0,
     length: int = LENGTH,
     settings: str = "quick",
     progress: Callable[[str], None] = lambda _: None,
     stage_class: type[Stage] = Stage,
 ) -> Measured:
-    """Measures the profile of the model in `folder`. Deterministic on one machine. settings: a key of SETTINGS.
+    """Measures the profile of the model in `folder`. Deterministic on one machine.
+
+    sequences: 0 for SEQUENCES; settings: a key of SETTINGS.
 
     Raises ModelFolderError and UnsupportedModel for a folder that can't be served, UnseparableModel where honest runs
     differ too much, ServingFailed where a child process does.
@@ -107,7 +109,7 @@ def calibrate(
     weights = Weights.open(folder)
     weights.check()
     stage = stage_class(folder, 0, weights.shape.layers, weights=weights)
-    tokens = sample(stage, lengths(sequences, length, weights.shape.max_positions - 1))
+    tokens = sample(stage, lengths(sequences or SEQUENCES, length, weights.shape.max_positions - 1))
     calibration, reference = Calibration(len(here)), Reference(weights)
     exact = [_own_logits(weights, reference, sequence) for sequence in tokens]
     spreads = []

@@ -42,32 +42,44 @@ def check(folder: Folder) -> None:
 @app.command()
 def calibrate(
     folder: Folder,
-    margin: Annotated[float, typer.Option(help="Threshold over the worst honest distance, 1.25 to 1.4.")] = MARGIN,
+    margin: Annotated[
+        float, typer.Option(help="Least threshold over the worst honest distance, 1.25 to 1.4.")
+    ] = MARGIN,
+    settings: Annotated[
+        str, typer.Option(help="Which honest ways to serve: full, or quick (a quarter of them).")
+    ] = "full",
 ) -> None:
-    """Serve the model honestly in several settings and write its tolerance profile beside it."""
+    """Serve the model honestly in many settings and write its tolerance profile beside it."""
     if not 1.25 <= margin <= 1.4:
         raise _fail(f"expected a margin of 1.25 to 1.4, got {margin}")
+    if settings not in ("full", "quick"):
+        raise _fail(f"expected settings full or quick, got {settings}")
+    from deploy.serving import ServingFailed
+
     try:
-        measure(folder, margin)
-    except REFUSALS as error:
+        measure(folder, margin, settings)
+    except (*REFUSALS, ServingFailed) as error:
         raise _fail(error) from error
 
 
-def measure(folder: Path, margin: float = MARGIN) -> None:
-    """Writes tolerance.json and tells what was measured.
+def measure(folder: Path, margin: float = MARGIN, settings: str = "quick") -> None:
+    """Writes tolerance.json and calibration.json and tells what was measured. settings: full or quick.
 
-    Raises ModelFolderError, UnsupportedModel, UnseparableModel.
+    Raises ModelFolderError, UnsupportedModel, UnseparableModel, ServingFailed.
     """
     from deploy.calibrate import calibrate as serve_and_measure
 
-    profile, seen = serve_and_measure(folder, margin, progress=lambda name: console.print(f"  {name}"))
-    path = profile.save(folder)
-    table = Table("tensor", "pieces", "median", "99.9 %", "worst", "threshold")
-    for kind, row in seen.report(margin).items():
-        numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0], row.threshold)
-        table.add_row(kind.name.lower(), str(row.pieces), *(f"{number:.5f}" for number in numbers))
+    found = serve_and_measure(folder, margin, settings=settings, progress=lambda name: console.print(f"  {name}"))
+    path = found.save(folder)
+    table = Table("tensor", "pieces", "median", "99.9 %", "worst", "margin", "threshold")
+    for kind, row in found.calibration.report(margin).items():
+        numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0])
+        told = (*(f"{number:.5f}" for number in numbers), f"{row.margin:.2f}", f"{row.threshold:.5f}")
+        table.add_row(kind.name.lower(), str(row.pieces), *told)
     console.print(table)
-    console.print(f"token margin {profile.margin / 2**30:.5f}; wrote {path}", soft_wrap=True)
+    if found.absent:
+        console.print(f"not covered, for this machine can't run it: {', '.join(s.name for s in found.absent)}")
+    console.print(f"token margin {found.profile.margin / 2**30:.5f}; wrote {path}", soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -166,18 +166,16 @@ def serve(stage: Stage, sequences: Sequence[Sequence[int]], setting: Setting) ->
 
 @contextmanager
 def _running(setting: Setting) -> Iterator[None]:
-    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    threads, onednn = torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
     torch.set_num_threads(setting.threads)
-    torch.backends.mkldnn.enabled = setting.onednn
+    # Rationale: not by `mkldnn.flags`, which also sets what it was not asked for (TF32, which CPUs don't have).
+    torch.backends.mkldnn.enabled = setting.onednn  # type: ignore[assignment]
     try:
-        if setting.plain:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
+        with sdpa_kernel(SDPBackend.MATH) if setting.plain else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.mkldnn.enabled = onednn
+        torch.backends.mkldnn.enabled = onednn  # type: ignore[assignment]
 
 
 # ---- children
@@ -190,8 +188,8 @@ def _in_child(folder: Path, sequences: Sequence[Sequence[int]], settings: Sequen
         told = {
             "folder": str(folder.resolve()),
             "sequences": [[int(token) for token in tokens] for tokens in sequences],
+            "settings": [asdict(setting) for setting in settings],
         }
-        told |= {"settings": [asdict(setting) for setting in settings]}
         (place / JOB).write_text(json.dumps(told), encoding="utf-8")
         command = [sys.executable, "-m", "deploy.serving", name]
         environment = os.environ | dict(INSTRUCTIONS[settings[0].isa])

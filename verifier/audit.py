@@ -29,7 +29,7 @@ Ratios = npt.NDArray[np.float64]
 
 SUSPICION = 0.97
 # Above it a piece is judged canonically. The reference lies within 1e-6 of the standard result, so 3 % is plenty, and
-# it costs a canonical run only for what no honest worker should come near (the margin is 1.3).
+# it costs a canonical run only for what no honest worker should come near (the margin is 1.25 or more).
 WRONG = float("inf")
 RIGHT = 0.0
 NO_TOKEN = 0xFFFFFFFF

@@ -144,9 +144,17 @@ def test_a_margin_outside_of_what_was_measured_is_refused(margin: str, folder: P
 
 
 def test_calibrate_writes_the_profile_that_id_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.calibrate.calibrate.__defaults__", (1.3, 2, 8, lambda _: None))
+    monkeypatch.setattr("deploy.calibrate.SEQUENCES", 2)
     before = plumb("id", str(folder)).output.splitlines()[-1]
-    answer = plumb("calibrate", str(folder))
+    answer = plumb("calibrate", str(folder), "--settings", "quick")
     assert answer.exit_code == 0, answer.output
     assert "token margin" in line(answer) and "tolerance.json" in line(answer)
     assert plumb("id", str(folder)).output.splitlines()[-1] != before
+    told = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    assert told["profile_root"] == json.loads((folder / "tolerance.json").read_text(encoding="utf-8"))["root"]
+    assert "one-token decode" in told["settings"] and told["kinds"]["v"]["threshold"] > 0
+
+
+def test_settings_that_nobody_knows_are_refused(folder: Path) -> None:
+    answer = plumb("calibrate", str(folder), "--settings", "some")
+    assert answer.exit_code == 1 and "expected settings full or quick, got some" in line(answer)

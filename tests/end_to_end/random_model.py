@@ -29,12 +29,12 @@ def config(dtype: Dtype, **changes: Any) -> dict[str, Any]:
     return tiny.config(dtype, **{**wide, "model_type": "llama", "num_hidden_layers": 3, "vocab_size": 259, **changes})
 
 
-def make(folder: Path, dtype: Dtype, sequences: int = 4, length: int = 24, **changes: Any) -> tuple[Weights, Profile]:
+def make(folder: Path, dtype: Dtype, sequences: int = 8, length: int = 32, **changes: Any) -> tuple[Weights, Profile]:
     """Writes the model with its measured profile."""
     weights = tiny.make_weights(folder, config(dtype, **changes), SEED)
-    profile, _ = calibrate(folder, sequences=sequences, length=length)
-    profile.save(folder)
-    return weights, profile
+    measured = calibrate(folder, sequences=sequences, length=length)
+    measured.save(folder)
+    return weights, measured.profile
 
 
 def serve(weights: Weights, stage_class: type[Stage], tokens: list[int], rows: int = 0) -> tuple[Served, list[int]]:
