@@ -60,6 +60,7 @@ class Policy:
 @dataclass(frozen=True)
 class Serving:
     device: str = "cpu"
+    widened: bool = False  # 16-bit weights multiplied in float32 (worker.stage.Widened)
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
