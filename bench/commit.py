@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ from verifier.commit import Request
 from verifier.sha256 import leaf_hashes
 from verifier.trace import tensor_keys, tensor_width
 from worker.config import Serving
-from worker.recorder import Recorder
+from worker.recorder import Recorder, Summary
 from worker.stage import Stage, widening_pays
 
 MODELS: dict[str, dict[str, int]] = {
@@ -26,7 +26,20 @@ MODELS: dict[str, dict[str, int]] = {
     "100M": dict(hidden=768, layers=12, vocabulary=16_000),
     "2048": dict(hidden=2048, layers=2),
 }
-SIDES: dict[str, type[Recorder]] = {"on": Recorder, "off": Silent}
+
+
+class Watched(Recorder):
+    """Notes how full the queue was."""
+
+    peaks: ClassVar[list[int]] = []
+
+    def finish(self) -> Summary:
+        summary = super().finish()
+        self.peaks.append(self.peak_bytes)
+        return summary
+
+
+SIDES: dict[str, type[Recorder]] = {"on": Watched, "off": Silent}
 
 
 def run(
@@ -45,6 +58,7 @@ def run(
             stage = Stage(Path(folder), 0, MODELS[name]["layers"], widened=widening_pays(torch.bfloat16))
             batch = [Request(tuple((7 * r + i) % 1000 for i in range(prompt)), tokens) for r in range(requests)]
             serving = Serving()
+            Watched.peaks.clear()
             taken: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
             for turn in range(rounds + 1):
                 for side in sorted(SIDES, reverse=bool(turn % 2)):
@@ -65,7 +79,8 @@ def run(
                     "tokens_per_second": round(requests * tokens / wall, 2),
                     "cpu_seconds": round(cpu, 3),
                     "trace_bytes_a_row": row_bytes,
-                    "queue_bytes_at_most": serving.recorder_queue * serving.max_rows * row_bytes if side == "on" else 0,
+                    "queue_bytes_at_most": serving.recorder_bytes if side == "on" else 0,
+                    "queue_bytes_seen": max(Watched.peaks, default=0) if side == "on" else 0,
                 }
             )
         pairs = list(zip(taken["on"][1:], taken["off"][1:], strict=True))

@@ -65,7 +65,7 @@ class Serving:
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
-    recorder_queue: int = 16  # microbatches that wait for the recorder before serving waits for it
+    recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
     stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
