@@ -41,6 +41,16 @@ class Case:
     known: bool  # stage_seconds is what the stages take, not a guess
 
 
+@dataclass(frozen=True)
+class Rate:
+    """What a full ring made; microbatches in flight, and the stages' times as they told them."""
+
+    tokens_per_second: float
+    microbatches: int
+    slowest_seconds: float
+    busy_seconds: float
+
+
 def run(
     latencies_ms: list[int] | None = None,
     torch_latencies_ms: list[int] | None = None,
@@ -93,8 +103,8 @@ def _row(case: Case, latency: float, sized: bool, seconds: float, rounds: int) -
     serving = Serving(max_rows=case.rows, microbatches=0 if sized else stages, stall_seconds=120, attempts=1)
     found = []
     for _ in range(rounds):
-        measured = measure(case.builds, requests, serving, [latency] * stages, case.cores)
-        found.append(_rated(case, measured, latency, len(requests), tokens))
+        returned = measure(case.builds, requests, serving, [latency] * stages, case.cores)
+        found.append(_modelled(case, rated(returned, len(requests), tokens), latency))
     found.sort(key=lambda row: row["tokens_per_second"] / row["model_prediction"])
     return {
         "name": case.name,
@@ -106,26 +116,32 @@ def _row(case: Case, latency: float, sized: bool, seconds: float, rounds: int) -
     }
 
 
-def _rated(case: Case, returned: Sequence[Returned], latency: float, requests: int, tokens: int) -> dict[str, Any]:
+def rated(returned: Sequence[Returned], requests: int, tokens: int) -> Rate:
     """Between the second token of every request and the last of the first: the ring is full all that time."""
     total, inside = 0, []
     for row in returned:
         total += row.tokens
         if 2 * requests <= total <= (tokens - 1) * requests:
             inside.append(row)
-    rate = sum(row.tokens for row in inside[1:]) / (inside[-1].seconds - inside[0].seconds)
+    return Rate(
+        sum(row.tokens for row in inside[1:]) / (inside[-1].seconds - inside[0].seconds),
+        round(median(row.microbatches for row in inside)),
+        median(row.slowest_seconds for row in inside),
+        median(row.busy_seconds for row in inside),
+    )
+
+
+def _modelled(case: Case, rate: Rate, latency: float) -> dict[str, Any]:
     stages = len(case.builds)
-    slowest = median(row.slowest_seconds for row in inside)
-    busy = median(row.busy_seconds for row in inside)
-    in_flight = round(median(row.microbatches for row in inside))
-    modelled, whole = (case.stage_seconds, stages * case.stage_seconds) if case.known else (slowest, busy)
-    prediction = case.rows * min(1 / modelled, in_flight / (whole + stages * latency))
+    known = case.stage_seconds, stages * case.stage_seconds
+    slowest, busy = known if case.known else (rate.slowest_seconds, rate.busy_seconds)
+    prediction = case.rows * min(1 / slowest, rate.microbatches / (busy + stages * latency))
     return {
-        "microbatches": in_flight,
-        "tokens_per_second": round(rate, 2),
+        "microbatches": rate.microbatches,
+        "tokens_per_second": round(rate.tokens_per_second, 2),
         "model_prediction": round(prediction, 2),
-        "over_model": round(rate / prediction, 4),
-        "stage_ms": round(1e3 * slowest, 3),
+        "over_model": round(rate.tokens_per_second / prediction, 4),
+        "stage_ms": round(1e3 * rate.slowest_seconds, 3),
     }
 
 

@@ -1,7 +1,8 @@
 """Batched generation on one machine: this worker against transformers' `generate` and `generate_batch`.
 
 Random Llamas, prompts of mixed length, the same number of output tokens for all, greedy; sides take turns. `plumb` is
-the whole worker of one stage, its trace recorded and committed; beside it the same without.
+the whole worker of one stage, its trace recorded and committed; beside it the same without. CPU seconds are of all
+threads: other work on the machine moves them less than the clock.
 """
 
 import logging
@@ -71,12 +72,12 @@ def _compare(
         "transformers generate": lambda: _generate(model, prompts, limit),
         "transformers generate_batch": lambda: _generate_batch(model, prompts, limit),
     }
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for _ in range(rounds + 1):
         for side, work in sides.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             outputs = work()
-            seconds[side].append(time.perf_counter() - began)
+            seconds[side].append((time.perf_counter() - wall, time.process_time() - cpu))
             if [len(ids) for ids in outputs] != [limit] * count:
                 raise RuntimeError(f"{side}: expected {limit} tokens each, came {[len(ids) for ids in outputs]}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -87,7 +88,8 @@ def _compare(
             **described,
             "prompt_tokens": sum(lengths),
             "tokens": count * limit,
-            "tokens_per_second": round(count * limit / median(taken[1:]), 2),
+            "tokens_per_second": round(count * limit / median(wall for wall, _ in taken[1:]), 2),
+            "tokens_per_cpu_second": round(count * limit / median(cpu for _, cpu in taken[1:]), 2),
             **({"widened": widened} if side.startswith("plumb") else {}),
         }
         for side, taken in seconds.items()
@@ -117,16 +119,16 @@ def _generate_batch(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], l
 
 
 def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By model and dtype: plumb over the faster of the two peers."""
-    rates = {(row["model"], row["dtype"], row["name"]): row["tokens_per_second"] for row in results}
-    return [
-        {
-            "model": model,
-            "dtype": dtype,
-            "over_faster_peer": round(
-                rate / max(rates[model, dtype, f"transformers {peer}"] for peer in ("generate", "generate_batch")), 3
-            ),
+    """By model and dtype: plumb over the faster of the two peers, by the clock and by CPU seconds."""
+    by = {(row["model"], row["dtype"], row["name"]): row for row in results}
+    ratios = []
+    for model, dtype, name in by:
+        if not name.startswith("plumb"):
+            continue
+        peers = [by[model, dtype, f"transformers {peer}"] for peer in ("generate", "generate_batch")]
+        over = {
+            unit: round(by[model, dtype, name][unit] / max(peer[unit] for peer in peers), 3)
+            for unit in ("tokens_per_second", "tokens_per_cpu_second")
         }
-        for (model, dtype, name), rate in rates.items()
-        if name == "plumb"
-    ]
+        ratios.append({"name": name, "model": model, "dtype": dtype, **over})
+    return ratios

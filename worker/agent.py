@@ -260,6 +260,11 @@ def build_worker(
         raise ConfigError(f"end_layer: expected at most {weights.shape.layers}, came {config.end_layer}")
     profile = Profile.load(config.model, weights.shape)
     stage = stage_class(
-        config.model, config.first_layer, config.end_layer, device=config.serving.device, weights=weights
+        config.model,
+        config.first_layer,
+        config.end_layer,
+        device=config.serving.device,
+        weights=weights,
+        widened=config.serving.widened,
     )
     return Agent(config, chain, signer, stage, profile, responder_class, settler_class, recorder_class)

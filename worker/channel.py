@@ -25,7 +25,10 @@ from worker.tls import PEER_NAME, fingerprint
 
 log = logging.getLogger("plumb.worker.channel")
 
-WINDOW = 64  # messages a Link may have unacknowledged before `send` waits
+# What a Link may have unacknowledged before `send` waits. Bytes bound memory; messages are small where a link is slow
+# and its stages quick, and half a second of acknowledgements must not stop those.
+WINDOW = 1024  # messages
+WINDOW_BYTES = 128 * 2**20  # or one message
 
 # gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
 # by us, by name.
@@ -95,6 +98,7 @@ class Link:
         self._limit = max_message_bytes
         self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
         self._unacknowledged: deque[pb.Envelope] = deque()
+        self._bytes = 0  # of them
         self._next = 0  # index within _unacknowledged of the next message to write
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -102,17 +106,19 @@ class Link:
         self._task = asyncio.create_task(self._keep(), name=f"link to {peer.name}")
 
     async def send(self, envelope: pb.Envelope) -> None:
-        """Queues one message; waits while WINDOW of them are unacknowledged. Raises BadMessage if the peer refused us,
-        ValueError if it is too large.
+        """Queues one message; waits while the window is full of unacknowledged ones. Raises BadMessage if the peer
+        refused us, ValueError if it is too large.
         """
-        if envelope.ByteSize() > self._limit:
-            raise ValueError(f"a message of {envelope.ByteSize()} bytes; the limit is {self._limit}")
-        while len(self._unacknowledged) >= WINDOW and self.refusal is None:
+        size = envelope.ByteSize()
+        if size > self._limit:
+            raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
+        while self._full(size) and self.refusal is None:
             self._room.clear()
             await self._room.wait()
         if self.refusal is not None:
             raise BadMessage(self.peer.name, f"refused our messages: {self.refusal}")
         self._unacknowledged.append(envelope)
+        self._bytes += size
         self._changed.set()
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -120,6 +126,7 @@ class Link:
         kept = deque(m for m in self._unacknowledged if m.job != job or m.attempt >= attempt)
         self._next = sum(1 for m in list(self._unacknowledged)[: self._next] if m.job != job or m.attempt >= attempt)
         self._unacknowledged = kept
+        self._bytes = sum(message.ByteSize() for message in kept)
         self._room.set()
 
     def reset(self) -> None:
@@ -130,6 +137,10 @@ class Link:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+
+    def _full(self, size: int) -> bool:
+        held = len(self._unacknowledged)
+        return held >= WINDOW or (held > 0 and self._bytes + size > WINDOW_BYTES)
 
     async def _keep(self) -> None:
         pause = BACKOFF_SECONDS[0]
@@ -179,7 +190,7 @@ class Link:
             or (head.job, head.attempt, head.sequence) != (ack.job, ack.attempt, ack.sequence)
         ):
             return  # of a message that was dropped since
-        self._unacknowledged.popleft()
+        self._bytes -= self._unacknowledged.popleft().ByteSize()
         self._next -= 1
         self._room.set()
 

@@ -60,11 +60,12 @@ class Policy:
 @dataclass(frozen=True)
 class Serving:
     device: str = "cpu"
+    widened: bool = False  # 16-bit weights multiplied in float32 (worker.stage.Widened)
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
-    recorder_queue: int = 16  # microbatches that wait for the recorder before serving waits for it
+    recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
     stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone

@@ -47,6 +47,7 @@ class _Rows:
     batch: Batch
     captured: Captured
     sent: torch.Tensor | None
+    size: int
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,12 @@ class Recorder:
         requests: Sequence[Request],
         folder: Path,
         *,
-        queue_size: int = 16,
+        queue_bytes: int = 256 * 2**20,
         alone: bool = False,
     ) -> None:
-        """alone: the pipeline has one stage, so nothing is handed on."""
+        """queue_bytes: of tensors that wait to be recorded, if there is more than one microbatch; alone: the pipeline
+        has one stage, so nothing is handed on.
+        """
         self._shape = shape
         self._first_layer = first_layer
         self._end_layer = end_layer
@@ -91,9 +94,10 @@ class Recorder:
         self._sent = RowHandoff()
         self._error: BaseException | None = None
         self._queue: queue.SimpleQueue[_Rows | _Tokens | _Ended | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(
-            queue_size
-        )  # of rows; the other items are small, and their callers may not wait
+        self._most_bytes = queue_bytes
+        self._waiting_bytes = 0  # of rows; the other items are small, and their callers may not wait
+        self.peak_bytes = 0
+        self._room = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -102,8 +106,12 @@ class Recorder:
         queue is full.
         """
         self._check()
-        self._room.acquire()
-        self._put(_Rows(batch, captured, sent))
+        size = sum(tensor.nbytes for tensor in captured.values())
+        with self._room:
+            self._room.wait_for(lambda: not self._waiting_bytes or self._waiting_bytes + size <= self._most_bytes)
+            self._waiting_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self._waiting_bytes)
+        self._put(_Rows(batch, captured, sent, size))
 
     def tokens(self, tokens: Sequence[Token]) -> None:
         """Output tokens as sent (last stage) or received (stage 0)."""
@@ -154,11 +162,13 @@ class Recorder:
                 )
             finally:
                 if isinstance(item, _Rows):
-                    self._room.release()
+                    with self._room:
+                        self._waiting_bytes -= item.size
+                        self._room.notify_all()
 
     def _record(self, item: _Rows | _Tokens | _Ended) -> None:
         match item:
-            case _Rows(batch, captured, sent):
+            case _Rows(batch, captured, sent, _):
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
                 for key, rows in bits.items():
                     self._validate(batch, key, rows)

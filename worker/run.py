@@ -199,7 +199,7 @@ class Run:
             self._stage.end_layer,
             self.requests,
             self.folder.path,
-            queue_size=self._serving.recorder_queue,
+            queue_bytes=self._serving.recorder_bytes,
             alone=self.state.stages == 1,
         )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from worker import channel, tls
 from worker import ring_pb2 as pb
-from worker import tls
 from worker.batch import Batch, Piece
-from worker.channel import Link, Peer, Ring, pack_tensor, unpack_rows, unpack_tokens
+from worker.channel import WINDOW, Link, Peer, Ring, pack_tensor, unpack_rows, unpack_tokens
 from worker.errors import BadMessage, ConfigError, UnpinnedCertificate
 
 JOB = bytes(32)
@@ -76,11 +76,40 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def test_messages_arrive_in_order_and_are_acknowledged(tmp_path: Path) -> None:
     async def act(link: Link, got: list[pb.Envelope]) -> None:
-        for i in range(200):  # more than a window
+        for i in range(WINDOW + 200):
             await link.send(message(i))
-        await until(lambda: len(got) == 200)
-        assert [envelope.sequence for envelope in got] == list(range(200))
+        await until(lambda: len(got) == WINDOW + 200)
+        assert [envelope.sequence for envelope in got] == list(range(WINDOW + 200))
         await until(lambda: not link._unacknowledged)
+
+    talk(tmp_path, act)
+
+
+def test_what_is_unacknowledged_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver that is cut off makes the sender wait, whatever the messages weigh; then all of them arrive."""
+    text = "x" * 500
+    size = message(0, text).ByteSize()
+    monkeypatch.setattr(channel, "WINDOW_BYTES", 5 * size + 8)
+    taken = asyncio.Event()
+
+    async def act(link: Link, got: list[pb.Envelope]) -> None:
+        address, link.address = link.address, "127.0.0.1:1"  # nobody is there
+
+        async def send() -> None:
+            for i in range(20):
+                await link.send(message(i, text))
+            taken.set()
+
+        sending = asyncio.create_task(send())
+        await until(lambda: len(link._unacknowledged) == 5)
+        await asyncio.sleep(0.1)
+        assert len(link._unacknowledged) == 5 and not taken.is_set()
+        link.address = address
+        await sending
+        await until(lambda: len(got) == 20)
+        assert [envelope.sequence for envelope in got] == list(range(20))
+        await until(lambda: not link._unacknowledged)
+        assert link._bytes == 0
 
     talk(tmp_path, act)
 

@@ -1,6 +1,7 @@
 """Whole batches through one, two and three stages."""
 
 import asyncio
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +23,7 @@ from worker.batch import Batch
 from worker.cache import Cache
 from worker.channel import Peer
 from worker.config import Serving
-from worker.errors import BadHandoff, BadMessage, OutOfRange
+from worker.errors import BadHandoff, BadMessage, JobFailed, OutOfRange
 from worker.handoff import Handoff
 from worker.job import JobState, Phase
 from worker.recorder import trace_path
@@ -275,3 +276,33 @@ def test_a_sealed_stage_finishes_after_a_restart(tiny: Tiny, requests_batch: lis
             return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in again)), 900))
 
     assert asyncio.run(work()) == before
+
+
+def test_a_full_disk_fails_its_job_with_the_reason_and_the_others_are_served(
+    tiny: Tiny, requests_batch: list[Request], greedy: Greedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = tiny
+    save = RequestTrace.save
+
+    def full(self: RequestTrace, path: Path) -> None:
+        if "full" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(RequestTrace, "save", full)
+
+    async def work() -> JobState:
+        with ThreadPoolExecutor(1) as compute:
+            stages = split(folder, 3, 1)
+            serving = Serving(max_rows=16, attempts=1)
+            (failing,) = wire(tmp_path / "full", stages, requests_batch, serving, compute)
+            (served,) = wire(tmp_path / "roomy", stages, requests_batch, serving, compute)
+            for run in (failing, served):
+                run.start()
+            with pytest.raises(JobFailed, match="No space left on device"):
+                await asyncio.wait_for(failing.finished, 300)
+            assert "No space left on device" in failing.folder.load_state().reason
+            return await asyncio.wait_for(served.finished, 300)
+
+    state = asyncio.run(work())
+    assert [list(ids) for ids in state.tokens] == [greedy(model, request) for request in requests_batch]

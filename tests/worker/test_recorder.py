@@ -1,0 +1,70 @@
+"""Back-pressure: what waits to be recorded is bounded by its bytes."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.worker.pipeline_in_process import Tiny
+from verifier.commit import Request
+from verifier.trace import tensor_keys, tensor_width
+from worker.batch import Batch, Piece
+from worker.errors import OutOfRange
+from worker.ledger import Ledger
+from worker.recorder import Recorder
+from worker.stage import Captured, Stage
+
+
+def captured(stage: Stage, rows: int, value: float = 1.0) -> Captured:
+    keys = tensor_keys(stage.shape, 0, 3)
+    return {key: torch.full((rows, tensor_width(stage.shape, key)), value) for key in keys}
+
+
+def test_serving_waits_while_the_queue_is_full(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tiny[0], 0, 3)
+    one = sum(tensor.nbytes for tensor in captured(stage, 1).values())
+    go = threading.Event()
+    add = Ledger.add
+
+    def slowly(self: Ledger, *arguments: object) -> None:
+        assert go.wait(60)
+        add(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ledger, "add", slowly)
+    recorder = Recorder(stage.shape, 0, 3, [Request((1,), 20)], tmp_path, queue_bytes=3 * one, alone=True)
+    put: list[int] = []
+
+    def serve() -> None:
+        for t in range(20):
+            recorder.rows(Batch((Piece(0, t, 1),)), captured(stage, 1), None)
+            put.append(t)
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    while len(put) < 3:
+        serving.join(0.01)
+    serving.join(0.2)
+    assert len(put) == 3 and serving.is_alive()
+    go.set()
+    serving.join(60)
+    assert recorder.finish().nodes[0].positions == 20
+    assert recorder.peak_bytes == 3 * one
+
+
+def test_a_microbatch_larger_than_the_queue_is_recorded_alone(tiny: Tiny, tmp_path: Path) -> None:
+    stage = Stage(tiny[0], 0, 3)
+    recorder = Recorder(stage.shape, 0, 3, [Request((1,), 8)], tmp_path, queue_bytes=1, alone=True)
+    for first in (0, 4):
+        recorder.rows(Batch((Piece(0, first, 4),)), captured(stage, 4), None)
+    assert recorder.finish().nodes[0].positions == 8
+
+
+def test_a_failed_recorder_fails_whoever_comes_next_and_blocks_nobody(tiny: Tiny, tmp_path: Path) -> None:
+    stage = Stage(tiny[0], 0, 3)
+    recorder = Recorder(stage.shape, 0, 3, [Request((1,), 8)], tmp_path, queue_bytes=1, alone=True)
+    with pytest.raises(OutOfRange, match=r"0\.h, request 0, position 0"):
+        for first in range(8):
+            recorder.rows(Batch((Piece(0, first, 1),)), captured(stage, 1, 2.0**20), None)
+        recorder.finish()
+    recorder.close()

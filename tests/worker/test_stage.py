@@ -1,0 +1,81 @@
+"""What a stage computes does not depend on how requests are batched beyond rounding, and repeats bit for bit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.worker.pipeline_in_process import Tiny, serve
+from verifier.commit import Request
+from worker.batch import Batch, Piece
+from worker.cache import PADDING
+from worker.stage import Stage, to_bits
+
+
+def forwards(stage: Stage, prompts: Sequence[Sequence[int]], chunk: int) -> dict[str, torch.Tensor]:
+    """All prompts through the stage, `chunk` positions of each at a time; what was captured of the last microbatch."""
+    cache = stage.cache()
+    captured: dict[str, torch.Tensor] = {}
+    for first in range(0, max(map(len, prompts)), chunk):
+        pieces = [
+            Piece(r, first, min(chunk, len(prompt) - first)) for r, prompt in enumerate(prompts) if first < len(prompt)
+        ]
+        ids = [prompts[p.request][t] for p in pieces for t in range(p.first, p.end)]
+        _, captured = stage.forward(stage.embed(np.array(ids, np.int64)), Batch(tuple(pieces)), cache)
+    assert cache.padding <= PADDING
+    return captured
+
+
+PROMPTS = [[(7 * r + 3 * t) % 211 for t in range(40)] for r in range(6)]
+
+
+def test_decoding_agrees_with_prefill(tiny: Tiny) -> None:
+    folder, _ = tiny
+    stage = Stage(folder, 0, 3)
+    whole, single = forwards(stage, PROMPTS, 40), forwards(stage, PROMPTS, 1)
+    for key, rows in single.items():
+        last = whole[key].reshape(6, 40, -1)[:, -1]
+        torch.testing.assert_close(rows, last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [40, 7, 1])
+def test_the_same_microbatches_repeat_bit_for_bit(tiny_bf16: Tiny, chunk: int) -> None:
+    folder, _ = tiny_bf16
+    one, two = (forwards(Stage(folder, 0, 3), PROMPTS, chunk) for _ in range(2))
+    assert all(np.array_equal(to_bits(one[key]), to_bits(two[key])) for key in one)
+
+
+def test_requests_of_different_length_do_not_see_one_another(tiny: Tiny) -> None:
+    folder, _ = tiny
+    stage = Stage(folder, 0, 3)
+    prompts = [prompt[: 40 - r] for r, prompt in enumerate(PROMPTS)]  # alike enough to be read together
+    cache = stage.cache()
+    for r, prompt in enumerate(prompts):
+        stage.forward(stage.embed(np.array(prompt, np.int64)), Batch((Piece(r, 0, len(prompt)),)), cache)
+    together = Batch(tuple(Piece(r, len(prompt), 1) for r, prompt in enumerate(prompts)))
+    hidden, _ = stage.forward(stage.embed(np.full(6, 5)), together, cache)
+    for r, prompt in enumerate(prompts):
+        alone = stage.cache()
+        ids = np.array([*prompt, 5], np.int64)
+        expected, _ = stage.forward(stage.embed(ids), Batch((Piece(0, 0, len(ids)),)), alone)
+        torch.testing.assert_close(hidden[r], expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_widened_weights_round_once(tiny_bf16: Tiny) -> None:
+    """As float64 sums rounded to bfloat16, but for ties; the tokens of a job can be served with them."""
+    folder, _ = tiny_bf16
+    stage = Stage(folder, 0, 3, widened=True)
+    rows = torch.randn(9, 64).bfloat16()
+    layer = stage.layers[1].get_submodule("mlp.gate_proj")
+    exact = rows.double() @ stage.tensor("model.layers.1.mlp.gate_proj.weight").double().T
+    torch.testing.assert_close(layer(rows).double(), exact, rtol=2**-8, atol=1e-4)
+    assert layer(rows).dtype is torch.bfloat16
+
+
+def test_a_widened_stage_serves_a_job(tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+    folder, _ = tiny_bf16
+    stages = [Stage(folder, 0, 2, widened=True), Stage(folder, 2, 3)]
+    states = serve(tmp_path, stages, requests_batch)
+    assert [len(ids) for ids in states[0].tokens] == [request.limit for request in requests_batch]
