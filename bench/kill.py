@@ -22,7 +22,8 @@ from contracts.events import ChallengeCommitted, GameEnded, GameMoved
 from contracts.play import NOBODY
 
 GAMES = 8  # at a time
-LONGEST_SECONDS = 4.0  # that a watchtower lives from its first look at the chain on
+AUDITING_SECONDS = 8.0  # that a watchtower lives at most, from its first look at the chain on
+PLAYING_SECONDS = 4.0  # once all jobs are audited
 NEWBORN = 0.1  # of them are killed while they start
 FINISH_SECONDS = 300.0
 _LOADED = ["bench._warm", "bench._watched", "alembic.command", "sqlalchemy.dialects.sqlite"]
@@ -47,7 +48,7 @@ def run(kills: int = 200, games: int = GAMES, seed: int = 1, block_seconds: int 
             newborn = chance.random() < NEWBORN
             while not newborn and _awake(street) == awake and tower.exitcode is None:
                 time.sleep(0.02)
-            delay = chance.uniform(0, LONGEST_SECONDS)
+            delay = chance.uniform(0, AUDITING_SECONDS if store.jobs(JobState.WATCHED) else PLAYING_SECONDS)
             tower.join(delay)
             if tower.exitcode is not None:
                 raise RuntimeError(f"expected a watchtower that lives, it ended with status {tower.exitcode}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from challenger.charge import Charge
 from challenger.config import Config, ConfigError
 from challenger.desk import Desk, Outcome, Task
 from challenger.evidence import Archive, Dossier, Evidence, Unavailable, read_facts
-from challenger.fetch import Fetcher
+from challenger.fetch import Ask, Fetcher
 from challenger.games import Games
-from challenger.judge import Findings, Judge
+from challenger.judge import Findings, Judge, Work
 from challenger.metrics import Metrics
 from challenger.plan import plan
 from challenger.reader import KEEP_BLOCKS, Reader
+from challenger.registered import check_registered
 from challenger.store import GameRow, JobRow, JobState, Store
+from challenger.strategy import parse_strategy
 from challenger.withheld import Withheld
 from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status
 from contracts.play import GameLog
@@ -65,13 +68,15 @@ class Agent:
         self._tidied = -TIDY_BLOCKS  # the head when it was tidied up last
         self._journalled = False
         self._faults: dict[str, int] = {}
+        self._seeds: dict[bytes, bytes] = {}  # SAFETY: secret, and made after the commitment was seen
         self._collecting = threading.Lock()
 
     @classmethod
     def build(cls, config: Config, chain: Chain) -> Agent:
         """Loads and identifies every model folder of the configuration.
 
-        A folder that cannot be used is refused by its own error; ConfigError if another process uses the data.
+        A folder that cannot be used is refused by its own error, one that is not registered by WrongModel, a database
+        by StoreError; ConfigError if another process uses the data.
         """
         config.data.mkdir(parents=True, exist_ok=True)
         lock = (config.data / "lock").open("w")
@@ -83,6 +88,7 @@ class Agent:
         judges: dict[bytes, Judge] = {}
         for folder in config.models:
             judge = Judge(folder)
+            check_registered(chain, judge)
             judges[judge.id] = judge
             log.info("judging model %s from %s", judge.id.hex(), folder)
         return cls(config, chain, judges, Store(config.database_url), lock)
@@ -235,14 +241,20 @@ class Agent:
         self.forget(bytes.fromhex(job))
 
     def _fetch(self, task: Task) -> Evidence:
-        return self.fetcher.fetch(read_facts(self.chain, task.id), task.judge.weights.shape, task.seconds)
+        seed = self._seeds.setdefault(task.id, secrets.token_bytes(16))
+        ask = Ask(parse_strategy(self.config.strategy), self.config.audit_seconds, seed, task.closer)
+        return self.fetcher.fetch(read_facts(self.chain, task.id), task.judge.weights.shape, task.seconds, ask)
 
     def findings(self, judge: Judge, evidence: Evidence) -> Findings:
         """What is wrong with a job. Called in a thread of its own.
 
         Only pieces that canonical arithmetic confirms may come out of here: money is put on them.
         """
-        return judge.audit(evidence)
+        return judge.audit(evidence, self.work_of(judge))
+
+    def work_of(self, judge: Judge) -> Work | None:
+        """Who does the units of an audit; None: this thread."""
+        return None
 
     # ---- what games are played from
 
@@ -285,6 +297,7 @@ class Agent:
         self.withheld.forget(job)
         self.desk.forget(job)
         self._faults.pop(job.hex(), None)
+        self._seeds.pop(job, None)
         self.archive.forget(job)
 
     def forget_evidence(self, job: bytes) -> None:
