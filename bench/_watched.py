@@ -12,6 +12,7 @@ from typing import Any, Self
 import httpx
 
 from challenger.config import Config, load_config
+from contracts.abi import decode_error
 from contracts.client import Chain
 from contracts.keys import save_account
 from deploy.deployment import deploy
@@ -118,15 +119,22 @@ class Street:
         credits = chain.disputes.credit(account) + chain.escrow.credit(account) + chain.demands.credit(account)
         return chain.token.balance(account) + credits
 
-    def transactions(self, account: str) -> list[tuple[str, bool]]:
-        """(first bytes of the calldata, whether it succeeded) of everything that an account had put into blocks."""
+    def transactions(self, account: str) -> list[str]:
+        """Why each of an account's transactions that are in blocks was refused there; "" for one that was not."""
         found = []
         for number in range(self.first_block, self.bank.block_number() + 1):
             for transaction in self._ask("eth_getBlockByNumber", hex(number), True)["transactions"]:
-                if transaction["from"].lower() == account.lower():
-                    receipt = self._ask("eth_getTransactionReceipt", transaction["hash"])
-                    found.append((transaction["input"][:10], receipt["status"] == "0x1"))
+                if transaction["from"].lower() != account.lower():
+                    continue
+                receipt = self._ask("eth_getTransactionReceipt", transaction["hash"])
+                found.append("" if receipt["status"] == "0x1" else self._refusal(transaction, receipt))
         return found
+
+    def _refusal(self, transaction: dict[str, Any], receipt: dict[str, Any]) -> str:
+        trace = self._ask("debug_traceTransaction", transaction["hash"], {"tracer": "callTracer"})
+        output = bytes.fromhex(trace.get("output", "0x")[2:])
+        why = str(decode_error(output, transaction["input"][:10])) if output else str(trace.get("error"))
+        return f"{why}; gas {int(receipt['gasUsed'], 16)} of {int(transaction['gas'], 16)}"
 
     def _ask(self, method: str, *params: Any) -> Any:
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}

@@ -85,13 +85,17 @@ class Agent:
         except OSError as error:
             lock.close()
             raise ConfigError(f"another watchtower works in {config.data}") from error
-        judges: dict[bytes, Judge] = {}
-        for folder in config.models:
-            judge = Judge(folder)
-            check_registered(chain, judge)
-            judges[judge.id] = judge
-            log.info("judging model %s from %s", judge.id.hex(), folder)
-        return cls(config, chain, judges, Store(config.database_url), lock)
+        try:
+            judges: dict[bytes, Judge] = {}
+            for folder in config.models:
+                judge = Judge(folder)
+                check_registered(chain, judge)
+                judges[judge.id] = judge
+                log.info("judging model %s from %s", judge.id.hex(), folder)
+            return cls(config, chain, judges, Store(config.database_url), lock)
+        except BaseException:
+            lock.close()
+            raise
 
     def close(self) -> None:
         """Lets another process work in the data folder."""
