@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -90,15 +91,20 @@ class Street:
         self.config_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return load_config(self.config_file)
 
-    def commit(self, jobs: Sequence[Served], **changes: Any) -> list[bytes]:
-        """Has jobs opened, accepted and committed to, with a block for each transaction; then time goes on."""
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        """A block for each transaction, for a while; then one each `block_seconds` again."""
         self._ask("evm_setIntervalMining", 0)
         self._ask("evm_setAutomine", True)
-        ids = [self.town.commit(served, **changes) for served in jobs]
+        yield
         if self.block_seconds is not None:
             self._ask("evm_setAutomine", False)
             self._ask("evm_setIntervalMining", self.block_seconds)
-        return ids
+
+    def commit(self, jobs: Sequence[Served], **changes: Any) -> list[bytes]:
+        """Has jobs opened, accepted and committed to."""
+        with self.hurrying():
+            return [self.town.commit(served, **changes) for served in jobs]
 
     def defend(self) -> None:
         """Has the guilty worker deny everything, from a thread, until the end."""

@@ -20,7 +20,7 @@ from challenger.fetch import Ask, Fetcher
 from challenger.games import Games
 from challenger.judge import Findings, Judge, Work
 from challenger.metrics import Metrics
-from challenger.plan import plan
+from challenger.plan import plan, write_receipt
 from challenger.reader import KEEP_BLOCKS, Reader
 from challenger.registered import check_registered
 from challenger.store import GameRow, JobRow, JobState, Store
@@ -220,6 +220,12 @@ class Agent:
         receipt = {"job": job, "seconds": round(seconds, 3), **findings.receipt(), "missing": list(evidence.missing)}
         self.metrics.audits.observe(seconds)
         row = self.store.job(job)
+        receipt |= {"model": evidence.job.model.hex(), "judged_at": now, "window_end": row.window_end if row else 0}
+        receipt["committed"] = {
+            "requests": evidence.job.requests_root.hex(),
+            "outputs": evidence.outputs_tree.root.hex(),
+            "stages": [tree.root.hex() if tree is not None else "" for tree in evidence.stage_trees],
+        }
         if row is not None and now > row.window_end:
             # SAFETY: nothing can be challenged any more, whatever was found. Whoever runs this must hear of it.
             receipt["late_seconds"] = now - row.window_end
@@ -232,7 +238,9 @@ class Agent:
             receipt["why"] = "; ".join(evidence.missing)
         for game in games:
             log.warning("challenging %s of job %s: %s", game.segment, job, game.evidence)
+        receipt["state"] = str(state)
         self.store.judged(job, state, receipt, games)
+        write_receipt(self.config.data / "receipts", receipt)
         self.metrics.jobs.labels(state).inc()
         log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         if not games:
@@ -240,7 +248,9 @@ class Agent:
 
     def unjudged(self, job: str, why: str) -> None:
         log.warning("job %s stays unjudged: %s", job, why)
-        self.store.judged(job, JobState.UNJUDGED, {"job": job, "why": why})
+        receipt = {"job": job, "state": str(JobState.UNJUDGED), "why": why}
+        self.store.judged(job, JobState.UNJUDGED, receipt)
+        write_receipt(self.config.data / "receipts", receipt)
         self.metrics.jobs.labels(JobState.UNJUDGED).inc()
         self.forget(bytes.fromhex(job))
 
