@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from typing import Any, Self
 import httpx
 
 from challenger.config import Config, load_config
+from contracts.abi import decode_error
 from contracts.client import Chain
 from contracts.keys import save_account
 from deploy.deployment import deploy
@@ -89,15 +91,20 @@ class Street:
         self.config_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return load_config(self.config_file)
 
-    def commit(self, jobs: Sequence[Served], **changes: Any) -> list[bytes]:
-        """Has jobs opened, accepted and committed to, with a block for each transaction; then time goes on."""
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        """A block for each transaction, for a while; then one each `block_seconds` again."""
         self._ask("evm_setIntervalMining", 0)
         self._ask("evm_setAutomine", True)
-        ids = [self.town.commit(served, **changes) for served in jobs]
+        yield
         if self.block_seconds is not None:
             self._ask("evm_setAutomine", False)
             self._ask("evm_setIntervalMining", self.block_seconds)
-        return ids
+
+    def commit(self, jobs: Sequence[Served], **changes: Any) -> list[bytes]:
+        """Has jobs opened, accepted and committed to."""
+        with self.hurrying():
+            return [self.town.commit(served, **changes) for served in jobs]
 
     def defend(self) -> None:
         """Has the guilty worker deny everything, from a thread, until the end."""
@@ -118,15 +125,22 @@ class Street:
         credits = chain.disputes.credit(account) + chain.escrow.credit(account) + chain.demands.credit(account)
         return chain.token.balance(account) + credits
 
-    def transactions(self, account: str) -> list[tuple[str, bool]]:
-        """(first bytes of the calldata, whether it succeeded) of everything that an account had put into blocks."""
+    def transactions(self, account: str) -> list[str]:
+        """Why each of an account's transactions that are in blocks was refused there; "" for one that was not."""
         found = []
         for number in range(self.first_block, self.bank.block_number() + 1):
             for transaction in self._ask("eth_getBlockByNumber", hex(number), True)["transactions"]:
-                if transaction["from"].lower() == account.lower():
-                    receipt = self._ask("eth_getTransactionReceipt", transaction["hash"])
-                    found.append((transaction["input"][:10], receipt["status"] == "0x1"))
+                if transaction["from"].lower() != account.lower():
+                    continue
+                receipt = self._ask("eth_getTransactionReceipt", transaction["hash"])
+                found.append("" if receipt["status"] == "0x1" else self._refusal(transaction, receipt))
         return found
+
+    def _refusal(self, transaction: dict[str, Any], receipt: dict[str, Any]) -> str:
+        trace = self._ask("debug_traceTransaction", transaction["hash"], {"tracer": "callTracer"})
+        output = bytes.fromhex(trace.get("output", "0x")[2:])
+        why = str(decode_error(output, transaction["input"][:10])) if output else str(trace.get("error"))
+        return f"{why}; gas {int(receipt['gasUsed'], 16)} of {int(transaction['gas'], 16)}"
 
     def _ask(self, method: str, *params: Any) -> Any:
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}

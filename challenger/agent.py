@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from challenger.charge import Charge
 from challenger.config import Config, ConfigError
 from challenger.desk import Desk, Outcome, Task
 from challenger.evidence import Archive, Dossier, Evidence, Unavailable, read_facts
-from challenger.fetch import Fetcher
+from challenger.fetch import Ask, Fetcher
 from challenger.games import Games
-from challenger.judge import Findings, Judge
+from challenger.judge import Findings, Judge, Work
 from challenger.metrics import Metrics
-from challenger.plan import plan
+from challenger.plan import plan, write_receipt
 from challenger.reader import KEEP_BLOCKS, Reader
+from challenger.registered import check_registered
 from challenger.store import GameRow, JobRow, JobState, Store
+from challenger.strategy import parse_strategy
 from challenger.withheld import Withheld
 from contracts.client import Chain, ChainError, ChainUnreachable, ContractsError, Status
 from contracts.play import GameLog
@@ -65,13 +68,15 @@ class Agent:
         self._tidied = -TIDY_BLOCKS  # the head when it was tidied up last
         self._journalled = False
         self._faults: dict[str, int] = {}
+        self._seeds: dict[bytes, bytes] = {}  # SAFETY: secret, and made after the commitment was seen
         self._collecting = threading.Lock()
 
     @classmethod
     def build(cls, config: Config, chain: Chain) -> Agent:
         """Loads and identifies every model folder of the configuration.
 
-        A folder that cannot be used is refused by its own error; ConfigError if another process uses the data.
+        A folder that cannot be used is refused by its own error, one that is not registered by WrongModel, a database
+        by StoreError; ConfigError if another process uses the data.
         """
         config.data.mkdir(parents=True, exist_ok=True)
         lock = (config.data / "lock").open("w")
@@ -80,12 +85,17 @@ class Agent:
         except OSError as error:
             lock.close()
             raise ConfigError(f"another watchtower works in {config.data}") from error
-        judges: dict[bytes, Judge] = {}
-        for folder in config.models:
-            judge = Judge(folder)
-            judges[judge.id] = judge
-            log.info("judging model %s from %s", judge.id.hex(), folder)
-        return cls(config, chain, judges, Store(config.database_url), lock)
+        try:
+            judges: dict[bytes, Judge] = {}
+            for folder in config.models:
+                judge = Judge(folder)
+                check_registered(chain, judge)
+                judges[judge.id] = judge
+                log.info("judging model %s from %s", judge.id.hex(), folder)
+            return cls(config, chain, judges, Store(config.database_url), lock)
+        except BaseException:
+            lock.close()
+            raise
 
     def close(self) -> None:
         """Lets another process work in the data folder."""
@@ -210,6 +220,12 @@ class Agent:
         receipt = {"job": job, "seconds": round(seconds, 3), **findings.receipt(), "missing": list(evidence.missing)}
         self.metrics.audits.observe(seconds)
         row = self.store.job(job)
+        receipt |= {"model": evidence.job.model.hex(), "judged_at": now, "window_end": row.window_end if row else 0}
+        receipt["committed"] = {
+            "requests": evidence.job.requests_root.hex(),
+            "outputs": evidence.outputs_tree.root.hex(),
+            "stages": [tree.root.hex() if tree is not None else "" for tree in evidence.stage_trees],
+        }
         if row is not None and now > row.window_end:
             # SAFETY: nothing can be challenged any more, whatever was found. Whoever runs this must hear of it.
             receipt["late_seconds"] = now - row.window_end
@@ -222,7 +238,9 @@ class Agent:
             receipt["why"] = "; ".join(evidence.missing)
         for game in games:
             log.warning("challenging %s of job %s: %s", game.segment, job, game.evidence)
+        receipt["state"] = str(state)
         self.store.judged(job, state, receipt, games)
+        write_receipt(self.config.data / "receipts", receipt)
         self.metrics.jobs.labels(state).inc()
         log.info("job %s: %s, worst %s", job, state, receipt["worst"])
         if not games:
@@ -230,19 +248,27 @@ class Agent:
 
     def unjudged(self, job: str, why: str) -> None:
         log.warning("job %s stays unjudged: %s", job, why)
-        self.store.judged(job, JobState.UNJUDGED, {"job": job, "why": why})
+        receipt = {"job": job, "state": str(JobState.UNJUDGED), "why": why}
+        self.store.judged(job, JobState.UNJUDGED, receipt)
+        write_receipt(self.config.data / "receipts", receipt)
         self.metrics.jobs.labels(JobState.UNJUDGED).inc()
         self.forget(bytes.fromhex(job))
 
     def _fetch(self, task: Task) -> Evidence:
-        return self.fetcher.fetch(read_facts(self.chain, task.id), task.judge.weights.shape, task.seconds)
+        seed = self._seeds.setdefault(task.id, secrets.token_bytes(16))
+        ask = Ask(parse_strategy(self.config.strategy), self.config.audit_seconds, seed, task.closer)
+        return self.fetcher.fetch(read_facts(self.chain, task.id), task.judge.weights.shape, task.seconds, ask)
 
     def findings(self, judge: Judge, evidence: Evidence) -> Findings:
         """What is wrong with a job. Called in a thread of its own.
 
         Only pieces that canonical arithmetic confirms may come out of here: money is put on them.
         """
-        return judge.audit(evidence)
+        return judge.audit(evidence, self.work_of(judge))
+
+    def work_of(self, judge: Judge) -> Work | None:
+        """Who does the units of an audit; None: this thread."""
+        return None
 
     # ---- what games are played from
 
@@ -285,6 +311,7 @@ class Agent:
         self.withheld.forget(job)
         self.desk.forget(job)
         self._faults.pop(job.hex(), None)
+        self._seeds.pop(job, None)
         self.archive.forget(job)
 
     def forget_evidence(self, job: bytes) -> None:

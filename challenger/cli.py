@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
+import secrets
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from sqlalchemy.exc import SQLAlchemyError
 
 from challenger.config import Config, ConfigError, load_config
+from challenger.database import StoreError
+from challenger.logs import set_up
+from challenger.strategy import parse_strategy
 from contracts.client import Addresses, Chain, ContractsError, load_account
 from verifier.shape import UnsupportedModel
 from verifier.tolerance import InvalidProfile
@@ -24,7 +27,7 @@ PATIENCE_SECONDS = 10.0  # with a node that does not answer, before the loop loo
 RECEIPT_SECONDS = 60.0  # clocks of other games run while one waits for a block
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file; see docs/operating.md.")]
-REFUSALS = (ConfigError, ContractsError, ModelFolderError, UnsupportedModel, InvalidProfile, OSError)
+REFUSALS = (ConfigError, ContractsError, ModelFolderError, UnsupportedModel, InvalidProfile, StoreError, OSError)
 
 
 def _fail(reason: object) -> typer.Exit:
@@ -34,7 +37,7 @@ def _fail(reason: object) -> typer.Exit:
 
 def open_chain(config: Config) -> Chain:
     account = load_account(config.keystore, config.password)
-    return Chain(config.rpc_url, Addresses.load(config.addresses), account, PATIENCE_SECONDS, RECEIPT_SECONDS)
+    return Chain(config.rpc_urls, Addresses.load(config.addresses), account, PATIENCE_SECONDS, RECEIPT_SECONDS)
 
 
 @app.command()
@@ -42,26 +45,31 @@ def run(config: ConfigFile) -> None:
     """Watch the chain until stopped."""
     from challenger.agent import Agent  # Rationale: torch, only where it is needed
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each tensor otherwise
     try:
         settings = load_config(config)
+        set_up(settings.log_format)
         agent = Agent.build(settings, open_chain(settings))
-    except (*REFUSALS, SQLAlchemyError) as error:
+        if settings.metrics_port:
+            agent.metrics.serve(settings.metrics_host, settings.metrics_port)
+    except REFUSALS as error:
         raise _fail(error) from error
-    typer.echo(f"watching {settings.rpc_url} as {agent.chain.account}")
+    typer.echo(f"watching {', '.join(settings.rpc_urls)} as {agent.chain.account}")
     agent.run()
 
 
 @app.command()
-def audit(job: str, config: ConfigFile) -> None:
+def audit(
+    job: str,
+    config: ConfigFile,
+    strategy: Annotated[str, typer.Option(help="full, cells:N, tokens or auto; default: the configuration's.")] = "",
+) -> None:
     """Audit one committed job now, put nothing at stake, and print the receipt.
 
     Exit status 0: nothing is wrong; 3: something is; 1: it cannot be said, for instance because a stage withholds its
     trace.
     """
     from challenger.evidence import Archive, Unavailable, read_facts
-    from challenger.fetch import Fetcher
+    from challenger.fetch import Ask, Fetcher
     from challenger.judge import Judge
 
     try:
@@ -71,14 +79,22 @@ def audit(job: str, config: ConfigFile) -> None:
         if not any(chain.escrow.job(id).model):
             raise ConfigError(f"no job 0x{id.hex()} on this chain")
         judges = {judge.id: judge for judge in map(Judge, settings.models)}
-        judge = judges.get(chain.escrow.job(id).model)
+        model = chain.escrow.job(id).model
+        judge = judges.get(model)
         if judge is None:
-            raise ConfigError(f"the job's model is none of {', '.join(str(folder) for folder in settings.models)}")
+            ours = ", ".join(f"0x{judge.id.hex()} in {judge.folder}" for judge in judges.values())
+            raise ConfigError(f"expected the job's model, 0x{model.hex()}; this watchtower has {ours}")
         with tempfile.TemporaryDirectory(prefix="plumb-audit-") as folder:
             fetcher = Fetcher(Archive(Path(folder)), settings.max_stage_bytes)
-            evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS)
+            plan, seed = parse_strategy(strategy or settings.strategy), secrets.token_bytes(16)
+            ask = Ask(plan, settings.audit_seconds, seed)
+            evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
             findings = judge.audit(evidence)
-    except (*REFUSALS, Unavailable) as error:
+            if findings.closer:
+                ask = replace(ask, closer=findings.closer)
+                evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
+                findings = judge.audit(evidence)
+    except (*REFUSALS, Unavailable, ValueError) as error:
         raise _fail(error) from error
     typer.echo(json.dumps({"job": id.hex(), **findings.receipt(), "missing": list(evidence.missing)}, indent=2))
     raise typer.Exit(3 if findings.wrong else 1 if evidence.missing else 0)
@@ -94,7 +110,7 @@ def status(config: ConfigFile) -> None:
         store = Store(settings.database_url)
         jobs = store.jobs(*JobState)
         games = store.games(*GameState)
-    except (*REFUSALS, SQLAlchemyError) as error:
+    except REFUSALS as error:
         raise _fail(error) from error
     for job in jobs:
         typer.echo(f"job 0x{job.id} {job.state} {json.dumps(job.receipt)}")

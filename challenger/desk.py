@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from challenger.evidence import Evidence, Unavailable
 from challenger.judge import Findings, Judge
@@ -23,7 +23,7 @@ LONGEST_PAUSE_SECONDS = 60.0
 class Task:
     """One attempt at one job. seconds: most that its download may take. deadline: the end of its window.
 
-    final: whether what is missing after it is not waited for any more.
+    final: whether what is missing after it is not waited for any more. closer: requests that must be seen whole.
     """
 
     id: bytes
@@ -31,6 +31,7 @@ class Task:
     seconds: float
     final: bool
     deadline: int
+    closer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Desk:
         self._waiting: list[tuple[int, bytes]] = []  # a heap of (deadline, job)
         self._auditing = False
         self._busy: set[bytes] = set()
+        self._closer: dict[bytes, tuple[int, ...]] = {}
         self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
 
     def free(self, id: bytes) -> bool:
@@ -70,6 +72,7 @@ class Desk:
 
     def start(self, task: Task) -> None:
         self._busy.add(task.id)
+        task = replace(task, closer=self._closer.get(task.id, ()))
         threading.Thread(target=self._work, args=(task,), name=f"job {task.id.hex()[:8]}", daemon=True).start()
 
     def finished(self) -> list[Outcome]:
@@ -89,6 +92,14 @@ class Desk:
 
     def forget(self, id: bytes) -> None:
         self._pauses.pop(id, None)
+        self._closer.pop(id, None)
+
+    def _looked_at(self, task: Task) -> tuple[Evidence, Findings | None, float]:
+        """Findings None where what is missing is waited for."""
+        evidence = self._fetch(task)
+        if evidence.missing and not task.final:
+            return evidence, None, 0.0
+        return evidence, *self._audited(task, evidence)
 
     def _audited(self, task: Task, evidence: Evidence) -> tuple[Findings, float]:
         """When it is this job's turn: what was found, and in how many seconds."""
@@ -110,10 +121,12 @@ class Desk:
         evidence, findings, seconds = None, None, 0.0
         error: Exception | None = None
         try:
-            evidence = self._fetch(task)
-            if task.final or not evidence.missing:
-                findings, seconds = self._audited(task, evidence)
-            else:
+            evidence, findings, seconds = self._looked_at(task)
+            if findings is not None and findings.closer:
+                self._closer[task.id] = findings.closer
+                evidence, findings, more = self._looked_at(replace(task, closer=findings.closer))
+                seconds += more
+            if findings is None:
                 error = Unavailable("; ".join(evidence.missing))
         except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
             error = fault

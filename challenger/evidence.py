@@ -8,19 +8,25 @@ is noticed before money is put on it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+
+from challenger.strategy import Cell
 from contracts.client import Chain
 from contracts.records import Job, Stage
 from verifier.audit import Verdict
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree
+from verifier.linear import Bits
 from verifier.referee.codec import Opening
 from verifier.shape import ModelShape
-from verifier.trace import RequestTrace
+from verifier.trace import RequestTrace, tensor_keys, tensor_width
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -113,6 +119,11 @@ class Archive:
         trace.save(part)
         self._publish(job, part, path)
 
+    def names(self, job: bytes) -> set[str]:
+        """The files of a job."""
+        folder = self.folder / job.hex()
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
     def holds(self, job: bytes, name: str) -> bool:
         """Whether a file is there, unread."""
         return self.ledger.digest(job.hex(), name) is not None and (self.folder / job.hex() / name).exists()
@@ -171,6 +182,26 @@ def trace_name(stage: int, request: int) -> str:
     return f"{stage}-{request}.safetensors"
 
 
+def part_name(stage: int, request: int, key: str) -> str:
+    """The file of one tensor alone."""
+    return f"{stage}-{request}-{key}.bits"
+
+
+def tensor_roots(body: bytes, request: int, shape: ModelShape, first_layer: int, end_layer: int) -> dict[str, bytes]:
+    """What a stage's records (`GET .../trace`) say of the tensors of a request, in their order. Whether these are the
+    roots that it committed to is for the caller to see. Raises Unavailable.
+    """
+    keys = tensor_keys(shape, first_layer, end_layer)
+    try:
+        told = json.loads(body)["requests"][request]["roots"]
+        roots = {key: bytes.fromhex(told[key]) for key in keys}
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise Unavailable(f"trace: request {request}: expected the root of each tensor: {error!r}") from error
+    if not all(len(root) == 32 for root in roots.values()):
+        raise Unavailable(f"trace: request {request}: expected roots of 32 bytes")
+    return roots
+
+
 class RecordsTree(Protocol):
     """What opens request or output records: a tree of verifier.commit, or what was posted of one."""
 
@@ -212,8 +243,9 @@ class Dossier(Protocol):
 class Evidence:
     """A committed job, matching its roots.
 
-    stage_trees: None for a stage that gave no records; held: whether all its tensors are on disk. missing: why not,
-    one sentence a stage.
+    stage_trees: None for a stage that gave no records; held: whether all its tensors are on disk; parts: tensors that
+    are, by stage and request, where not all were asked for. missing: what was asked for and did not come, one sentence
+    a stage. plan: the strategy; drawn: the cells that are to be judged, None: all.
     """
 
     id: bytes
@@ -229,6 +261,9 @@ class Evidence:
     missing: tuple[str, ...]
     shape: ModelShape
     archive: Archive
+    parts: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
+    plan: str = "full"
+    drawn: tuple[Cell, ...] | None = None
 
     def tree(self, stage: int) -> StageTree:
         """Raises Unavailable."""
@@ -242,9 +277,26 @@ class Evidence:
 
         Raises CorruptEvidence.
         """
-        if not self.held[stage]:
+        if self.held[stage]:
+            return RequestTrace.load(self.archive.trace_path(self.id, trace_name(stage, request)), self.shape)
+        keys, tree = self.parts.get((stage, request), frozenset()), self.stage_trees[stage]
+        if not keys or tree is None:
             return None
-        return RequestTrace.load(self.archive.trace_path(self.id, trace_name(stage, request)), self.shape)
+        body = self.archive.read(self.id, f"nodes-{stage}.json")
+        if body is None:
+            raise Unavailable(f"the records of stage {stage} are not on disk")
+        place, positions = self.stages[stage], tree.nodes[request].positions
+        roots = tensor_roots(body, request, self.shape, place.first_layer, place.end_layer)
+        dtype = np.dtype(f"<u{self.shape.served_dtype.size}")
+        arrays: dict[str, Bits] = {}
+        for key in roots:
+            size = (positions, tensor_width(self.shape, key))
+            if key in keys:
+                path = self.archive.trace_path(self.id, part_name(stage, request, key))
+                arrays[key] = np.memmap(path, dtype, "r", shape=size)
+            else:  # no page of it is ever touched
+                arrays[key] = np.broadcast_to(np.zeros(1, dtype), size)
+        return RequestTrace(self.shape, place.first_layer, place.end_layer, arrays, roots)
 
 
 def received(evidence: Dossier, verdict: Verdict) -> bool:

@@ -19,12 +19,23 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from challenger.evidence import Archive, CorruptEvidence, Evidence, Facts, Unavailable, trace_name
+from challenger.evidence import (
+    Archive,
+    CorruptEvidence,
+    Evidence,
+    Facts,
+    Unavailable,
+    part_name,
+    tensor_roots,
+    trace_name,
+)
+from challenger.strategy import TOKENS, Cell, Strategy, draw, positions_of, settled
 from contracts.wire import parse_nodes, parse_outputs, parse_requests
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree, TraceNode, validate_request
 from verifier.referee.floats import Dtype
+from verifier.sha256 import HashTree
 from verifier.shape import ModelShape
-from verifier.trace import RequestTrace, tensor_keys, tensor_width
+from verifier.trace import RequestTrace, TensorHasher, is_tiled, tensor_keys, tensor_width
 
 log = logging.getLogger("plumb.challenger.fetch")
 
@@ -34,7 +45,21 @@ STAGE_SECONDS = 60.0
 STAGE_BYTES_PER_SECOND = 2**20  # slower than that, a stage holds up too much
 JSON_BYTES = 64 * 2**20
 
+FULL = Strategy()
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is to be downloaded. seconds: the budget of `auto`; seed: cells are drawn by it; closer: these requests, all
+    of them, whatever the strategy.
+    """
+
+    strategy: Strategy = FULL
+    seconds: float = 0.0
+    seed: bytes = b""
+    closer: tuple[int, ...] = ()
 
 
 class Fetcher:
@@ -44,19 +69,19 @@ class Fetcher:
         self.archive = archive
         self.max_stage_bytes = max_stage_bytes
 
-    def fetch(self, facts: Facts, shape: ModelShape, seconds: float) -> Evidence:
-        """All that the workers give within `seconds`. Blocking; any thread.
+    def fetch(self, facts: Facts, shape: ModelShape, seconds: float, ask: Ask | None = None) -> Evidence:
+        """What the workers give within `seconds` of what is asked for (default: everything). Blocking; any thread.
 
         Raises Unavailable without requests or outputs; a stage that withholds its trace is named in the evidence.
         """
         self.archive.doubt(facts.id)
-        return asyncio.run(self._fetch(facts, shape, seconds))
+        return asyncio.run(self._fetch(facts, shape, seconds, ask or Ask()))
 
     def load(self, facts: Facts, shape: ModelShape) -> Evidence:
         """What lies on disk. Raises Unavailable."""
-        return asyncio.run(_Collector(facts, shape, self.archive, self.max_stage_bytes, None, 0.0).collect())
+        return asyncio.run(_Collector(facts, shape, self.archive, self.max_stage_bytes, None, 0.0, Ask()).collect())
 
-    async def _fetch(self, facts: Facts, shape: ModelShape, seconds: float) -> Evidence:
+    async def _fetch(self, facts: Facts, shape: ModelShape, seconds: float, ask: Ask) -> Evidence:
         end = asyncio.get_running_loop().time() + seconds
         async with httpx.AsyncClient(
             timeout=SILENCE_SECONDS,
@@ -65,7 +90,7 @@ class Fetcher:
             verify=_certificates(),
             headers={"Accept-Encoding": "identity"},  # nothing to inflate: what is counted is what comes
         ) as http:
-            return await _Collector(facts, shape, self.archive, self.max_stage_bytes, http, end).collect()
+            return await _Collector(facts, shape, self.archive, self.max_stage_bytes, http, end, ask).collect()
 
 
 @dataclass
@@ -78,6 +103,7 @@ class _Collector:
     max_stage_bytes: int
     http: httpx.AsyncClient | None
     end: float
+    ask: Ask
 
     async def collect(self) -> Evidence:
         facts = self.facts
@@ -85,7 +111,18 @@ class _Collector:
         # Every stage holds the prompts, the first and the last the outputs; who answers for them is asked first.
         requests = await self._document("requests", "requests", range(last + 1), self._requests)
         outputs = await self._document("outputs", "outputs", (last, 0), self._outputs)
-        found = await asyncio.gather(*(self._stage(index, requests) for index in range(last + 1)))
+        positions = positions_of(requests, outputs)
+        plan = settled(self.ask.strategy, self.shape, positions, self.ask.seconds) if self.http else Strategy()
+        drawn: tuple[Cell, ...] | None = None
+        layers = range(self.shape.layers)
+        wanted = {(r, layer) for r in self.ask.closer for layer in layers} if self.ask.closer else None
+        if not self.ask.closer and plan.name == "cells":
+            drawn = draw(positions, self.shape.layers, plan.cells, self.ask.seed)
+            wanted = {(cell.request, cell.layer) for cell in drawn}
+        elif not self.ask.closer and plan.name == TOKENS:
+            drawn, wanted = (), set()
+        found = await asyncio.gather(*(self._stage(index, requests, wanted) for index in range(last + 1)))
+        whole = [tree is not None and self._has_all(i, tree) for i, (tree, _) in enumerate(found)]
         return Evidence(
             id=facts.id,
             job=facts.job,
@@ -96,11 +133,27 @@ class _Collector:
             requests_tree=RequestsTree(requests),
             outputs_tree=OutputsTree(outputs),
             stage_trees=tuple(tree for tree, _ in found),
-            held=tuple(not reason for _, reason in found),
+            held=tuple(whole),
             missing=tuple(reason for _, reason in found if reason),
             shape=self.shape,
             archive=self.archive,
+            parts=self._parts(),
+            plan=str(plan),
+            drawn=drawn,
         )
+
+    def _has_all(self, index: int, tree: StageTree) -> bool:
+        """Whether all of a stage's tensors are on disk."""
+        return all(self.archive.holds(self.facts.id, trace_name(index, r)) for r in range(len(tree.nodes)))
+
+    def _parts(self) -> dict[tuple[int, int], frozenset[str]]:
+        """Tensors that lie on disk alone, by stage and request."""
+        found: dict[tuple[int, int], set[str]] = {}
+        for name in self.archive.names(self.facts.id):
+            if name.endswith(".bits"):
+                stage, request, key = name.removesuffix(".bits").split("-")
+                found.setdefault((int(stage), int(request)), set()).add(key)
+        return {place: frozenset(keys) for place, keys in found.items()}
 
     async def _document(self, name: str, path: str, stages: Sequence[int], parse: Callable[[bytes], T]) -> T:
         """A file of records: from disk, else from the first of `stages` that gives a right one."""
@@ -143,32 +196,82 @@ class _Collector:
         _check(self.facts.job.requests, self.facts.roots[index], len(tree.nodes), tree.root)
         return tree
 
-    async def _stage(self, index: int, requests: Sequence[Request]) -> tuple[StageTree | None, str]:
-        """The stage's records, and why its tensors are missing (empty if they are not)."""
+    async def _stage(
+        self, index: int, requests: Sequence[Request], wanted: set[tuple[int, int]] | None
+    ) -> tuple[StageTree | None, str]:
+        """The stage's records, and why its tensors are missing (empty if they are not).
+
+        wanted: the requests and layers whose tensors are asked for; None: all.
+        """
         tree = None
         try:
             tree = await self._document(f"nodes-{index}", "trace", (index,), lambda body: self._tree(index, body))
-            await self._tensors(index, tree.nodes, requests)
+            if wanted is None:
+                await self._tensors(index, tree.nodes, requests)
+            else:
+                await self._columns(index, tree.nodes, requests, wanted)
         except Unavailable as error:
             return tree, str(error)
         return tree, ""
 
+    async def _columns(
+        self, index: int, nodes: Sequence[TraceNode], requests: Sequence[Request], wanted: set[tuple[int, int]]
+    ) -> None:
+        """Brings the tensors of some requests at some layers to disk, with what those layers hand over."""
+        who, stage = f"stage {index} at {self.facts.urls[index]}", self.facts.stages[index]
+        keys: dict[int, set[str]] = {}
+        for r, layer in wanted:
+            if stage.first_layer <= layer < stage.end_layer:
+                names = ("h", "q", "k", "v", "attn_out", "mlp_out")
+                keys.setdefault(r, set()).update(f"{layer}.{name}" for name in names)
+            after = "out" if layer + 1 == self.shape.layers else f"{layer + 1}.h"
+            if stage.first_layer <= min(layer + 1, self.shape.layers - 1) < stage.end_layer:
+                keys.setdefault(r, set()).add(after)
+        self._measure(who, [(nodes[r].positions, requests[r], tuple(each)) for r, each in keys.items()])
+        body = self.archive.read(self.facts.id, f"nodes-{index}.json")
+        assert body is not None
+        for r, each in sorted(keys.items()):
+            roots = tensor_roots(body, r, self.shape, stage.first_layer, stage.end_layer)
+            if HashTree.of(list(roots.values())).root != nodes[r].tensors_root:
+                raise Unavailable(f"{who}: request {r}: the roots served are not those committed to")
+            for key in sorted(each):
+                await self._column(index, r, key, nodes[r].positions, roots[key], who)
+
+    async def _column(self, index: int, r: int, key: str, positions: int, root: bytes, who: str) -> None:
+        name = part_name(index, r, key)
+        if await asyncio.to_thread(self._kept, name):
+            return
+        rows = await self._tensor(index, r, key, positions, self.end)
+        hasher = TensorHasher(rows.shape[1], rows.dtype.itemsize, is_tiled(key))
+        hasher.append(rows)
+        if hasher.finish() != root:
+            raise Unavailable(f"{who}: request {r}: {key} as served is not what was committed to")
+        await asyncio.to_thread(self.archive.write, self.facts.id, name, rows.tobytes())
+
+    def _measure(self, who: str, tensors: Sequence[tuple[int, Request, Sequence[str]]]) -> int:
+        """The bytes of tensors (positions, request, keys). Raises Unavailable for what no honest stage has, or is more
+        than this watchtower takes.
+        """
+        total = 0
+        for positions, request, keys in tensors:
+            most = len(request.prompt) + request.limit - 1
+            if not 1 <= positions <= most:
+                raise Unavailable(f"{who}: expected 1 .. {most} positions of a request, came {positions}")
+            total += positions * sum(tensor_width(self.shape, key) for key in keys) * _dtype(self.shape).itemsize
+        if total > self.max_stage_bytes:
+            raise Unavailable(f"{who}: its trace has {total} bytes, this watchtower takes {self.max_stage_bytes}")
+        return total
+
     async def _tensors(self, index: int, nodes: Sequence[TraceNode], requests: Sequence[Request]) -> None:
         """Brings all requests' tensors of a stage to disk. Raises Unavailable."""
         who, stage, shape = f"stage {index} at {self.facts.urls[index]}", self.facts.stages[index], self.shape
-        for r, (node, request) in enumerate(zip(nodes, requests, strict=True)):
-            most = len(request.prompt) + request.limit - 1
-            if not 1 <= node.positions <= most:
-                raise Unavailable(f"{who}: request {r}: expected 1 .. {most} positions, came {node.positions}")
         keys = tensor_keys(shape, stage.first_layer, stage.end_layer)
-        row = sum(tensor_width(shape, key) for key in keys) * _dtype(shape).itemsize
-        total = row * sum(node.positions for node in nodes)
-        if total > self.max_stage_bytes:
-            raise Unavailable(f"{who}: its trace has {total} bytes, this watchtower takes {self.max_stage_bytes}")
+        every = [(node.positions, request, keys) for node, request in zip(nodes, requests, strict=True)]
+        total = self._measure(who, every)
         now = asyncio.get_running_loop().time()
         end = min(self.end, now + STAGE_SECONDS + total / STAGE_BYTES_PER_SECOND)
         for r, node in enumerate(nodes):
-            if await asyncio.to_thread(self._kept, index, r):
+            if await asyncio.to_thread(self._kept, trace_name(index, r)):
                 continue
             arrays = {key: await self._tensor(index, r, key, node.positions, end) for key in keys}
             trace = RequestTrace(shape, stage.first_layer, stage.end_layer, arrays)
@@ -182,9 +285,8 @@ class _Collector:
             self.archive.save(self.facts.id, trace_name(index, request), trace)
         return right
 
-    def _kept(self, index: int, request: int) -> bool:
-        """Whether a request's tensors are on disk. What is not downloaded anyway is read when it is needed."""
-        name = trace_name(index, request)
+    def _kept(self, name: str) -> bool:
+        """Whether tensors are on disk. What is not downloaded anyway is read when it is needed."""
         if self.http is None:
             return self.archive.holds(self.facts.id, name)
         try:

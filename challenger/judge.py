@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from challenger.evidence import Dossier, Evidence, received
+from challenger.strategy import Cell
+from challenger.units import Seen, Unit, examine, units_of
 from contracts.client import model_id
-from verifier.audit import Audit, Auditor, Stage, Verdict, audit_bill, audit_length, audit_stop
+from verifier.audit import Auditor, Stage, Verdict, audit_bill, audit_length, audit_stop
 from verifier.canonical import Case
+from verifier.execution import Execution
 from verifier.program import Kind
+from verifier.referee.floats import Dtype
+from verifier.sources import ServedTensors
 from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 
 TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
-KEPT = 64  # suspicions of each stage and kind that may have to be judged canonically; honest work makes none
+SCREEN_MARGINS = 8.0  # of the sampling law: what rounding through all layers may add to it, on an honest machine
+SCREENED_REQUESTS = 4  # whose traces are then downloaded
+
+Work = Callable[[Iterator[Unit]], Iterable[Seen]]
 
 
 @dataclass(frozen=True)
 class Findings:
     """What an audit saw.
 
-    worst: the largest ratio of each kind (1 is the tolerance); wrong: what to convict, most promising first.
+    worst: the largest ratio of each kind (1 is the tolerance); wrong: what to convict, most promising first. strategy,
+    cells: what was looked at. closer: requests whose whole trace must be seen before anything can be said.
     """
 
     pieces: int
     worst: dict[str, float]
     wrong: tuple[Verdict, ...]
     suspicious: int
+    strategy: str = "full"
+    cells: tuple[Cell, ...] = ()
+    closer: tuple[int, ...] = ()
 
     def receipt(self) -> dict[str, Any]:
         """For machines: what was compared and by how much it missed."""
         return {
+            "strategy": self.strategy,
+            "cells": [[cell.request, cell.layer, cell.position] for cell in self.cells],
             "pieces": self.pieces,
             "worst": {kind: _number(ratio) for kind, ratio in self.worst.items()},
             "suspicious": self.suspicious,
@@ -68,22 +83,50 @@ class Judge:
         self.model = identify(self.weights, self.profile)
         self.id = model_id(self.model)
         self.auditor = Auditor(self.weights, self.profile)
+        # What was served in 16 bits is screened at half the price.
+        wide = self.weights.shape.served_dtype == Dtype.FLOAT32
+        self.screener = self.auditor if wide else Auditor(self.weights, self.profile, torch.float32)
 
-    def audit(self, evidence: Evidence) -> Findings:
-        """Every piece of every request that the evidence holds; a stage that withholds its trace shields nobody else.
+    def audit(self, evidence: Evidence, work: Work | None = None) -> Findings:
+        """Every piece of every request that the evidence holds, or the cells that were drawn; a stage that withholds
+        its trace shields nobody else.
 
         One wrong piece a stage is enough to convict it; each is confirmed canonically, or exact by nature.
+        work: does the units, in any order; by default they are done here.
         """
-        seen = _Seen()
+        seen = Seen()
         trees, last = evidence.stage_trees, len(evidence.stages) - 1
         seen.exact(audit_bill(last, evidence.outputs, evidence.tokens))
         for stage, (sender, receiver) in enumerate(pairwise(trees), start=1):
             if sender is not None and receiver is not None:
                 seen.exact([replace(v, stage=stage) for v in audit_length([sender.nodes, receiver.nodes])])
-        for request in range(len(evidence.requests)):
-            self._request(evidence, request, seen)
+        tree = trees[-1]
+        if tree is not None:
+            for r, (request, output) in enumerate(zip(evidence.requests, evidence.outputs, strict=True)):
+                vocabulary = self.weights.shape.vocabulary
+                stop = audit_stop(last, r, request, output, tree.nodes[r].positions, vocabulary)
+                seen.exact([stop] if stop else [])
+        do = work or (lambda units: (examine(self.screener, unit) for unit in units))
+        for part in do(units_of(evidence)):
+            seen.merge(part)
         wrong = tuple(self._confirmed(evidence, seen))
-        return Findings(seen.pieces, seen.worst, wrong, seen.suspicious)
+        closer = () if wrong or evidence.drawn != () else self._screened(evidence)
+        return Findings(seen.pieces, seen.worst, wrong, seen.suspicious, evidence.plan, evidence.drawn or (), closer)
+
+    def _screened(self, evidence: Evidence) -> tuple[int, ...]:
+        """The requests whose tokens this machine would not have chosen, the farthest first: their traces are worth a
+        look. Honest rounding has come through all layers by then, so the law's own margin is too narrow.
+        """
+        vocabulary, far = self.weights.shape.vocabulary, []
+        for r, (request, output) in enumerate(zip(evidence.requests, evidence.outputs, strict=True)):
+            if any(token >= vocabulary for token in (*request.prompt, *output.tokens)):
+                continue
+            own = Execution(self.weights, [*request.prompt, *output.tokens[:-1]])
+            verdicts = self.auditor.chosen(Stage(0, cast(ServedTensors, own)), r, request, output.tokens)
+            worst = max(verdict.ratio for verdict in verdicts)
+            if worst > SCREEN_MARGINS:
+                far.append((worst, r))
+        return tuple(r for _, r in sorted(far, reverse=True)[:SCREENED_REQUESTS])
 
     def case(self, evidence: Dossier, verdict: Verdict) -> Case:
         """The canonical truth about a piece. Raises ValueError where the evidence lacks its tensors."""
@@ -92,27 +135,7 @@ class Judge:
             verdict = replace(verdict, sampling=evidence.requests[r].sampling(r))
         return self.auditor.case(self.model, verdict, stages_of(evidence, r))
 
-    def _request(self, evidence: Evidence, r: int, seen: _Seen) -> None:
-        request, output, vocabulary = evidence.requests[r], evidence.outputs[r], self.weights.shape.vocabulary
-        last, tree = len(evidence.stages) - 1, evidence.stage_trees[-1]
-        if tree is not None:
-            stop = audit_stop(last, r, request, output, tree.nodes[r].positions, vocabulary)
-            seen.exact([stop] if stop else [])
-        stages = {stage.index: stage for stage in stages_of(evidence, r)}
-        fed = [*request.prompt, *output.tokens[:-1]]
-        if 0 in stages:
-            seen.add(self.auditor.embed(stages[0], r, fed), fed)
-        for index, stage in stages.items():
-            for layer in range(stage.trace.first_layer, stage.trace.end_layer):
-                for audit in self.auditor.layer(stage, r, layer):
-                    seen.add(audit)
-                link = self.auditor.link(stage, r, layer, stages.get(index + 1))
-                if link is not None:
-                    seen.add(link)
-        if last in stages and all(token < vocabulary for token in output.tokens):  # else STOP convicts
-            seen.tokens(self.auditor.chosen(stages[last], r, request, output.tokens))
-
-    def _confirmed(self, evidence: Evidence, seen: _Seen) -> Iterable[Verdict]:
+    def _confirmed(self, evidence: Evidence, seen: Seen) -> Iterable[Verdict]:
         """For each stage the farthest piece that the law finds wrong and nobody else can be blamed for; and one that
         its sender may turn out guilty of.
         """
@@ -124,50 +147,6 @@ class Judge:
             if verdict.kind not in TOLERATED or self.case(evidence, verdict).verdict():
                 found.add(group)
                 yield verdict
-
-
-class _Seen:
-    """What an audit collects. Of suspicions, the farthest few of each stage and kind: a stage that serves other
-    weights makes millions.
-    """
-
-    def __init__(self) -> None:
-        self.pieces = 0
-        self.suspicious = 0
-        self.worst: dict[str, float] = {}
-        self._farthest: dict[tuple[int, Kind], list[Verdict]] = {}
-
-    def suspicions(self) -> list[Verdict]:
-        """Farthest first."""
-        return sorted((verdict for found in self._farthest.values() for verdict in found), reverse=True)
-
-    def exact(self, verdicts: Sequence[Verdict]) -> None:
-        self.suspicious += len(verdicts)
-        for verdict in verdicts:
-            place = (verdict.stage, verdict.kind)
-            self._farthest[place] = heapq.nlargest(KEPT, [*self._farthest.get(place, ()), verdict])
-
-    def add(self, audit: Audit, tokens: list[int] | None = None) -> None:
-        """tokens: what EMBED embedded, by position."""
-        self.pieces += audit.ratios.size
-        if audit.ratios.size == 0:
-            return
-        worst = audit.worst()
-        self._worst(audit.kind, worst.ratio)
-        if worst.suspicious:
-            found = audit.suspicions()
-            self.exact([replace(v, token=tokens[v.position]) for v in found] if tokens is not None else found)
-
-    def tokens(self, verdicts: Iterable[Verdict]) -> None:
-        for verdict in verdicts:
-            self.pieces += 1
-            self._worst(verdict.kind, verdict.ratio)
-            if verdict.suspicious:
-                self.exact([verdict])
-
-    def _worst(self, kind: Kind, ratio: float) -> None:
-        name = kind.name.lower()
-        self.worst[name] = max(self.worst.get(name, 0.0), ratio)
 
 
 def stages_of(evidence: Dossier, request: int) -> list[Stage]:

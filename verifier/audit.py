@@ -1,10 +1,12 @@
 """Auditing what workers served: every piece of a request re-executed from what it was made of, or compared exactly.
 
+Rationale: a little over 400 lines, so that every rule is read in one file.
+
 Tolerated pieces get a ratio, distance over tolerance by VERDICT's formula in float64: above 1 is wrong. Only `confirm`,
 in the canonical arithmetic, may say so to others. Exact pieces have ratio infinity where a rule is broken, else 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +17,11 @@ from verifier import sampling, vectors
 from verifier.canonical import Case
 from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
 from verifier.drawn import ROWS, screen
-from verifier.linear import Bits
+from verifier.linear import Bits, float_tensor
 from verifier.program import Kind, ModelShape, overflow_bound, profile_index
 from verifier.referee.codec import BLOCK, GREEDY, TOKENS_A_LEAF, Model
 from verifier.referee.fixed import Q30
-from verifier.referee.floats import INVALID
+from verifier.referee.floats import INVALID, SERVED_LIMIT_BITS
 from verifier.reference import Reference
 from verifier.sources import ServedTensors
 from verifier.tolerance import Profile
@@ -67,14 +69,43 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Positions first .. end - 1 of one request at one stage."""
+
+    stage: Stage
+    request: int
+    first: int
+    end: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.end)
+
+    @staticmethod
+    def whole(stage: Stage, request: int) -> "Span":
+        return Span(stage, request, 0, stage.trace.positions)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Output tokens of one request, chosen from the rows of `out` at positions first, first + 1 ..."""
+
+    stage: Stage
+    request: int
+    first: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Audit:
-    """Ratios of all units of one kind at one layer: [positions, units]."""
+    """Ratios of all units of one kind at one layer: [positions, units]. first: the position of the first row."""
 
     stage: int
     kind: Kind
     request: int
     layer: int
     ratios: Ratios
+    first: int = 0
 
     def worst(self) -> Verdict:
         """The piece that is farthest off."""
@@ -87,31 +118,58 @@ class Audit:
 
     def _verdict(self, position: int, unit: int) -> Verdict:
         ratio = float(self.ratios[position, unit])
-        return Verdict(ratio, self.stage, self.kind, self.request, self.layer, position, unit)
+        return Verdict(ratio, self.stage, self.kind, self.request, self.layer, self.first + position, unit)
 
 
 class Auditor:
     """Audits requests of one model. Holds no tensors: one tile of weights at a time."""
 
-    def __init__(self, weights: Weights, profile: Profile) -> None:
-        """profile: of the same shape. Raises ValueError otherwise."""
+    def __init__(self, weights: Weights, profile: Profile, precision: torch.dtype = torch.float64) -> None:
+        """profile: of the same shape. precision: as verifier.reference has it. Raises ValueError otherwise."""
         if profile.shape != weights.shape:
             raise ValueError(f"expected a profile of {weights.shape}, got one of {profile.shape}")
         self.weights, self.profile = weights, profile
         self.shape: ModelShape = weights.shape
-        self.reference = Reference(weights)
+        self.reference = Reference(weights, precision)
 
     def layer(self, stage: Stage, request: int, layer: int, kinds: Sequence[Kind] = JUDGED) -> list[Audit]:
         """The tolerated pieces of one layer at all positions. Raises KeyError for a layer of another stage."""
-        arrays, out = stage.trace.arrays, []
-        for kind in kinds:
-            served = arrays[f"{layer}.{_TENSOR[kind]}"]
-            ratios = self._ratios(kind, layer, served, self.expected(kind, layer, arrays))
-            out.append(Audit(stage.index, kind, request, layer, ratios))
-        return out
+        return list(self.sweep(layer, [Span.whole(stage, request)], kinds))
 
-    def link(self, stage: Stage, request: int, layer: int, receiver: Stage | None = None) -> Audit | None:
-        """The hand-over from a layer to the next, exactly, at the positions that both hold.
+    def sweep(self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED) -> Iterator[Audit]:
+        """The tolerated pieces of one layer at the positions of all spans, its weights read once for all of them.
+
+        Memory: a few times what was served of these positions at this layer. Raises KeyError for a layer of another
+        stage.
+        """
+        positions = np.concatenate([np.arange(span.first, span.end) for span in spans])
+
+        def gathered(name: str) -> Bits:
+            key = f"{layer}.{name}"
+            return np.concatenate([np.asarray(span.stage.trace.arrays[key][span.rows]) for span in spans])
+
+        for kind in kinds:
+            if kind == Kind.ATTEND:
+                mixed = []
+                for span in spans:
+                    q, k, v = (span.stage.trace.arrays[f"{layer}.{name}"] for name in "qkv")
+                    mixed.append(self.reference.mixed(q[span.rows], k, v, span.first))
+                expected = self.reference.combined(layer, torch.cat(mixed))
+            elif kind == Kind.MLP:
+                expected = self.reference.transformed(layer, gathered("h"), gathered("attn_out"))
+            else:
+                expected = self.reference.projected(kind, layer, gathered("h"), positions)
+            ratios = self._ratios(kind, layer, gathered(_TENSOR[kind]), expected)
+            row = 0
+            for span in spans:
+                part = ratios[row : row + span.end - span.first]
+                row += len(part)
+                yield Audit(span.stage.index, kind, span.request, layer, part, span.first)
+
+    def link(
+        self, stage: Stage, request: int, layer: int, receiver: Stage | None = None, rows: slice | None = None
+    ) -> Audit | None:
+        """The hand-over from a layer to the next, exactly, at the positions that both hold (`rows`: of these alone).
 
         None where the next layer is another stage's and no receiver is given.
         """
@@ -124,41 +182,53 @@ class Auditor:
             return None
         else:
             after, accused = receiver.trace.arrays[f"{layer + 1}.h"], receiver
-        rows = min(len(after), stage.trace.positions)
+        first, end, _ = (rows or slice(None)).indices(min(len(after), stage.trace.positions))
+        part = slice(first, max(first, end))
         dtype = self.shape.served_dtype
-        h, attn_out, mlp_out = (np.asarray(arrays[f"{layer}.{name}"][:rows]) for name in ("h", "attn_out", "mlp_out"))
+        h, attn_out, mlp_out = (np.asarray(arrays[f"{layer}.{name}"][part]) for name in ("h", "attn_out", "mlp_out"))
         total = vectors.add_bits(dtype, vectors.add_bits(dtype, h, attn_out), mlp_out)
-        return Audit(accused.index, Kind.LINK, request, layer, _differences(total, np.asarray(after[:rows])))
+        return Audit(accused.index, Kind.LINK, request, layer, _differences(total, np.asarray(after[part])), first)
 
-    def embed(self, stage: Stage, request: int, tokens: Sequence[int]) -> Audit:
-        """h of layer 0 against the embeddings of the tokens fed in: prompt, then output but for its last."""
-        positions = min(stage.trace.positions, len(tokens))
+    def embed(self, stage: Stage, request: int, tokens: Sequence[int], rows: slice | None = None) -> Audit:
+        """h of layer 0 against the embeddings of the tokens fed in: prompt, then output but for its last. rows: of
+        these positions alone.
+        """
+        first, end, _ = (rows or slice(None)).indices(min(stage.trace.positions, len(tokens)))
         table = self.weights.raw("model.embed_tokens.weight")
-        known = np.array(tokens[:positions]) < self.shape.vocabulary  # others have no row: STOP convicts them
-        rows = np.stack([np.asarray(table[token if ok else 0]) for token, ok in zip(tokens, known, strict=False)])
-        differences = _differences(np.asarray(stage.trace.arrays["0.h"][:positions]), rows)
-        return Audit(stage.index, Kind.EMBED, request, 0, np.where(known[:, None], differences, RIGHT))
+        fed = np.array(tokens[first:end], dtype=np.int64)
+        known = fed < self.shape.vocabulary  # others have no row: STOP convicts them
+        embedded = np.stack([np.asarray(table[token]) for token in np.where(known, fed, 0)])
+        differences = _differences(np.asarray(stage.trace.arrays["0.h"][first:end]), embedded)
+        ratios = np.where(known[:, None], differences, RIGHT)
+        return Audit(stage.index, Kind.EMBED, request, 0, ratios, first)
 
     def tokens(self, stage: Stage, request: int, prompt_count: int, output: Sequence[int]) -> list[Verdict]:
         """Each output token against its strongest competitor."""
-        first = prompt_count - 1
-        rows = np.asarray(stage.trace.arrays["out"][first : first + len(output)])
-        served = torch.tensor(output[: len(rows)], dtype=torch.int64)
+        return self.greedy([Choice(stage, request, prompt_count - 1, tuple(output))])
+
+    def greedy(self, choices: Sequence[Choice]) -> list[Verdict]:
+        """As `tokens`, for several requests at once: the vocabulary's weights are read once for all of them."""
+        parts = [np.asarray(c.stage.trace.arrays["out"][c.first : c.first + len(c.tokens)]) for c in choices]
+        rows = np.concatenate(parts)
+        served = torch.tensor([t for c, part in zip(choices, parts, strict=True) for t in c.tokens[: len(part)]])
         own = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
         best, winner = own.clone(), torch.zeros(len(rows), dtype=torch.int64)
         for start, tile in self.reference.logits(rows):
             inside = (served >= start) & (served < start + tile.shape[1])
             columns = (served - start).clamp(0, tile.shape[1] - 1)[:, None]
             mine = tile.gather(1, columns)[:, 0]
-            own = torch.where(inside, mine, own)
+            own = torch.where(inside, mine.double(), own)
             tile.scatter_(1, columns, torch.where(inside, -torch.inf, mine)[:, None])
             top, place = tile.max(dim=1)
             winner = torch.where(top > best, place + start, winner)
-            best = torch.maximum(best, top)
-        ratios = (best - own) * (Q30 / self.profile.margin)
-        layer, out = self.shape.layers - 1, []
-        for i, (ratio, unit) in enumerate(zip(ratios.tolist(), winner.tolist(), strict=True)):
-            out.append(Verdict(max(ratio, RIGHT), stage.index, Kind.TOKEN, request, layer, first + i, unit, output[i]))
+            best = torch.maximum(best, top.double())
+        ratios = ((best - own) * (Q30 / self.profile.margin)).tolist()
+        layer, out, row = self.shape.layers - 1, [], 0
+        for choice, part in zip(choices, parts, strict=True):
+            for position, token in enumerate(choice.tokens[: len(part)], choice.first):
+                spot = (choice.stage.index, Kind.TOKEN, choice.request, layer, position, int(winner[row]))
+                out.append(Verdict(max(ratios[row], RIGHT), *spot, token))
+                row += 1
         return out
 
     def chosen(self, stage: Stage, r: int, request: Request, output: Sequence[int]) -> list[Verdict]:
@@ -173,7 +243,7 @@ class Auditor:
         rows = np.asarray(stage.trace.arrays["out"][first : first + len(output)])
         place, layer = (stage.index, Kind.SAMPLE, r), self.shape.layers - 1
         for start in range(0, len(rows), ROWS):
-            tiles = [tile.numpy() for _, tile in self.reference.logits(rows[start : start + ROWS])]
+            tiles = [tile.double().numpy() for _, tile in self.reference.logits(rows[start : start + ROWS])]
             for i, logits in enumerate(np.concatenate(tiles, axis=1), start):
                 noise = sampling.noise(request.seed, r, first + i, len(logits))
                 seen = screen(logits, noise, output[i], request, margin)
@@ -219,15 +289,14 @@ class Auditor:
             return self.reference.transformed(layer, tensors["h"], tensors["attn_out"])
         return self.reference.projected(kind, layer, tensors["h"])
 
-    def _ratios(self, kind: Kind, layer: int, bits: Bits, standard: torch.Tensor) -> Ratios:
+    def _ratios(self, kind: Kind, layer: int, bits: Bits, expected: torch.Tensor) -> Ratios:
         """Distance over tolerance of each unit at each position."""
         shape = self.shape
-        seen = vectors.checked_served(np.asarray(bits), shape.served_dtype)
-        expected = standard.numpy()
-        invalid = seen == INVALID
-        excused = invalid & (np.abs(expected) > overflow_bound(shape.served_dtype) / Q30)
-        difference = np.where(invalid, 0.0, seen / Q30 - expected)
-        size = np.where(invalid, 0.0, expected)
+        seen, invalid = self._seen(bits)
+        excused = invalid & (expected.abs() > overflow_bound(shape.served_dtype) / Q30)
+        difference = (seen - expected).masked_fill_(invalid, 0.0).square_()
+        size = torch.where(invalid, 0.0, expected).square_()
+        broken_anywhere = bool((invalid & ~excused).any())
         columns = BLOCK if kind in (Kind.ATTEND, Kind.MLP) else shape.head_dim
         starts = range(0, expected.shape[1], columns)
         out = np.empty((len(expected), len(starts)), dtype=np.float64)
@@ -235,11 +304,22 @@ class Auditor:
             part = slice(first, first + columns)
             num, den, floor = self.profile.values(profile_index(shape, kind, layer, unit))
             n = expected[:, part].shape[1]
-            scale = np.square(size[:, part]).sum(axis=1) + n * (floor / Q30) ** 2
-            ratio = np.sqrt(np.square(difference[:, part]).sum(axis=1) / scale) * (den / num if num else np.inf)
-            broken = (invalid & ~excused)[:, part].any(axis=1)
-            out[:, unit] = np.where(broken, WRONG, np.nan_to_num(ratio, nan=RIGHT, posinf=WRONG))
+            scale = size[:, part].sum(dim=1, dtype=torch.float64).numpy() + n * (floor / Q30) ** 2
+            distance = difference[:, part].sum(dim=1, dtype=torch.float64).numpy()
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = np.sqrt(distance / scale) * (den / num if num else np.inf)
+            out[:, unit] = np.nan_to_num(ratio, nan=RIGHT, posinf=WRONG)
+            if broken_anywhere:
+                out[(invalid & ~excused)[:, part].any(dim=1).numpy(), unit] = WRONG
         return out
+
+    def _seen(self, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was served, as numbers, and where it is none of the law's."""
+        if self.reference.precision == torch.float64:
+            fixed = vectors.checked_served(np.asarray(bits), self.shape.served_dtype)
+            return torch.from_numpy(fixed / Q30), torch.from_numpy(fixed == INVALID)
+        floats = float_tensor(np.asarray(bits), self.shape.served_dtype).to(self.reference.precision)
+        return floats, ~(floats.abs() < float(1 << SERVED_LIMIT_BITS))
 
 
 # ---- records

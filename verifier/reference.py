@@ -1,8 +1,9 @@
-"""Layer-local re-execution in float64: each tensor of a layer from the served tensors that it was made of.
+"""Layer-local re-execution in floating point: each tensor of a layer from the served tensors that it was made of.
 
 The law's own numbers (QG weights, the registered RoPE table, hardware's addition) in float64 arithmetic: within 1e-6 of
 the standard result, and for all positions of a request at once. What looks wrong here is judged exactly elsewhere.
-Memory: one tile of weights at a time.
+In float32 it costs half and lies within 1e-5: enough to screen what was served in 16 bits, whose last bit is 4e-4 or
+more. Memory: one tile of weights at a time.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ import numpy.typing as npt
 import torch
 
 from verifier import vectors
-from verifier.linear import Bits, fixed_weights, weight_tiles
+from verifier.linear import Bits, float_tensor, weight_tiles
 from verifier.program import Kind, ModelShape
 from verifier.referee.fixed import Q30
-from verifier.referee.floats import Dtype
+from verifier.referee.floats import SERVED_LIMIT_BITS, WEIGHT_LIMIT_BITS, Dtype
 from verifier.weights import Weights
 
-QUERIES = 512  # rows of attention scores at a time: 32 MB of float64 at 8192 positions
+QUERIES = 512  # rows of attention scores at a time, of all heads that share keys: 32 MB of float64 at 8192 positions
 ROWS = 4096  # positions at a time through a matrix
 _COLUMN_TILE = 256  # intermediate columns at a time through the MLP
+_SCREEN_TILE = 1 << 20  # float32 weights at a time, 4 MiB
 
 _PROJECTION = {Kind.Q: "q_proj", Kind.K: "k_proj", Kind.V: "v_proj"}
 
@@ -33,75 +35,114 @@ def real(bits: Bits, dtype: Dtype) -> torch.Tensor:
     return torch.from_numpy(vectors.served(np.asarray(bits), dtype).astype(np.float64)).div_(float(Q30))
 
 
+def values(bits: Bits, dtype: Dtype, limit_bits: int, precision: torch.dtype) -> torch.Tensor:
+    """Raw bits as floats of a precision that holds them; invalid ones (NaN, Inf, |v| >= 2^limit_bits) as 0."""
+    floats = float_tensor(np.asarray(bits), dtype).to(precision, copy=True)
+    return floats.masked_fill_(~(floats.abs() < float(1 << limit_bits)), 0.0)  # a NaN compares false as well
+
+
 def product(x: torch.Tensor, bits: Bits, dtype: Dtype) -> torch.Tensor:
-    """x [T, n] times raw weights [m, n]: float64 [T, m]."""
-    out = torch.empty((x.shape[0], bits.shape[0]), dtype=torch.float64)
-    for first, tile in weight_tiles(bits, dtype):
-        tile /= float(1 << dtype.weight_fraction_bits)
+    """x [T, n] times raw weights [m, n]: [T, m], in x's precision."""
+    out = torch.empty((x.shape[0], bits.shape[0]), dtype=x.dtype)
+    for first, tile in _tiles(bits, dtype, x.dtype):
         for row in range(0, x.shape[0], ROWS):
-            out[row : row + ROWS, first : first + tile.shape[0]] = x[row : row + ROWS] @ tile.T
+            torch.mm(x[row : row + ROWS], tile.T, out=out[row : row + ROWS, first : first + tile.shape[0]])
     return out
 
 
-class Reference:
-    """One model's layers in float64. h, q, k, v, attn_out: raw served bits [T, width]."""
+def _tiles(bits: Bits, dtype: Dtype, precision: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, weights [rows, n]) over raw weights [m, n]."""
+    if precision == torch.float64:
+        for first, tile in weight_tiles(bits, dtype):
+            yield first, tile.div_(float(1 << dtype.weight_fraction_bits))
+        return
+    step = max(1, _SCREEN_TILE // bits.shape[1])
+    for first in range(0, bits.shape[0], step):
+        yield first, values(bits[first : first + step], dtype, WEIGHT_LIMIT_BITS, precision)
 
-    def __init__(self, weights: Weights) -> None:
+
+class Reference:
+    """One model's layers. h, q, k, v, attn_out: raw served bits [T, width]."""
+
+    def __init__(self, weights: Weights, precision: torch.dtype = torch.float64) -> None:
+        """precision: torch.float64, or torch.float32 to screen what was served in 16 bits. Raises ValueError."""
+        allowed = {torch.float64, torch.float32} if weights.shape.served_dtype != Dtype.FLOAT32 else {torch.float64}
+        if precision not in allowed:
+            raise ValueError(f"expected one of {sorted(map(str, allowed))} for what was served, got {precision}")
         self.weights = weights
         self.shape: ModelShape = weights.shape
+        self.precision = precision
+
+    def real(self, bits: Bits) -> torch.Tensor:
+        """Served bits as the law's values; invalid ones are 0."""
+        if self.precision == torch.float64:
+            return real(bits, self.shape.served_dtype)
+        return values(bits, self.shape.served_dtype, SERVED_LIMIT_BITS, self.precision)
 
     def projected(self, kind: Kind, layer: int, h: Bits, positions: Positions | None = None) -> torch.Tensor:
         """q, k or v [T, width] of h, q and k after RoPE. positions: [T]; default 0 .. T-1."""
-        shape, prefix = self.shape, f"model.layers.{layer}"
-        x = self._normed(real(h, shape.served_dtype), f"{prefix}.input_layernorm.weight")
+        prefix = f"model.layers.{layer}"
+        x = self._normed(self.real(h), f"{prefix}.input_layernorm.weight")
         out = self._times(x, f"{prefix}.self_attn.{_PROJECTION[kind]}.weight")
         return out if kind == Kind.V else self._turned(out, np.arange(len(out)) if positions is None else positions)
 
     def attended(self, layer: int, q: Bits, k: Bits, v: Bits) -> torch.Tensor:
         """attn_out [T, hidden]: exact causal softmax over the served q, k, v, then o_proj."""
+        return self.combined(layer, self.mixed(q, k, v))
+
+    def mixed(self, q: Bits, k: Bits, v: Bits, first: int = 0) -> torch.Tensor:
+        """What the heads make of k and v [T, width] for the queries q [n, width] at positions first .. first + n - 1:
+        [n, query width].
+        """
         shape = self.shape
-        dtype, hd, group = shape.served_dtype, shape.head_dim, shape.heads // shape.kv_heads
-        positions = len(q)
-        mixed = torch.empty((positions, shape.query_width), dtype=torch.float64)
-        for head in range(shape.heads):
-            own, shared = slice(head * hd, (head + 1) * hd), slice(head // group * hd, (head // group + 1) * hd)
-            query, key, value = real(q[:, own], dtype), real(k[:, shared], dtype), real(v[:, shared], dtype)
-            for first in range(0, positions, QUERIES):
-                end = min(first + QUERIES, positions)
-                scores = query[first:end] @ key[:end].T / sqrt(hd)
-                future = torch.arange(end)[None, :] > torch.arange(first, end)[:, None]
-                weights = torch.softmax(scores.masked_fill_(future, float("-inf")), dim=1)
-                mixed[first:end, own] = weights @ value[:end]
+        hd, group, count = shape.head_dim, shape.heads // shape.kv_heads, len(q)
+        end = first + count
+        query = self.real(q).reshape(count, shape.kv_heads, group, hd).permute(1, 2, 0, 3)
+        key, value = (self.real(x[:end]).reshape(end, shape.kv_heads, hd).transpose(0, 1) for x in (k, v))
+        out = torch.empty((shape.kv_heads, group, count, hd), dtype=self.precision)
+        step = max(1, QUERIES // group)
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            seen = first + high
+            future = torch.arange(seen)[None, :] > torch.arange(first + low, first + high)[:, None]
+            for head in range(shape.kv_heads):
+                scores = query[head, :, low:high] @ key[head, :seen].T / sqrt(hd)
+                weights = torch.softmax(scores.masked_fill_(future, float("-inf")), dim=-1)
+                out[head, :, low:high] = weights @ value[head, :seen]
+        return out.permute(2, 0, 1, 3).reshape(count, shape.query_width)
+
+    def combined(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
+        """attn_out [T, hidden] of what the heads made."""
         return self._times(mixed, f"model.layers.{layer}.self_attn.o_proj.weight")
 
     def transformed(self, layer: int, h: Bits, attn_out: Bits) -> torch.Tensor:
         """mlp_out [T, hidden] of h + attn_out, added as hardware does."""
         shape, prefix = self.shape, f"model.layers.{layer}"
         dtype, stored = shape.served_dtype, shape.weight_dtype
-        x = real(vectors.add_bits(dtype, np.asarray(h), np.asarray(attn_out)), dtype)
+        x = self.real(vectors.add_bits(dtype, np.asarray(h), np.asarray(attn_out)))
         x = self._normed(x, f"{prefix}.post_attention_layernorm.weight")
         down = self.weights.raw(f"{prefix}.mlp.down_proj.weight")
-        out = torch.zeros((len(x), shape.hidden), dtype=torch.float64)
+        out = torch.zeros((len(x), shape.hidden), dtype=self.precision)
         for first in range(0, shape.intermediate, _COLUMN_TILE):
             columns = slice(first, first + _COLUMN_TILE)
             gate = product(x, self.weights.raw(f"{prefix}.mlp.gate_proj.weight", columns), stored)
             up = product(x, self.weights.raw(f"{prefix}.mlp.up_proj.weight", columns), stored)
-            tile = fixed_weights(down[:, columns], stored) / float(1 << stored.weight_fraction_bits)
-            out += (torch.nn.functional.silu(gate) * up) @ tile.T
+            active = torch.nn.functional.silu(gate).mul_(up)
+            for start, tile in _tiles(down[:, columns].T, stored, self.precision):
+                out.addmm_(active[:, start : start + tile.shape[0]], tile)
         return out
 
     def logits(self, out: Bits) -> Iterator[tuple[int, torch.Tensor]]:
         """(first token, logits [T, tokens]) of the last layer's rows, in tiles over the vocabulary."""
-        x = self._normed(real(out, self.shape.served_dtype), "model.norm.weight")
-        stored = self.shape.weight_dtype
-        for first, tile in weight_tiles(self.weights.raw("lm_head.weight"), stored):
-            yield first, x @ (tile / float(1 << stored.weight_fraction_bits)).T
+        x = self._normed(self.real(out), "model.norm.weight")
+        for first, tile in _tiles(self.weights.raw("lm_head.weight"), self.shape.weight_dtype, self.precision):
+            yield first, x @ tile.T
 
     def _times(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return product(x, self.weights.raw(name), self.shape.weight_dtype)
 
     def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        gain = self.weights.float64(name)[0]
+        gain = self.weights.float64(name)[0].to(x.dtype)
         root = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + float(self.shape.rms_eps))
         return x * root * gain
 
@@ -112,5 +153,5 @@ class Reference:
         phase = positions.astype(np.uint64)[:, None] * table[None, :]  # modulo 2^64, as the law has it
         angle = torch.from_numpy(phase.astype(np.float64) * (2 * pi / 2.0**64))[:, None, :]
         pairs = x.reshape(len(x), -1, 2, half)
-        a, b, c, s = pairs[:, :, 0], pairs[:, :, 1], angle.cos(), angle.sin()
+        a, b, c, s = pairs[:, :, 0], pairs[:, :, 1], angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         return torch.stack((a * c - b * s, b * c + a * s), dim=2).reshape(len(x), -1)

@@ -166,7 +166,12 @@ class Hall:
                 say(handler, json.dumps({"outputs": told}).encode())
             case ["trace"]:
                 told = [
-                    {"positions": n.positions, "tensors_root": n.tensors_root.hex()} for n in job.trees[stage].nodes
+                    {
+                        "positions": trace.positions,
+                        "tensors_root": trace.tensors_root.hex(),
+                        "roots": {name: trace.tensor_root(name).hex() for name in trace.keys},
+                    }
+                    for trace in job.traces[stage]
                 ]
                 say(handler, json.dumps({"stage": stage, "requests": told}).encode())
             case ["trace", request, key]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from deploy.demo.scenarios import Scenario
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.worker.village import CLOCK_SECONDS, STAKE, WINDOW_SECONDS, Village
-from verifier.audit import JUDGED, RIGHT, Audit, Auditor, Stage, Verdict
+from verifier.audit import JUDGED, RIGHT, Audit, Auditor, Choice, Span, Stage, Verdict
 from verifier.commit import Request
 from verifier.program import Kind
 from verifier.tolerance import Profile
@@ -50,23 +50,25 @@ class BlindAuditor(Auditor):
     """An auditor that passes over some kinds of pieces."""
 
     def __init__(self, auditor: Auditor, off: frozenset[Kind]) -> None:
-        super().__init__(auditor.weights, auditor.profile)
+        super().__init__(auditor.weights, auditor.profile, auditor.reference.precision)
         self.off = off
 
-    def layer(self, stage: Stage, request: int, layer: int, kinds: Sequence[Kind] = JUDGED) -> list[Audit]:
-        return super().layer(stage, request, layer, [kind for kind in kinds if kind not in self.off])
+    def sweep(self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED) -> Iterator[Audit]:
+        return super().sweep(layer, spans, [kind for kind in kinds if kind not in self.off])
 
-    def link(self, stage: Stage, request: int, layer: int, receiver: Stage | None = None) -> Audit | None:
-        return None if Kind.LINK in self.off else super().link(stage, request, layer, receiver)
+    def link(
+        self, stage: Stage, request: int, layer: int, receiver: Stage | None = None, rows: slice | None = None
+    ) -> Audit | None:
+        return None if Kind.LINK in self.off else super().link(stage, request, layer, receiver, rows)
 
-    def embed(self, stage: Stage, request: int, tokens: Sequence[int]) -> Audit:
-        audit = super().embed(stage, request, tokens)
+    def embed(self, stage: Stage, request: int, tokens: Sequence[int], rows: slice | None = None) -> Audit:
+        audit = super().embed(stage, request, tokens, rows)
         if Kind.EMBED in self.off:
             audit.ratios.fill(RIGHT)
         return audit
 
-    def tokens(self, stage: Stage, request: int, prompt_count: int, output: Sequence[int]) -> list[Verdict]:
-        return [] if Kind.TOKEN in self.off else super().tokens(stage, request, prompt_count, output)
+    def greedy(self, choices: Sequence[Choice]) -> list[Verdict]:
+        return [] if Kind.TOKEN in self.off else super().greedy(choices)
 
 
 class Watch:
@@ -161,6 +163,7 @@ class Hamlet:
     def _watch(self, account: int, kind: type[Watchtower]) -> Watch:
         judge = Judge(self.model)
         judge.auditor = BlindAuditor(judge.auditor, self.off)
+        judge.screener = BlindAuditor(judge.screener, self.off)
         data = self.home / f"watch{account}"
         data.mkdir()
         chain = self.village.chain(dev_account(account))

@@ -1,0 +1,198 @@
+"""What an audit costs beside the generation that it checks, and one cell of a layer of a 70B model on a small machine.
+
+CPU seconds are those of the process that serves, all stages and their records included, and of the process that audits,
+download and checks of every byte included. The workers' HTTP side runs in a third process.
+"""
+
+import json
+import multiprocessing
+import resource
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from bench._layer import shape_named
+from bench._traces import WholeLayer, serve
+from challenger.evidence import Archive, Facts
+from challenger.fetch import Ask, Fetcher
+from challenger.judge import Judge
+from challenger.strategy import parse_strategy
+from contracts.records import Job, Stage
+from deploy.devnet import free_port
+from tests.verifier import tiny
+from tests.worker.pipeline_in_process import JOB, split
+from tests.worker.pipeline_in_process import serve as generate
+from verifier.audit import Auditor, Span
+from verifier.audit import Stage as Served
+from verifier.commit import OutputsTree, Request, StageTree, make_outputs, requests_root, total_tokens
+from verifier.program import Kind
+from verifier.reference import Reference
+from verifier.tolerance import uniform_profile
+from verifier.trace import RequestTrace, tensor_keys, tensor_width
+from verifier.weights import Weights
+from worker.config import Serving
+
+STAGES = 2
+LOOSE = (1, 10, 1 << 20, 1 << 28)  # num, den, floor, margin: what is timed is not calibrated
+MODEL: dict[str, Any] = {  # 100.7 million parameters
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 16384,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+}
+NAMES = ("h", "q", "k", "v", "attn_out", "mlp_out")
+
+
+def run(
+    requests: int = 64,
+    prompt: int = 128,
+    output: int = 128,
+    layers: int = 12,
+    strategies: Sequence[str] = ("cells:16", "full"),
+    large: bool = True,
+    position: int = 4095,
+) -> dict[str, Any]:
+    """large: also one cell of a Llama-3-70B layer, at `position`. Returns {"results": rows}."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="plumb-audit-") as home:
+        if requests:
+            rows += _job(Path(home), requests, prompt, output, layers, strategies)
+        if large:
+            rows.append(_apart(_cell, home, position))
+            print(f"  {rows[-1]}", flush=True)
+    return {"results": rows}
+
+
+def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategies: Sequence[str]) -> list[Any]:
+    weights = tiny.make_weights(home / "model", tiny.config(**{**MODEL, "num_hidden_layers": layers}))
+    uniform_profile(weights.shape, *LOOSE).save(home / "model")
+    judge = Judge(home / "model")
+    random = np.random.default_rng(1)
+    batch = [Request(tuple(int(t) for t in random.integers(0, 16384, prompt)), output) for _ in range(count)]
+    stages = split(home / "model", layers, STAGES)
+    started, wall = time.process_time(), time.perf_counter()
+    states = generate(home / "data", stages, batch, Serving(cache_positions=1 << 20))
+    generation = time.process_time() - started
+    parameters = sum(place.rows * place.cols for place in weights.layout.tensors)
+    job = {"requests": count, "prompt_tokens": prompt, "output_tokens": output, "parameters": parameters}
+    row = {"kind": "generation", **job, "cpu_seconds": generation, "seconds": time.perf_counter() - wall}
+    print(f"  {row}", flush=True)
+    outputs = make_outputs(states[-1].tokens, batch)
+    trees = [StageTree(state.nodes) for state in states]
+    port = free_port()
+    told = json.dumps({"outputs": [asdict(each) for each in outputs]})
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(str(home / "data"), JOB.hex(), STAGES, str(home / "model"), told, port), daemon=True
+    )
+    server.start()
+    while socket.socket().connect_ex(("127.0.0.1", port)) != 0 and server.exitcode is None:
+        time.sleep(0.2)
+    facts = Facts(
+        JOB,
+        Job(judge.id, bytes(32), requests_root(batch), count, count * prompt, count * output, *[1] * 10),
+        tuple(Stage("", stage.first_layer, stage.end_layer, 5000) for stage in stages),
+        tuple(f"http://127.0.0.1:{port}/s{index}" for index in range(STAGES)),
+        OutputsTree(outputs).root,
+        total_tokens(outputs),
+        tuple(tree.root for tree in trees),
+    )
+    rows = [row]
+    try:
+        for strategy in strategies:
+            rows.append(_audit(home / strategy, facts, judge, strategy, generation))
+            print(f"  {rows[-1]}", flush=True)
+    finally:
+        server.kill()
+        server.join()
+    return rows
+
+
+def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, generation: float) -> dict[str, Any]:
+    archive, wall = Archive(home), time.perf_counter()
+    started = time.process_time()
+    ask = Ask(parse_strategy(strategy), 60.0, b"bench")
+    evidence = Fetcher(archive, 1 << 40).fetch(facts, judge.weights.shape, 3600.0, ask)
+    if evidence.missing:
+        raise RuntimeError(f"expected a server that answers: {evidence.missing}")
+    fetched = time.process_time()
+    findings = judge.audit(evidence)
+    done = time.process_time()
+    size = sum(path.stat().st_size for path in (home / facts.id.hex()).iterdir())
+    return {
+        "kind": "audit",
+        "strategy": strategy,
+        "cpu_seconds": done - started,
+        "cpu_seconds_download": fetched - started,
+        "cpu_seconds_audit": done - fetched,
+        "share_of_generation": (done - started) / generation,
+        "seconds": time.perf_counter() - wall,
+        "bytes": size,
+        "pieces": findings.pieces,
+        "suspicious": findings.suspicious,
+        "worst": findings.worst,
+    }
+
+
+def _cell(home: str, position: int) -> dict[str, Any]:
+    """Weights from disk, served rows that an honest float64 run would give."""
+    torch.set_num_threads(2)
+    shape, layer = shape_named("llama-3-70b"), 0
+    weights = cast(Weights, WholeLayer(shape, layer, Path(home)))
+    profile = uniform_profile(shape, *LOOSE)
+    random, keys = np.random.default_rng(3), tensor_keys(shape, 0, 1)
+    arrays = {key: np.zeros((position + 1, tensor_width(shape, key)), dtype="<u2") for key in keys}
+    for name in ("h", "k", "v"):
+        wide = random.standard_normal(arrays[f"0.{name}"].shape, dtype=np.float32)
+        arrays[f"0.{name}"][:] = tiny.to_bits(torch.from_numpy(wide), shape.served_dtype)
+    reference, spot = Reference(weights), slice(position, position + 1)
+    h = arrays["0.h"][spot]
+    for kind, name in ((Kind.Q, "q"), (Kind.K, "k"), (Kind.V, "v")):
+        rows = reference.projected(kind, layer, h, np.array([position]))
+        arrays[f"0.{name}"][spot] = tiny.to_bits(rows, shape.served_dtype)
+    mixed = reference.mixed(arrays["0.q"][spot], arrays["0.k"], arrays["0.v"], position)
+    arrays["0.attn_out"][spot] = tiny.to_bits(reference.combined(layer, mixed), shape.served_dtype)
+    made = reference.transformed(layer, h, arrays["0.attn_out"][spot])
+    arrays["0.mlp_out"][spot] = tiny.to_bits(made, shape.served_dtype)
+    trace = RequestTrace(shape, 0, 1, arrays)
+    auditor = Auditor(weights, profile, torch.float32)
+    started, cpu = time.perf_counter(), time.process_time()
+    audits = list(auditor.sweep(layer, [Span(Served(0, trace), 0, position, position + 1)]))
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {
+        "kind": "cell",
+        "shape": "llama-3-70b",
+        "position": position,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "weight_bytes": sum(2 * place.rows * place.cols for place in cast(WholeLayer, weights)._places),
+        "worst": max(audit.worst().ratio for audit in audits),
+    }
+
+
+def _apart(work: Any, *arguments: Any) -> dict[str, Any]:
+    """In a process of its own, whose memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_answer, args=(answers, work, *arguments))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"expected a measurement, the process ended with status {process.exitcode}")
+    return cast(dict[str, Any], answers.get())
+
+
+def _answer(answers: Any, work: Any, *arguments: Any) -> None:
+    answers.put(work(*arguments))

@@ -1,0 +1,97 @@
+"""How much of a job is audited: `full`, `cells:N`, `tokens`, or `auto` within a budget of seconds.
+
+A cell is all segments of one request, layer and position. Cells are drawn after the commitment, from a secret, so a
+worker that spoils a share s of them is caught by N cells with probability 1 - (1 - s)^N whatever it knows. `tokens`
+downloads no tensor: it executes prompt and output itself and looks at the trace of a request only where a token lies
+far outside of the law's margin.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+
+from verifier.commit import Output, Request
+from verifier.shape import ModelShape
+
+FULL, TOKENS, AUTO = "full", "tokens", "auto"
+_CELLS = re.compile(r"cells:([1-9]\d{0,8})")
+_PROBE = 512  # rows and columns of the product that tells how fast this machine is
+_STREAMED = 2e8  # weights a second that one position reads through: memory and disk, not arithmetic
+_OVERHEAD = 2.0  # of a full audit over its products
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    request: int
+    layer: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """name: full, tokens, auto or cells. cells: how many (of `cells`)."""
+
+    name: str = FULL
+    cells: int = 0
+
+    def __str__(self) -> str:
+        return f"cells:{self.cells}" if self.name == "cells" else self.name
+
+
+def parse_strategy(text: str) -> Strategy:
+    """Raises ValueError."""
+    if text in (FULL, TOKENS, AUTO):
+        return Strategy(text)
+    found = _CELLS.fullmatch(text)
+    if found is None:
+        raise ValueError(f"expected full, tokens, auto or cells:N, got {text!r}")
+    return Strategy("cells", int(found.group(1)))
+
+
+def positions_of(requests: Sequence[Request], outputs: Sequence[Output]) -> list[int]:
+    """How many positions each request has, by its outputs (STOP holds the last stage to it)."""
+    return [len(q.prompt) + len(o.tokens) - 1 for q, o in zip(requests, outputs, strict=True)]
+
+
+def draw(positions: Sequence[int], layers: int, count: int, seed: bytes) -> tuple[Cell, ...]:
+    """`count` different cells, uniform over request, layer and position; all of them where there are no more."""
+    ends = list(accumulate(positions))
+    total = ends[-1] * layers
+    chosen = random.Random(seed).sample(range(total), min(count, total))
+    cells = []
+    for index in chosen:
+        row, layer = divmod(index, layers)
+        request = next(r for r, end in enumerate(ends) if row < end)
+        cells.append(Cell(request, layer, row - (ends[request] - positions[request])))
+    return tuple(sorted(cells))
+
+
+def settled(strategy: Strategy, shape: ModelShape, positions: Sequence[int], seconds: float) -> Strategy:
+    """What `auto` comes to for one job: all of it if that fits into `seconds`, else as many cells as do."""
+    if strategy.name != AUTO:
+        return strategy
+    layer = shape.hidden * (2 * shape.query_width + 2 * shape.kv_width + 3 * shape.intermediate)
+    head, rows = shape.hidden * shape.vocabulary, sum(positions)
+    if _OVERHEAD * 2 * rows * (shape.layers * layer + head) / _speed() <= seconds:
+        return Strategy(FULL)
+    cells = int(seconds / ((layer + head / shape.layers) / _STREAMED))
+    return Strategy("cells", max(1, min(cells, rows * shape.layers)))
+
+
+@cache
+def _speed() -> float:
+    """Multiplications and additions a second, of this machine's float32 products."""
+    x = torch.ones(_PROBE, _PROBE)
+    torch.mm(x, x)
+    started = time.perf_counter()
+    for _ in range(4):
+        torch.mm(x, x)
+    return 4 * 2 * _PROBE**3 / (time.perf_counter() - started)

@@ -1,0 +1,153 @@
+"""What each strategy looks at, what it downloads, and what it finds."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from challenger.evidence import Archive, Evidence
+from challenger.fetch import Ask, Fetcher
+from challenger.judge import Findings, Judge
+from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled
+from tests.challenger.town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
+from verifier.program import Kind
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    folder = tmp_path_factory.mktemp("model")
+    model(folder)
+    return Judge(folder)
+
+
+@pytest.fixture(scope="module")
+def hall() -> Iterator[Hall]:
+    with Hall() as hall:
+        yield hall
+
+
+def look(judge: Judge, hall: Hall, served: Served, folder: Path, ask: Ask) -> tuple[Evidence, Findings, list[str]]:
+    asked: list[str] = []
+
+    def listen(_handler: object, path: str) -> bool:
+        asked.append(path.partition("?")[0])
+        return False
+
+    hall.misbehave = listen
+    known = facts(judge.weights, served, hall)
+    evidence = Fetcher(Archive(folder), 1 << 30).fetch(known, judge.weights.shape, 60.0, ask)
+    assert evidence.missing == ()
+    return evidence, judge.audit(evidence), asked
+
+
+def every(served: Served) -> list[Cell]:
+    spans = [(r, trace.positions) for r, trace in enumerate(served.traces[0])]
+    return [Cell(r, layer, t) for r, positions in spans for layer in range(LAYERS) for t in range(positions)]
+
+
+def test_strategies_are_parsed() -> None:
+    assert [str(parse_strategy(text)) for text in ("full", "tokens", "auto", "cells:16")] == [
+        *("full", "tokens", "auto", "cells:16")
+    ]
+    for wrong in ("", "cells", "cells:", "cells:0", "cells:-1", "cells:1e3", "Full", "cells:9999999999"):
+        with pytest.raises(ValueError, match="expected full, tokens, auto or cells:N"):
+            parse_strategy(wrong)
+
+
+def test_cells_are_drawn_uniformly_over_request_layer_and_position() -> None:
+    positions, layers, rounds = [3, 1, 6], 2, 4000
+    counts: Counter[Cell] = Counter()
+    for seed in range(rounds):
+        drawn = draw(positions, layers, 4, seed.to_bytes(4, "big"))
+        assert len(set(drawn)) == 4
+        counts.update(drawn)
+    assert len(counts) == 20 and all(0 <= c.position < positions[c.request] for c in counts)
+    expected = rounds * 4 / 20
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 43.8  # 0.1 % of chi-square with 19 degrees
+    assert draw(positions, layers, 99, b"x") == tuple(sorted(counts))
+    assert draw(positions, layers, 4, b"x") == draw(positions, layers, 4, b"x")
+
+
+def test_cells_download_their_columns_alone_and_judge_the_spoilt_one(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    spoilt = serve(judge.weights, spoil=True)
+    hits = []
+    for number in range(12):
+        ask = Ask(Strategy("cells", 1), seed=bytes([number]))
+        evidence, findings, asked = look(judge, hall, spoilt, tmp_path / str(number), ask)
+        (cell,) = findings.cells
+        tensors = {path.split("/", 4)[-1] for path in asked if "/trace/" in path}
+        after = "out" if cell.layer + 1 == LAYERS else f"{cell.layer + 1}.h"
+        names = ("h", "q", "k", "v", "attn_out", "mlp_out")
+        expected = {f"{cell.layer}.{name}" for name in names} | {after}
+        assert tensors == {f"trace/{cell.request}/{key}" for key in expected}
+        assert evidence.held == (False, False) and evidence.plan == "cells:1"
+        hit = cell == Cell(SPOILT_REQUEST, 1, SPOILT_POSITION)
+        hits.append(hit)
+        assert [(v.kind, v.request, v.layer, v.position) for v in findings.wrong] == (
+            [(Kind.MLP, SPOILT_REQUEST, 1, SPOILT_POSITION)] if hit else []
+        )
+    whole = Ask(Strategy("cells", 1000), seed=b"")
+    _, findings, _ = look(judge, hall, spoilt, tmp_path / "whole", whole)
+    assert list(findings.cells) == sorted(every(spoilt)) and [v.kind for v in findings.wrong] == [Kind.MLP]
+
+
+def test_all_cells_see_what_a_full_audit_sees(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    honest = serve(judge.weights)
+    _, full, _ = look(judge, hall, honest, tmp_path / "full", Ask())
+    _, cells, _ = look(judge, hall, honest, tmp_path / "cells", Ask(Strategy("cells", 1000)))
+    assert full.wrong == cells.wrong == () and full.pieces == cells.pieces
+    assert cells.worst == pytest.approx(full.worst, rel=1e-3, abs=1e-6)
+    assert full.receipt()["strategy"] == "full" and len(cells.receipt()["cells"]) == len(every(honest))
+
+
+def test_a_game_can_be_played_from_columns(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    spoilt = serve(judge.weights, spoil=True)
+    seen, findings, _ = look(judge, hall, spoilt, tmp_path, Ask(Strategy("cells", 1000)))
+    again = Fetcher(seen.archive, 1 << 30).load(facts(judge.weights, spoilt, hall), judge.weights.shape)
+    case = judge.case(again, findings.wrong[0])
+    assert case.verdict()
+    trace = again.trace(1, SPOILT_REQUEST)
+    assert trace is not None and trace.tensors_root == spoilt.traces[1][SPOILT_REQUEST].tensors_root
+    opening = trace.open_row("1.mlp_out", SPOILT_POSITION, 0, 256)
+    assert opening == spoilt.traces[1][SPOILT_REQUEST].open_row("1.mlp_out", SPOILT_POSITION, 0, 256)
+
+
+def test_roots_that_are_not_those_committed_to_are_refused(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    served = serve(judge.weights)
+    known = facts(judge.weights, served, hall)
+    hall.served[known.id.hex()] = Served(served.requests, served.outputs, served.traces[::-1], served.tokens)
+    hall.misbehave = lambda handler, path: False
+    evidence = Fetcher(Archive(tmp_path), 1 << 30).fetch(known, judge.weights.shape, 20.0, Ask(Strategy("cells", 1000)))
+    assert len(evidence.missing) == 2
+
+
+def test_tokens_download_no_tensor(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    _, findings, asked = look(judge, hall, serve(judge.weights), tmp_path, Ask(Strategy("tokens")))
+    assert findings.closer == () and findings.wrong == () and not any("/trace/" in path for path in asked)
+
+
+def test_a_token_far_off_has_its_request_looked_at_whole(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    """A worker that says another token than its own last row chooses."""
+    honest = serve(judge.weights)
+    first = honest.outputs[0]
+    lied = (first.tokens[0], first.tokens[1], (first.tokens[2] + 1) % 200)
+    outputs = (type(first)(first.start, first.count, first.code, lied), *honest.outputs[1:])
+    served = Served(honest.requests, outputs, honest.traces, honest.tokens)
+    evidence, findings, _ = look(judge, hall, served, tmp_path, Ask(Strategy("tokens")))
+    assert findings.closer == (0,)
+    evidence, findings, asked = look(judge, hall, served, tmp_path, Ask(Strategy("tokens"), closer=findings.closer))
+    assert {path.split("/")[5] for path in asked if "/trace/" in path} == {"0"}
+    assert [(v.kind, v.request, v.token) for v in findings.wrong] == [(Kind.TOKEN, 0, lied[-1])]
+    assert evidence.plan == "tokens" and len(REQUESTS) == 2
+
+
+def test_auto_takes_all_where_that_fits_and_as_many_cells_as_do_else(judge: Judge) -> None:
+    shape = judge.weights.shape
+    assert settled(Strategy("auto"), shape, [5, 3], 3600.0) == Strategy("full")
+    few = settled(Strategy("auto"), shape, [1000] * 100_000, 0.5)
+    more = settled(Strategy("auto"), shape, [1000] * 100_000, 5.0)
+    assert few.name == more.name == "cells" and 1 <= few.cells < more.cells
+    assert settled(Strategy("cells", 3), shape, [5], 1.0) == Strategy("cells", 3)
