@@ -18,9 +18,7 @@ from verifier.referee.tree import Tree, depth, leaf, nodes_at
 if TYPE_CHECKING:  # Rationale: the chain's client needs the structs without loading torch
     from verifier.canonical import Case
 
-LIST_LEVELS, ONE_LIST_LEVELS = 5, 6
-# Levels of a tree that one list of nodes goes down: three lists of sixteen nodes cost less gas than two of 64; but a
-# tree of six levels is one list, so that no game takes a seventh move.
+LIST_LEVELS = 6  # of a tree that one list of nodes goes down, at most: with six no game takes a seventh move
 HASH_BYTES = 32
 SUM_BYTES = 16
 SUM_ENTRIES = 32  # partial sums in a list: 512 bytes
@@ -198,8 +196,6 @@ def _account(address: str) -> bytes:
 
 def levels_per_list(levels: int) -> int:
     """Levels that each list of nodes goes down in a tree of that depth > 0; the last may go fewer."""
-    if levels <= ONE_LIST_LEVELS:
-        return levels
     return -(-levels // -(-levels // LIST_LEVELS))
 
 

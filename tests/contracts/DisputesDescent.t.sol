@@ -25,7 +25,7 @@ contract DisputesDescentTest is Base {
             assertTrue(nodes == 1 || first == 1 << (above - level), "the first node is full");
             above = level;
         }
-        assertEq(lists, depth <= 6 ? 1 : (depth + 4) / 5, "one list for six levels, else one for each five");
+        assertEq(lists, (depth + 5) / 6, "one list for each six levels");
     }
 
     function test_levels_of_small_trees() external pure {

@@ -9,9 +9,8 @@ import {Instruction, Model, Operand} from "../interfaces/IReferee.sol";
 /// @title Descent: the shape of every list that a game may post
 /// @notice docs/protocol.md, "The game", 3. All shapes follow from the instruction, the position and the unit, never from the caller.
 library Descent {
-    /// @dev Levels of a tree that one list of nodes goes down: five at most, but six where that saves a list of a whole game.
-    uint256 private constant LIST_LEVELS = 5;
-    uint256 private constant ONE_LIST_LEVELS = 6;
+    /// @dev Levels of a tree that one list of nodes goes down, at most: with six no game takes a seventh move.
+    uint256 private constant LIST_LEVELS = 6;
     /// @dev Bytes of one partial sum, an i128.
     uint256 internal constant SUM_BYTES = 16;
     /// @dev Rationale: a quoted byte costs up to 40 gas, hashing it when the list is posted not one.
@@ -52,7 +51,6 @@ library Descent {
 
     /// @notice Levels that each list of nodes goes down in a tree of that depth > 0 (the last may go fewer).
     function levelsPerList(uint256 depth) internal pure returns (uint256) {
-        if (depth <= ONE_LIST_LEVELS) return depth;
         uint256 lists = (depth + LIST_LEVELS - 1) / LIST_LEVELS;
         return (depth + lists - 1) / lists;
     }
