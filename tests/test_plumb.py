@@ -92,7 +92,7 @@ def test_a_report_tells_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_plan_needs_a_file_that_can_be_read(tmp_path: Path) -> None:
     answer = run("plan", str(tmp_path / "none.toml"))
     assert answer.returncode == 1
-    assert answer.stderr == f"plumb: {tmp_path / 'none.toml'}: No such file or directory\n"
+    assert answer.stderr == f"error: {tmp_path / 'none.toml'}: No such file or directory\n"
 
 
 def test_profit_tells_the_bar() -> None:

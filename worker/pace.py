@@ -33,7 +33,9 @@ class Pace:
         self.hops_seconds = math.inf  # sum L
 
     def returned(self, round_seconds: float, busy_seconds: float, slowest_seconds: float) -> None:
-        """A microbatch came back: seconds since its first stage began, the sum and the largest of its stage times."""
+        """A microbatch came back: seconds since its first stage began, the sum of its stage times, and the slowest
+        stage's, on average.
+        """
         first = math.isinf(self.hops_seconds)
         # Rationale: the smallest, since anything above it is waiting in queues, which more microbatches only lengthen.
         self.hops_seconds = min(self.hops_seconds, max(0.0, round_seconds - busy_seconds))

@@ -30,7 +30,7 @@ from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
-from worker.pace import Pace
+from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
 from worker.recorder import Recorder, Summary
 from worker.sampler import Draw
@@ -183,6 +183,7 @@ class Run:
         self._expected = 0
         self._sequence = 0
         self._broken = False
+        self._own_seconds = 0.0  # a microbatch here, smoothed
         self._drain()
         self._inbox = asyncio.Queue(INBOX)
         self._cache = self._stage.cache()
@@ -468,7 +469,10 @@ class Run:
                 for (piece, _), token in zip(sampled, ids, strict=True)
             ]
             own = time.perf_counter() - began
-            return Step(batch, ended, out, tokens, began, busy + own, max(slowest, own))
+            # Rationale: smoothed here and not at stage 0: the largest of many times that vary is no stage's time, and
+            # would make the ring too small.
+            self._own_seconds += (own - self._own_seconds) * (SMOOTHING if self._own_seconds else 1.0)
+            return Step(batch, ended, out, tokens, began, busy + own, max(slowest, self._own_seconds))
 
         return work
 

@@ -160,7 +160,7 @@ def test_the_audit_finds_an_honest_trace_within_tolerance(
 
 
 async def _deliver(runs: list[Run], stage: int, **fields: object) -> None:
-    body = pb.Envelope(job=JOB, attempt=1, **fields)  # type: ignore[arg-type]
+    body = pb.Envelope(job=JOB, attempt=1, **fields)
     await runs[stage].receive(Peer("stage 0", "stage 0", b""), body)
 
 
