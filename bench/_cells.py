@@ -112,12 +112,17 @@ def wilson(hits: int, tries: int) -> tuple[float, float]:
 
 
 def sampled(
-    flags: Sequence[Flags], count: int, trials: int, random: np.random.Generator, among: Sequence[Flags] | None = None
+    flags: Sequence[Flags],
+    count: int,
+    trials: int,
+    random: np.random.Generator,
+    among: Sequence[Flags] | None = None,
+    spread: bool = True,
 ) -> int:
     """In how many of `trials` audits of one request each `count` random cells convict.
 
-    The cells are spread over the layers: no layer is looked at twice before each was looked at once. among: the cells
-    that may be drawn, [layers, T] a request; default all.
+    spread: over the layers, none of which is looked at twice before each was looked at once; else all cells are equally
+    likely. among: the cells that may be drawn, [layers, T] a request; default all.
     """
     hits = 0
     open_cells = among if among is not None else [np.ones_like(flag) for flag in flags]
@@ -125,6 +130,10 @@ def sampled(
     able = [r for r, rows in enumerate(places) if any(len(row) for row in rows)]
     for _ in range(trials if able else 0):
         r = able[int(random.integers(len(able)))]
+        if not spread:
+            drawn = random.choice(np.flatnonzero(open_cells[r]), count)
+            hits += bool(flags[r].ravel()[drawn].any())
+            continue
         layers = [layer for layer, row in enumerate(places[r]) if len(row)]
         order: list[int] = []
         while len(order) < count:
@@ -142,7 +151,8 @@ def row(
     allowed = among if among is not None else [np.ones_like(flag) for flag in flags]
     cells = sum(int(a.sum()) for a in allowed)
     ones = sum(int(f[a].sum()) for f, a in zip(flags, allowed, strict=True))
-    eight, eight_own = (sampled(f, 8, trials, random, among) for f in (flags, own))
+    eight = sampled(flags, 8, trials, random, among)
+    uniform = sampled(own, 8, trials, random, among, spread=False)
     full = sum(j.full for j in judged)
     counted = {"rate_1": (ones, cells), "rate_8": (eight, trials), "rate_full": (full, len(judged))}
     return {
@@ -152,6 +162,6 @@ def row(
         "cells": cells,
         **{key: hits / tries if tries else 0.0 for key, (hits, tries) in counted.items()},
         "ci95": {key: wilson(hits, tries) for key, (hits, tries) in counted.items()},
-        "rate_8_own": eight_own / trials,
+        "rate_8_uniform": uniform / trials,  # as `cells:8` draws today: anywhere, and their own segments alone
         "median_ratio": float(np.median(np.concatenate([j.ratio[a] for j, a in zip(judged, allowed, strict=True)]))),
     }

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,18 +24,20 @@ from bench._cells import Judged, confirmed, judge, peaks, row, wilson
 from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
+from challenger.judge import SCREEN_MARGINS
 from deploy.calibrate import Measured, calibrate, lengths, sample
 from deploy.serving import SETTINGS, available, serve_all
-from verifier.audit import Auditor
-from verifier.calibration import q30_floor
+from verifier.audit import Auditor, Stage
 from verifier.commit import Request
+from verifier.execution import Execution
 from verifier.referee.floats import Dtype
 from verifier.safetensors_file import write
-from verifier.screen import Screen
+from verifier.sources import ServedTensors
 from verifier.vectors import to_bits as rounded
 from verifier.weights import Weights, identify
 from worker.sampler import Draw, choose_all
-from worker.stage import Stage, from_bits
+from worker.stage import Stage as Worker
+from worker.stage import from_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "bench" / "detect"
@@ -56,10 +58,6 @@ class Court:
     @property
     def auditor(self) -> Auditor:
         return Auditor(self.weights, self.measured.profile)
-
-    @property
-    def screen(self) -> Screen:
-        return Screen(self.weights, self.measured.profile, q30_floor(self.measured.screen.threshold))
 
 
 def run(
@@ -127,7 +125,7 @@ def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, A
     """Every honest setting on fresh text; each position's token is chosen, greedily and drawn in turn, and judged."""
     shape, auditor, model = court.weights.shape, court.auditor, identify(court.weights, court.measured.profile)
     here, _ = available(SETTINGS[settings])
-    stage = Stage(court.weights.folder, 0, shape.layers, weights=court.weights)
+    stage = Worker(court.weights.folder, 0, shape.layers, weights=court.weights)
     texts = sample(stage, lengths(sequences, 96, shape.max_positions - 1), FRESH)
     out = []
     for run in serve_all(court.weights.folder, court.weights, texts, here):
@@ -152,7 +150,7 @@ def attack_rows(
     weights, auditor = court.weights, court.auditor
     random = np.random.default_rng(FRESH)
     shape = weights.shape
-    stage = Stage(weights.folder, 0, shape.layers, weights=weights)
+    stage = Worker(weights.folder, 0, shape.layers, weights=weights)
     # Half of the prompts are the model's own text, half are random.
     own = np.array([text[-prompt:] for text in sample(stage, [2 * prompt] * (requests // 2), FRESH)]).reshape(
         -1, prompt
@@ -201,12 +199,15 @@ def by_peak(court: Court, attack: Attack, results: Sequence[Result], judged: Seq
 
 
 def _screened(court: Court, results: Sequence[Result]) -> dict[str, Any]:
-    """What the tokens alone tell, without a trace."""
-    hits = 0
+    """What the tokens alone tell, as a watchtower's `tokens` looks at them, and within the margin that was measured."""
+    worst = []
     for result in results:
-        seen = court.screen.request(result.index, result.request, result.tokens)
-        hits += any(verdict.ratio > 1 for verdict in seen)
-    return {"rate_tokens": hits / len(results), "ci95_tokens": wilson(hits, len(results))}
+        own = Stage(0, cast(ServedTensors, Execution(court.weights, result.fed)))
+        worst.append(max(v.ratio for v in court.auditor.chosen(own, result.index, result.request, result.tokens)))
+    measured = court.measured.screen.threshold / court.measured.calibration.logits(court.measured.margin).threshold
+    hits, close = (sum(ratio > limit for ratio in worst) for limit in (SCREEN_MARGINS, measured))
+    rates = {"rate_tokens": hits / len(worst), "rate_tokens_measured": close / len(worst)}
+    return rates | {"ci95_tokens": wilson(hits, len(worst)), "ci95_tokens_measured": wilson(close, len(worst))}
 
 
 def _weakest_holds(court: Court, judged: Sequence[Judged]) -> bool | None:

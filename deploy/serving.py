@@ -47,7 +47,8 @@ class Setting:
     """One honest way to serve.
 
     rows: positions of one sequence in one forward (0: all); plain: attention without fusion; together: sequences in one
-    forward (0: all); onednn: whether oneDNN's kernels are used; isa: a key of INSTRUCTIONS, "" for all that there are.
+    forward (0: all); onednn: whether oneDNN's kernels are used; isa: a key of INSTRUCTIONS, "" for all that there are;
+    widened: 16-bit products computed in float32, as a worker does whose CPU has none of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Setting:
     onednn: bool = True
     isa: str = ""
     device: str = "cpu"
+    widened: bool = False
 
 
 # What the processor may do, as its libraries read it from the environment when a process starts.
@@ -77,6 +79,8 @@ QUICK = (
     Setting("chunked prefill, 2 threads", rows=CHUNK, threads=2),
     Setting("one-token decode", rows=1),
     Setting("one-token decode, plain attention", rows=1, plain=True),
+    Setting("whole prefill, widened weights", widened=True),
+    Setting("one-token decode, widened weights", rows=1, widened=True),
 )
 FULL = (
     *QUICK,
@@ -124,16 +128,18 @@ def serve_all(
     stage_class: type[Stage] = Stage,
 ) -> Iterator[Run]:
     """Every setting in turn. Raises ServingFailed where a child process does."""
-    stages: dict[str, Stage] = {}
+    stages: dict[tuple[str, bool], Stage] = {}
     for isa, group in groupby(settings, key=lambda setting: setting.isa):
         if isa:
             yield from _in_child(folder, sequences, list(group))
             continue
         for setting in group:
-            if setting.device not in stages:
+            kind = (setting.device, setting.widened)
+            if kind not in stages:
+                device, widened = kind
                 layers = weights.shape.layers
-                stages[setting.device] = stage_class(folder, 0, layers, weights=weights, device=setting.device)
-            yield serve(stages[setting.device], sequences, setting)
+                stages[kind] = stage_class(folder, 0, layers, weights=weights, device=device, widened=widened)
+            yield serve(stages[kind], sequences, setting)
 
 
 def serve(stage: Stage, sequences: Sequence[Sequence[int]], setting: Setting) -> Run:

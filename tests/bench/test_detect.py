@@ -136,6 +136,7 @@ def test_eight_cells_are_spread_over_the_layers() -> None:
     one_layer = judged([[False] * 5, [True] * 5, [False] * 5]).cells
     assert sampled([one_layer], 8, 50, random) == 50  # three layers: each is looked at twice at least
     assert 5 < sampled([one_layer], 1, 90, random) < 60  # one cell finds it in one of three
+    assert 35 < sampled([one_layer], 2, 90, random, spread=False) < 65  # 1 - (2/3)^2 = 5/9 of them
     only_first = [np.array([[True] * 5, [False] * 5, [False] * 5])]
     assert sampled([one_layer], 8, 50, random, only_first) == 0
     assert sampled([one_layer], 8, 50, random, [np.zeros((3, 5), dtype=np.bool_)]) == 0

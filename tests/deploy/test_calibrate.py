@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deploy.calibrate import calibrate, lengths, sample
-from deploy.serving import FULL, INSTRUCTIONS, QUICK, ServingFailed, Setting, available, serve, serve_all
+from deploy.serving import FULL, INSTRUCTIONS, QUICK, ServingFailed, Setting, available, serve_all
 from tests.verifier import tiny
 from verifier.audit import Auditor
 from verifier.audit import Stage as Served
@@ -80,7 +80,7 @@ def test_every_setting_serves_what_the_profile_allows(tmp_path: Path) -> None:
     here, absent = available([setting for setting in FULL if not setting.isa])
     assert {setting.device for setting in absent} <= {"cuda"}
     for setting in here:
-        run = serve(stage, sequences, setting)
+        (run,) = serve_all(tmp_path, weights, sequences, [setting])
         assert [scores.shape for scores in run.logits] == [(n, weights.shape.vocabulary) for n in wanted]
         for arrays in run.traces:
             served = Served(0, RequestTrace(weights.shape, 0, weights.shape.layers, arrays))
@@ -120,6 +120,7 @@ def test_the_settings_cover_what_changes_bits() -> None:
     assert set(QUICK) < set(FULL) and len({setting.name for setting in FULL}) == len(FULL)
     assert {setting.isa for setting in FULL} == {"", *INSTRUCTIONS}
     assert {setting.threads for setting in FULL} == {1, 2} and {setting.device for setting in FULL} == {"cpu", "cuda"}
+    assert {setting.widened for setting in QUICK} == {False, True}
     assert any(not setting.onednn for setting in FULL) and {setting.together for setting in FULL} == {0, 1, 3}
 
 
