@@ -23,7 +23,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def fleet(judge: Judge) -> Iterator[Fleet]:
     root = str(Path(__file__).resolve().parent.parent.parent)
     ray.init(
         num_cpus=2,
@@ -31,7 +31,7 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
     )
-    yield
+    yield Fleet(judge, "local")
     ray.shutdown()
 
 
@@ -41,8 +41,7 @@ def evidence(judge: Judge, hall: Hall, folder: Path, spoil: bool, ask: Ask) -> E
 
 
 @pytest.mark.parametrize("strategy", [Strategy(), Strategy("cells", 5), Strategy("cells", 1000)])
-def test_a_cluster_finds_what_one_thread_finds(cluster: None, judge: Judge, tmp_path: Path, strategy: Strategy) -> None:
-    fleet = Fleet(judge, "local")
+def test_a_cluster_finds_what_one_thread_finds(fleet: Fleet, judge: Judge, tmp_path: Path, strategy: Strategy) -> None:
     with Hall() as hall:
         for spoil in (False, True):
             held = evidence(judge, hall, tmp_path / str(spoil), spoil, Ask(strategy, seed=b"s"))
