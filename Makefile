@@ -71,7 +71,8 @@ format: setup ## what `check` demands of style
 	$(BIN)/ruff format .
 	"$(FORGE)" fmt
 
-test-system: setup ## tests of the whole system with outside servers
+test-system: setup ## tests of the whole system with outside servers: needs PostgreSQL (Debian: apt-get install postgresql)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,fleet]'
 	$(RUN) -m pytest --override-ini addopts='--import-mode=importlib --strict-markers' tests/system
 
 vectors: setup ## refill the shared vectors of the two referees

@@ -4,6 +4,7 @@ CPU seconds are those of the process that serves, all stages and their records i
 download and checks of every byte included. The workers' HTTP side runs in a third process.
 """
 
+import asyncio
 import json
 import multiprocessing
 import resource
@@ -11,6 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +29,7 @@ from challenger.strategy import parse_strategy
 from contracts.records import Job, Stage
 from deploy.devnet import free_port
 from tests.verifier import tiny
-from tests.worker.pipeline_in_process import JOB, split
-from tests.worker.pipeline_in_process import serve as generate
+from tests.worker.pipeline_in_process import JOB, split, wire
 from verifier.audit import Auditor, Span
 from verifier.audit import Stage as Served
 from verifier.commit import OutputsTree, Request, StageTree, make_outputs, requests_root, total_tokens
@@ -38,6 +39,8 @@ from verifier.tolerance import uniform_profile
 from verifier.trace import RequestTrace, tensor_keys, tensor_width
 from verifier.weights import Weights
 from worker.config import Serving
+from worker.job import JobState
+from worker.stage import Stage as WorkerStage
 
 STAGES = 2
 LOOSE = (1, 10, 1 << 20, 1 << 28)  # num, den, floor, margin: what is timed is not calibrated
@@ -83,7 +86,7 @@ def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategi
     batch = [Request(tuple(int(t) for t in random.integers(0, 16384, prompt)), output) for _ in range(count)]
     stages = split(home / "model", layers, STAGES)
     started, wall = time.process_time(), time.perf_counter()
-    states = generate(home / "data", stages, batch, Serving(cache_positions=1 << 20))
+    states = _generate(home / "data", stages, batch)
     generation = time.process_time() - started
     parameters = sum(place.rows * place.cols for place in weights.layout.tensors)
     job = {"requests": count, "prompt_tokens": prompt, "output_tokens": output, "parameters": parameters}
@@ -117,6 +120,20 @@ def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategi
         server.kill()
         server.join()
     return rows
+
+
+def _generate(home: Path, stages: Sequence[WorkerStage], batch: Sequence[Request]) -> list[JobState]:
+    """Serves the batch as a pipeline of workers does, in this process; the final states of all stages."""
+
+    async def work() -> list[JobState]:
+        with ThreadPoolExecutor(1) as compute:
+            serving = Serving(cache_positions=1 << 20, stall_seconds=600.0)
+            runs = wire(home, stages, batch, serving, compute)
+            for each in runs:
+                each.start()
+            return list(await asyncio.gather(*(each.finished for each in runs)))
+
+    return asyncio.run(work())
 
 
 def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, generation: float) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""500 jobs with deadlines of minutes on one chain: whether the watchtower lets any window pass, and with how much to
-spare.
+"""500 jobs with deadlines of minutes on one chain: whether any window is missed, and how much time was to spare.
 
-Jobs come in batches, as fast as the chain takes them, most of them honest; the others have one spoilt row, and their worker denies everything. A job is
-in time if it was judged, and if it is guilty challenged, before its window was over.
+Jobs come in batches, as fast as the chain takes them, most of them honest; the others have one spoilt row, and their
+worker denies everything. A job is in time if it was judged, and if it is guilty challenged, before its window was over.
 """
 
 import multiprocessing

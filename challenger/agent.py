@@ -17,6 +17,7 @@ from challenger.config import Config, ConfigError
 from challenger.desk import Desk, Outcome, Task
 from challenger.evidence import Archive, Dossier, Evidence, Unavailable, read_facts
 from challenger.fetch import Ask, Fetcher
+from challenger.fleet import Fleet
 from challenger.games import Games
 from challenger.judge import Findings, Judge, Work
 from challenger.metrics import Metrics
@@ -68,6 +69,7 @@ class Agent:
         self._tidied = -TIDY_BLOCKS  # the head when it was tidied up last
         self._journalled = False
         self._faults: dict[str, int] = {}
+        self._fleets: dict[bytes, Fleet] = {}  # by model
         self._seeds: dict[bytes, bytes] = {}  # SAFETY: secret, and made after the commitment was seen
         self._collecting = threading.Lock()
 
@@ -268,7 +270,11 @@ class Agent:
 
     def work_of(self, judge: Judge) -> Work | None:
         """Who does the units of an audit; None: this thread."""
-        return None
+        if not self.config.ray:
+            return None
+        if judge.id not in self._fleets:
+            self._fleets[judge.id] = Fleet(judge, self.config.ray)
+        return self._fleets[judge.id].work
 
     # ---- what games are played from
 

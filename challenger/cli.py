@@ -27,6 +27,7 @@ PATIENCE_SECONDS = 10.0  # with a node that does not answer, before the loop loo
 RECEIPT_SECONDS = 60.0  # clocks of other games run while one waits for a block
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file; see docs/operating.md.")]
+RayAddress = Annotated[str, typer.Option("--ray", help="Spread audits over this Ray cluster; 'local' starts one here.")]
 REFUSALS = (ConfigError, ContractsError, ModelFolderError, UnsupportedModel, InvalidProfile, StoreError, OSError)
 
 
@@ -41,12 +42,13 @@ def open_chain(config: Config) -> Chain:
 
 
 @app.command()
-def run(config: ConfigFile) -> None:
+def run(config: ConfigFile, ray: RayAddress = "") -> None:
     """Watch the chain until stopped."""
     from challenger.agent import Agent  # Rationale: torch, only where it is needed
 
     try:
         settings = load_config(config)
+        settings = replace(settings, ray=ray or settings.ray)
         set_up(settings.log_format)
         agent = Agent.build(settings, open_chain(settings))
         if settings.metrics_port:
@@ -62,6 +64,7 @@ def audit(
     job: str,
     config: ConfigFile,
     strategy: Annotated[str, typer.Option(help="full, cells:N, tokens or auto; default: the configuration's.")] = "",
+    ray: RayAddress = "",
 ) -> None:
     """Audit one committed job now, put nothing at stake, and print the receipt.
 
@@ -70,6 +73,7 @@ def audit(
     """
     from challenger.evidence import Archive, Unavailable, read_facts
     from challenger.fetch import Ask, Fetcher
+    from challenger.fleet import Fleet
     from challenger.judge import Judge
 
     try:
@@ -89,11 +93,12 @@ def audit(
             plan, seed = parse_strategy(strategy or settings.strategy), secrets.token_bytes(16)
             ask = Ask(plan, settings.audit_seconds, seed)
             evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
-            findings = judge.audit(evidence)
+            work = Fleet(judge, ray or settings.ray).work if ray or settings.ray else None
+            findings = judge.audit(evidence, work)
             if findings.closer:
                 ask = replace(ask, closer=findings.closer)
                 evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
-                findings = judge.audit(evidence)
+                findings = judge.audit(evidence, work)
     except (*REFUSALS, Unavailable, ValueError) as error:
         raise _fail(error) from error
     typer.echo(json.dumps({"job": id.hex(), **findings.receipt(), "missing": list(evidence.missing)}, indent=2))

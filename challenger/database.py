@@ -9,12 +9,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, event, inspect
+from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+BACKENDS = ("sqlite", "postgresql")
 CONNECT_SECONDS = 10
 BUSY_SECONDS = 60  # a writer waits so long for another one
+MIGRATION_LOCK = 0x706C756D62  # of PostgreSQL: "plumb"
 UNNUMBERED = "0001"  # databases from before there were versions
 
 
@@ -42,6 +44,8 @@ def open_database(url: str) -> Engine:
     """
     try:
         place = make_url(url)
+        if place.get_backend_name() not in BACKENDS:
+            raise ValueError(f"one of {', '.join(BACKENDS)}, got {place.get_backend_name()}")
         sqlite = place.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"timeout": BUSY_SECONDS} if sqlite else {"connect_timeout": CONNECT_SECONDS}
         engine = create_engine(place, connect_args=options, pool_pre_ping=not sqlite)
@@ -52,6 +56,8 @@ def open_database(url: str) -> Engine:
         _be_transactional(engine)
     try:
         with engine.begin() as connection:
+            if not sqlite:  # two processes that start together: one migrates, the other finds it done
+                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": MIGRATION_LOCK})
             _migrate(connection, shown)
     except SQLAlchemyError as error:
         engine.dispose()

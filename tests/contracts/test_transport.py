@@ -153,13 +153,14 @@ def test_a_stuck_transaction_is_replaced_at_a_higher_price(world: Any) -> None:
 def test_two_processes_with_one_key_lose_no_transaction(world: Any, monkeypatch: Any) -> None:
     """Between the question for the nonce and the transaction somebody else who holds the key is faster."""
     ours, theirs = world.chain(11), world.chain(11)
-    real, raced = Transport._broadcast, []
+    real = Transport._broadcast
+    raced: list[Signed] = []
 
     def broadcast(self: Transport, signed: Signed) -> None:
         if self is ours.transport and not raced:
             raced.append(signed)
             rival = dataclasses.replace(signed)
-            fields = {**_fields(signed.raw), "maxFeePerGas": 10**11, "maxPriorityFeePerGas": 10**10}
+            fields: Any = {**_fields(signed.raw), "maxFeePerGas": 10**11, "maxPriorityFeePerGas": 10**10}
             made = dev_account(11).sign_transaction(fields)
             real(theirs.transport, dataclasses.replace(rival, raw=bytes(made.raw_transaction)))
         real(self, signed)
@@ -191,7 +192,12 @@ def test_a_nonce_that_was_taken_in_the_pool_is_told(world: Any) -> None:
         while not notebook.sent:
             time.sleep(0.05)
         time.sleep(0.2)
-        fields = {**_fields(notebook.sent[0].raw), "maxFeePerGas": 10**11, "maxPriorityFeePerGas": 10**10, "value": 1}
+        fields: Any = {
+            **_fields(notebook.sent[0].raw),
+            "maxFeePerGas": 10**11,
+            "maxPriorityFeePerGas": 10**10,
+            "value": 1,
+        }
         fields |= {"to": dev_account(1).address, "data": b""}
         ask(world, "eth_sendRawTransaction", dev_account(12).sign_transaction(fields).raw_transaction.to_0x_hex())
         world.devnet.mine()

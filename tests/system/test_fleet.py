@@ -1,0 +1,57 @@
+"""Audits on a Ray cluster: what is found is what one thread finds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from challenger.config import ConfigError
+from challenger.evidence import Archive, Evidence
+from challenger.fetch import Ask, Fetcher
+from challenger.fleet import Fleet
+from challenger.judge import Judge
+from challenger.strategy import Strategy
+from tests.challenger.town import Hall, facts, model, serve
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    folder = tmp_path_factory.mktemp("model")
+    model(folder)
+    return Judge(folder)
+
+
+@pytest.fixture(scope="module")
+def fleet(judge: Judge) -> Iterator[Fleet]:
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
+    )
+    yield Fleet(judge, "local")
+    ray.shutdown()
+
+
+def evidence(judge: Judge, hall: Hall, folder: Path, spoil: bool, ask: Ask) -> Evidence:
+    served = serve(judge.weights, spoil=spoil)
+    return Fetcher(Archive(folder), 1 << 30).fetch(facts(judge.weights, served, hall), judge.weights.shape, 60.0, ask)
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy("cells", 5), Strategy("cells", 1000)])
+def test_a_cluster_finds_what_one_thread_finds(fleet: Fleet, judge: Judge, tmp_path: Path, strategy: Strategy) -> None:
+    with Hall() as hall:
+        for spoil in (False, True):
+            held = evidence(judge, hall, tmp_path / str(spoil), spoil, Ask(strategy, seed=b"s"))
+            alone, spread = judge.audit(held), judge.audit(held, fleet.work)
+            assert alone == spread and alone.pieces > 0
+            assert bool(alone.wrong) == spoil or strategy.cells == 5
+
+
+def test_no_cluster_is_told() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    with pytest.raises(ConfigError, match=r"ray: no cluster at 127\.0\.0\.1:1"):
+        Fleet(Judge.__new__(Judge), "127.0.0.1:1")
