@@ -193,6 +193,7 @@ contract Workers is IWorkers, EIP712 {
 
     /// @inheritdoc IWorkers
     function pipelineStage(bytes32 id, uint256 index) external view returns (Stage memory) {
+        if (index >= _stages[id].length) revert UnknownStage(index);
         return _stages[id][index];
     }
 

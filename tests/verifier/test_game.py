@@ -336,7 +336,7 @@ def test_one_step_must_be_proved_and_a_true_value_cannot_be(long: tiny.Tiny) -> 
 
 
 def test_lists_of_nodes_reach_the_leaves_in_few_even_steps() -> None:
-    # by hand: depth 6 takes one list, 7 two of 4 and 3 levels, 10 two of 5, 11 two of 6 and 5, 12 two of 6, 13 three of 5, 5 and 3
+    # by hand: depth 6 takes one list, 7 two of 4 and 3 levels, 10 two of 5, 11 of 6 and 5, 13 three of 5, 5 and 3
     expected = {1: [0], 6: [0], 7: [3, 0], 10: [5, 0], 11: [5, 0], 12: [6, 0], 13: [8, 3, 0], 14: [9, 4, 0]}
     for levels, lists in expected.items():
         level, seen = levels, []

@@ -38,6 +38,7 @@ interface IWorkers {
     error InvalidShares(uint256 total);
     error BadSignature(uint256 stage);
     error PipelineExists(bytes32 id);
+    error UnknownStage(uint256 index);
 
     function register(Worker calldata worker) external;
     function stake(uint256 amount) external;
