@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,13 @@ def settings(foundry: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def sources(foundry: dict[str, Any], root: Path = ROOT) -> dict[str, str]:
-    """Every Solidity file under `src` and whatever it imports: path relative to the root -> text."""
+def sources(foundry: dict[str, Any], root: Path = ROOT, first: Sequence[str] = ()) -> dict[str, str]:
+    """The files `first` (none: all Solidity under `src`) and whatever they import: path from the root -> text."""
     profile = foundry["profile"]["default"]
     remappings = [tuple(entry.split("=", 1)) for entry in profile.get("remappings", [])]
     found: dict[str, str] = {}
-    waiting = sorted(path.relative_to(root).as_posix() for path in (root / profile["src"]).rglob("*.sol"))
+    under_src = (path.relative_to(root).as_posix() for path in (root / profile["src"]).rglob("*.sol"))
+    waiting = list(first) or sorted(under_src)
     while waiting:
         name = waiting.pop()
         if name in found:

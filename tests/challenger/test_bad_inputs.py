@@ -20,7 +20,7 @@ from challenger.registered import WrongModel, check_registered
 from challenger.store import GameState, JobState, Store
 from contracts.events import ChallengeCommitted, GameMoved
 from deploy.deployment import deploy
-from deploy.devnet import Devnet, free_port
+from deploy.devnet import Devnet
 from deploy.keys import dev_account, write_keystore
 from tests.challenger.place import Place
 from tests.challenger.town import Hall, Town, model, serve
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     ("url", "reason"),
     [
         ("sqlite:////no/such/folder/x.db", "cannot use the database sqlite:////no/such/folder/x.db: unable to open"),
-        (f"postgresql+psycopg://me:secret@127.0.0.1:{free_port()}/x", r"postgresql\+psycopg://me:\*\*\*@.*refused"),
+        ("postgresql+psycopg://me:secret@127.0.0.1:1/x", r"postgresql\+psycopg://me:\*\*\*@.*refused"),
         ("no url", "expected a database URL of SQLAlchemy"),
         ("nosuch://host/x", "expected a database URL of SQLAlchemy"),
     ],

@@ -14,18 +14,10 @@ import httpx
 from eth_abi.abi import decode, encode
 from eth_utils.crypto import keccak
 
-from contracts.build import ROOT, settings
+from contracts.build import ROOT, settings, sources
 
 _REFEREE = "contracts/src/referee"
 _HARNESS = "tests/contracts/referee/Harness.sol"
-SOURCES = (
-    *(
-        f"{_REFEREE}/{name}.sol"
-        for name in ("Codec", "Fixed", "Floats", "Ops", "Referee", "Sampler", "Sampling", "Tree")
-    ),
-    "contracts/src/interfaces/IReferee.sol",
-    _HARNESS,
-)
 _PANIC = bytes.fromhex("4e487b71")  # Panic(uint256): a division by zero, from a program that is none
 _DEPLOY_SECONDS = 120.0
 _BATCH = 200  # calls a request: small enough for anvil's limit on a request's bytes at the widest arguments
@@ -52,7 +44,7 @@ class Code:
 def compiled(changes: Mapping[str, str] | None = None) -> dict[str, Code]:
     """Referee and Harness, by name. changes: source path -> text that stands in for the file's."""
     profile = tomllib.loads((ROOT / "foundry.toml").read_text(encoding="utf-8"))
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in SOURCES} | dict(changes or {})
+    texts = sources(profile, first=(f"{_REFEREE}/Referee.sol", _HARNESS)) | dict(changes or {})
     chosen = settings(profile) | {"outputSelection": {"*": {"*": ["abi", "evm.bytecode.object"]}}}
     request = {"language": "Solidity", "sources": {k: {"content": v} for k, v in texts.items()}, "settings": chosen}
     output = _kept(request)

@@ -124,8 +124,8 @@ def of_segment(segment: Segment) -> Iterator[tuple[str, Segment]]:
         yield f"no such {name}", replace(segment, **changed)
 
 
-def of_move(move: Move) -> Iterator[tuple[str, Move]]:
-    if move.siblings:  # else it is another claim about the same list, and as good a move
+def of_move(move: Move, phase: Phase) -> Iterator[tuple[str, Move]]:
+    if phase in (Phase.STEPS, Phase.NODES):  # else it is another claim about the same piece, and as good a move
         yield "pick", replace(move, pick=move.pick + 1)
     yield "pick beyond the list", replace(move, pick=1 << 20)
     yield "the largest pick", replace(move, pick=(1 << 64) - 1)
@@ -136,8 +136,8 @@ def of_move(move: Move) -> Iterator[tuple[str, Move]]:
         yield f"no {name}", with_bytes(move, name, b"")
         yield f"much {name}", with_bytes(move, name, held + bytes(LONGEST))
     yield "list of one entry more", replace(move, list=move.list + move.list[:32])
-    if move.siblings:  # else nothing is proved by any, and none is read
-        yield "a sibling more", replace(move, siblings=(*move.siblings, bytes(32)))
+    yield "a sibling more", replace(move, siblings=(*move.siblings, bytes(32)))
+    if move.siblings:
         yield "a sibling less", replace(move, siblings=move.siblings[:-1])
 
 
@@ -148,6 +148,7 @@ def of_proof(proof: Proof) -> Iterator[tuple[str, Proof]]:
         held: bytes = getattr(proof, name)
         yield f"{name} cut off", with_bytes(proof, name, held[:-1])
         yield f"{name} too long", with_bytes(proof, name, held + b"\0")
+    yield "a piece's hash more", replace(proof, siblings=(*proof.siblings, bytes(32)))
     yield "a root less", replace(proof, steps=proof.steps[:-1])
     yield "a root more", replace(proof, steps=(*proof.steps, bytes(32)))
     yield "another model", replace(proof, model=replace(proof.model, layers=3))
@@ -226,7 +227,7 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
             proofs = [(what, encode("prove", id, seen.game, proof)) for what, proof in of_proof(answer)]
             check(court, index, encode("prove", id, seen.game, answer), proofs, seed=len(phases))
             break
-        moves = [(what, encode("descend", id, seen.game, move)) for what, move in of_move(answer)]
+        moves = [(what, encode("descend", id, seen.game, move)) for what, move in of_move(answer, seen.game.phase)]
         states = [
             ("state cut off", encode("descend", id, seen.game.encode()[:-1], answer)),
             ("another state", encode("descend", id, replace(seen.game, index=seen.game.index + 1), answer)),

@@ -265,10 +265,9 @@ library Ops {
             let place := add(standard, 32)
             let end := add(place, shl(5, mload(standard)))
             // Four pairs a turn while they last and are valid, then one.
-            for { let whole := add(place, and(sub(end, place), not(127))) } lt(place, whole) { place := add(
-                place,
-                128
-            ) } {
+            for { let whole := add(place, and(sub(end, place), not(127))) } lt(place, whole) {
+                place := add(place, 128)
+            } {
                 let there := add(place, ahead)
                 if or(
                     or(eq(mload(there), missing), eq(mload(add(there, 32)), missing)),
