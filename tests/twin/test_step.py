@@ -59,7 +59,8 @@ class Step:
         """As the ABI wants them."""
         openings = [(o.data, list(o.siblings)) for o in self.openings]
         model, cell = dataclasses.astuple(self.model), dataclasses.astuple(self.cell)
-        proof = (model, self.instruction.encode(), 0, b"", [], list(self.steps), openings)
+        no_pieces: list[bytes] = []
+        proof = (model, self.instruction.encode(), 0, b"", no_pieces, list(self.steps), openings)
         return (cell, self.element, self.chunk, proof)
 
     def judged(self) -> Answer:
