@@ -103,17 +103,20 @@ def measure(
     """Serves the batch; what came back to stage 0. latencies_seconds[i]: one way, from stage i to the next; cores[i]:
     the one it keeps to.
     """
-    fork = multiprocessing.get_context("fork")
+    # Rationale: a process that has used gRPC can't be forked; the server that forks here only imports it.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["bench._ring"])
     with tempfile.TemporaryDirectory() as name:
         folder, n = Path(name), len(builds)
         for i in range(n):
             tls.create(folder / f"{i}.pem", folder / f"{i}.key")
         doors, processes = [], []
         for i, build in enumerate(builds):
-            ours, theirs = fork.Pipe()
+            ours, theirs = server.Pipe()
             core = cores[i] if cores else None
-            process = fork.Process(target=_stage, args=(i, n, build, requests, serving, folder, theirs, core))
+            process = server.Process(target=_stage, args=(i, n, build, requests, serving, folder, theirs, core))
             process.start()
+            theirs.close()  # so that a stage that is gone is noticed
             doors.append(ours)
             processes.append(process)
         try:

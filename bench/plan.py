@@ -7,6 +7,7 @@ the worker's own, as in `plumb bench ring`.
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
@@ -79,8 +80,7 @@ def _row(
     used = [(count, took) for count, took in zip(counts, times, strict=True) if count]
     bounds = pairwise([0, *accumulate(count for count, _ in used)])
     builds: list[Build] = [
-        lambda first=first, end=end, took=took: _emulated(folder, first, end, took)  # type: ignore[misc]
-        for (first, end), (_, took) in zip(bounds, used, strict=True)
+        partial(_emulated, folder, first, end, took) for (first, end), (_, took) in zip(bounds, used, strict=True)
     ]
     stages = [count * took for count, took in used]
     whole = sum(stages) + len(used) * latency

@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,7 +90,7 @@ def run(
 
 
 def _stage(folder: Path, kind: type[Stage], first: int, end: int) -> Callable[[], Stage]:
-    return lambda: kind(folder, first, end)
+    return partial(kind, folder, first, end)
 
 
 def _row(case: Case, latency: float, sized: bool, seconds: float, rounds: int) -> dict[str, Any]:

@@ -190,7 +190,7 @@ contract Demands is IDemands {
         bytes32 modelId = keccak256(abi.encode(model));
         if (modelId != target.job.model) revert WrongModel(target.job.model, modelId);
         if (asked.request >= target.job.requests) revert WrongDemand("request");
-        // Panics (0x32) for a stage that the pipeline does not have.
+        // Reverts with UnknownStage for a stage that the pipeline does not have.
         target.stage = workers.pipelineStage(target.job.pipeline, asked.stage);
         bool last = target.stage.endLayer == model.layers;
         target.tensors = LAYER_TENSORS * (target.stage.endLayer - target.stage.firstLayer) + (last ? 1 : 0);

@@ -187,6 +187,7 @@ contract Disputes is IDisputes {
     function prove(bytes32 id, bytes calldata posted, Proof calldata proof) external bounded {
         Game memory game = _resume(id, posted);
         if (game.phase != Phase.Elements && game.phase != Phase.Sums) revert WrongPhase(game.phase);
+        _requireWithin(proof);
         Instruction memory ins = _instruction(game, proof.record);
         if (!Descent.readsEarlier(ins, game.step)) revert RecordMismatch();
         bytes32 modelId = Descent.modelId(proof.model);
@@ -395,7 +396,20 @@ contract Disputes is IDisputes {
         return Codec.elementCount(ins, game.segment.position, game.segment.unit);
     }
 
-    /// @dev Hands the proof on as it stands in calldata. Its hashes were checked, so nothing of it needs to be decoded here.
+    /// @dev SAFETY: offsets in calldata are signed. `_step` hands on what lies behind the proof's start; of what lies before it the referee would
+    /// read other bytes than were hashed here.
+    function _requireWithin(Proof calldata proof) private pure {
+        bytes calldata record = proof.record;
+        bytes32[] calldata steps = proof.steps;
+        bool outside;
+        assembly ("memory-safe") {
+            let first := add(proof, 32) // an array begins behind its length
+            outside := or(lt(record.offset, first), lt(steps.offset, first))
+        }
+        if (outside) revert ClaimMismatch();
+    }
+
+    /// @dev Hands the proof on as it stands in calldata: its hashes were checked, and all that was hashed lies within.
     function _step(Game memory game, Proof calldata proof, uint256 element, uint256 chunk)
         private
         view

@@ -320,7 +320,7 @@ contract Escrow is IEscrow, EIP712 {
         _requireInWindow(id, record, stage);
         end = record.windowEnd;
 
-        // Checked: the price of a demand doubles with what is queued, so 2^16 can't be paid for; see gameOpened.
+        // Checked: the price of a demand doubles with what is queued, so 2^16 can't be paid for.
         record.openDemands += 1;
     }
 

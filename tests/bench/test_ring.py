@@ -1,5 +1,6 @@
 """The emulated ring serves a whole batch through the worker's own links."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from worker.config import Serving
 
 def test_every_token_comes_back_and_stages_tell_their_times(tmp_path: Path) -> None:
     write_llama(tmp_path, torch.float32, hidden=32, layers=2)
-    builds = [lambda i=i: EmulatedStage(tmp_path, i, i + 1) for i in range(2)]
+    builds = [partial(EmulatedStage, tmp_path, i, i + 1) for i in range(2)]
     requests = [Request(prompt=(1, 2), limit=3) for _ in range(6)]
     returned = measure(builds, requests, Serving(max_rows=2), [0.03, 0.03])
     assert sum(row.tokens for row in returned) == 18

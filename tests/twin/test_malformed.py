@@ -30,6 +30,7 @@ LONGEST = 24 * 1024
 CHECKING_GAS = 30_000  # beyond a transaction and its calldata: to look at lengths, a state and a clock
 CUTS, DIRTY = 12, 12
 WSUM = 4
+RECORD_FIELD, STEPS_FIELD = 14, 18  # words of a Proof's head: 14 of the model, record, pick, claim, siblings, steps
 POSITION = 597  # WSUM has 75 chunks: two lists of sums
 
 
@@ -156,6 +157,21 @@ def of_proof(proof: Proof) -> Iterator[tuple[str, Proof]]:
         yield what, replace(proof, openings=openings)
 
 
+def before_itself(right: bytes, field: int) -> bytes:
+    """A call of `prove` whose proof keeps field `field` (a bytes or an array of words) in front of its own start, where
+    offsets are negative.
+    """
+    words = [int.from_bytes(right[4 + 32 * i : 36 + 32 * i], "big") for i in range(len(right) // 32)]
+    start = words[2] // 32  # prove(bytes32, bytes, Proof)
+    at = start + words[start + field] // 32
+    length = words[at] if field == STEPS_FIELD else -(-words[at] // 32)
+    held = words[at : at + 1 + length]
+    moved = [*words[:start], *held, *words[start:]]
+    moved[2] += 32 * len(held)
+    moved[start + len(held) + field] = (1 << 256) - 32 * len(held)
+    return right[:4] + b"".join(word.to_bytes(32, "big") for word in moved)
+
+
 def of_handoff(proof: HandoffProof) -> Iterator[tuple[str, HandoffProof]]:
     yield "index", replace(proof, index=proof.index ^ 1)
     yield "index beyond the tree", replace(proof, index=proof.leaves)
@@ -224,8 +240,11 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
         index = WORKERS[1] if seen.game.worker_turn else CHALLENGER
         answer = solve(seen.game, seen.list, truth if seen.game.worker_turn else liar, steps)
         if isinstance(answer, Proof):
+            right = encode("prove", id, seen.game, answer)
+            for field in (RECORD_FIELD, STEPS_FIELD):
+                assert arena.attempt(index, before_itself(right, field))[0] == "ClaimMismatch"
             proofs = [(what, encode("prove", id, seen.game, proof)) for what, proof in of_proof(answer)]
-            check(court, index, encode("prove", id, seen.game, answer), proofs, seed=len(phases))
+            check(court, index, right, proofs, seed=len(phases))
             break
         moves = [(what, encode("descend", id, seen.game, move)) for what, move in of_move(answer, seen.game.phase)]
         states = [

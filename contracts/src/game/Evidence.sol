@@ -122,7 +122,7 @@ contract Evidence {
         return docket.charge;
     }
 
-    /// @dev Panics (0x32) for a stage that the pipeline does not have.
+    /// @dev Reverts with UnknownStage, of Workers, for a stage that the pipeline does not have.
     function _accuse(Segment calldata segment, Model calldata model) private view returns (Docket memory docket) {
         docket.job = escrow.brief(segment.job, segment.stage);
         bytes32 modelId = Descent.modelId(model);
