@@ -228,7 +228,8 @@ class Run:
             envelope = self._envelope()
             envelope.abort.reason = str(error)[:500]
             try:
-                await asyncio.wait_for(self._successor.send(envelope), 5)
+                async with asyncio.timeout(5):
+                    await self._successor.send(envelope)
             except (JobFailed, TimeoutError) as failure:
                 log.warning("job %s: the successor could not be told: %s", self.folder.job.hex()[:8], failure)
 
@@ -269,6 +270,8 @@ class Run:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
+                if _cancelled():
+                    raise asyncio.CancelledError from error
                 failure = _failure(error)
                 log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, failure)
                 self._recorder.close()
@@ -343,7 +346,8 @@ class Run:
     async def _next(self, patience_seconds: float | None) -> pb.Envelope:
         """The predecessor's next message at stage 0. Raises Stalled; JobFailed if it is an abort."""
         try:
-            envelope = await asyncio.wait_for(self._inbox.get(), patience_seconds)
+            async with asyncio.timeout(patience_seconds):
+                envelope = await self._inbox.get()
         except TimeoutError:
             raise Stalled(self._predecessor, f"no message for {patience_seconds:g} s") from None
         if envelope.WhichOneof("body") == "abort":
@@ -380,6 +384,8 @@ class Run:
         except asyncio.CancelledError:
             raise
         except Exception as error:
+            if _cancelled():
+                raise asyncio.CancelledError from error
             failure = _failure(error)
             await self._break(failure)
             if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
@@ -488,7 +494,8 @@ class Run:
     async def _send(self, envelope: pb.Envelope) -> None:
         assert self._successor is not None
         try:
-            await asyncio.wait_for(self._successor.send(envelope), self._serving.stall_seconds)
+            async with asyncio.timeout(self._serving.stall_seconds):
+                await self._successor.send(envelope)
         except TimeoutError:
             raise Stalled("the successor", f"took no message for {self._serving.stall_seconds:g} s") from None
 
@@ -564,6 +571,12 @@ class Run:
         except JobFailed as error:
             if self.state.phase is Phase.SEALED:
                 self._fail(error)
+
+
+def _cancelled() -> bool:
+    """Whether this task is to end: from a TaskGroup that is cancelled as one of its tasks fails, the failure comes."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _failure(error: Exception) -> JobFailed:

@@ -3,12 +3,12 @@ wire's bytes.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from verifier.commit import Request
 from worker import ring_pb2 as pb
@@ -22,8 +22,15 @@ from worker.stage import Stage
 
 JOB = bytes(range(32))
 
+T = TypeVar("T")
+
 Tiny = tuple[Path, Any]  # a model's folder, and the model in transformers
 Greedy = Callable[[Any, Request], list[int]]
+
+
+async def within(seconds: float, awaited: Awaitable[T]) -> T:
+    async with asyncio.timeout(seconds):
+        return await awaited
 
 
 class Stamp:
@@ -96,6 +103,6 @@ def serve(
             runs = wire(data, stages, requests, chosen, compute)
             for run in runs:
                 run.start()
-            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in runs)), 900))
+            return list(await within(900, asyncio.gather(*(run.finished for run in runs))))
 
     return asyncio.run(work())

@@ -12,7 +12,7 @@ import pytest
 
 from contracts.client import Status
 from deploy.devnet import Devnet
-from tests.worker.pipeline_in_process import Greedy, Tiny
+from tests.worker.pipeline_in_process import Greedy, Tiny, within
 from tests.worker.village import WINDOW_SECONDS, Village
 from verifier.commit import Request, make_outputs, outputs_root
 from verifier.trace import RequestTrace
@@ -72,7 +72,7 @@ def test_a_job_is_served_committed_settled_and_paid(
         assert all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents)
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 900))
+    asyncio.run(within(900, story()))
 
 
 def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, requests_batch: list[Request]) -> None:
@@ -119,4 +119,4 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
         assert (await village.get(0, "/jobs/xyz")).status_code == 409
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 900))
+    asyncio.run(within(900, story()))

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.worker.pipeline_in_process import within
 from worker.pipe import Pipe
 
 
@@ -50,7 +51,7 @@ def test_the_next_computes_while_the_last_is_handed_on() -> None:
                 await pipe.put(compute_second)
                 await pipe.end()
 
-    asyncio.run(asyncio.wait_for(story(), 120))
+    asyncio.run(within(120, story()))
 
 
 def test_what_was_put_waits_until_there_is_room() -> None:

@@ -13,7 +13,7 @@ from contracts.client import Status, challenge_id
 from contracts.events import GameEnded, GameMoved, JobVoided
 from contracts.play import Followed
 from deploy.devnet import Devnet
-from tests.worker.pipeline_in_process import Tiny
+from tests.worker.pipeline_in_process import Tiny, within
 from tests.worker.village import CLOCK_SECONDS, WINDOW_SECONDS, Village
 from verifier.canonical import Case
 from verifier.commit import Request, StageTree
@@ -263,7 +263,7 @@ def test_an_honest_worker_wins_by_proof_and_by_flag(
         assert (end.convicted, end.reason) == (255, 2)
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 900))
+    asyncio.run(within(900, story()))
 
 
 def test_a_receiver_shifts_the_blame_for_a_diverted_row(
@@ -307,4 +307,4 @@ def test_a_receiver_shifts_the_blame_for_a_diverted_row(
         assert any(isinstance(event, JobVoided) for event in village.requester.events(0))
         await village.sleep()
 
-    asyncio.run(asyncio.wait_for(story(), 900))
+    asyncio.run(within(900, story()))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.worker.pipeline_in_process import JOB, Greedy, Stamp, Tiny, serve, split, wire
+from tests.worker.pipeline_in_process import JOB, Greedy, Stamp, Tiny, serve, split, wire, within
 from verifier.audit import Auditor
 from verifier.audit import Stage as AuditedStage
 from verifier.commit import Request, StageTree, TraceNode, make_outputs, outputs_root
@@ -139,6 +139,74 @@ def test_a_broken_attempt_is_followed_by_another(
     assert [list(ids) for ids in states[0].tokens] == [greedy(model, request) for request in requests_batch]
 
 
+class Aborting:
+    """A successor whose ring gives up as it takes the first rows; it takes them `turns` of the loop later."""
+
+    def __init__(self, run: Run, turns: int) -> None:
+        self.run = run
+        self.turns = turns
+        self.told = asyncio.Event()
+
+    async def send(self, envelope: pb.Envelope) -> None:
+        abort = pb.Envelope(job=JOB, attempt=envelope.attempt, abort=pb.Abort(reason="lost"))
+        await self.run.receive(Peer("stage 1", "stage 1", b""), abort)
+        self.told.set()
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+
+    def drop(self, job: bytes, attempt: int) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+def test_an_abort_that_comes_as_a_message_is_taken_ends_the_attempt(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """Whatever the turn of the loop in which the two meet."""
+    folder, _ = tiny
+    stage = Stage(folder, 0, 2)
+
+    async def work(turns: int) -> None:
+        with ThreadPoolExecutor(1) as compute:
+            (run, _) = wire(tmp_path / str(turns), [stage, stage], requests_batch, Serving(attempts=1), compute)
+            run._successor = Aborting(run, turns)
+            run.start()
+            try:
+                with pytest.raises(JobFailed, match="a stage gave up: lost"):
+                    await within(60, run.finished)
+            finally:
+                await run.close("the test is over")
+
+    for turns in range(12):
+        asyncio.run(work(turns))
+
+
+def test_a_job_given_up_as_its_attempt_breaks_begins_no_other(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """Whatever the turn of the loop in which the two meet."""
+    folder, _ = tiny
+    stage = Stage(folder, 0, 2)
+
+    async def work(turns: int) -> None:
+        with ThreadPoolExecutor(1) as compute:
+            (run, _) = wire(tmp_path / str(turns), [stage, stage], requests_batch, Serving(), compute)
+            run._successor = successor = Aborting(run, 1_000_000)
+            run.start()
+            await successor.told.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await within(60, run.close("given up"))
+            with pytest.raises(JobFailed, match="given up"):
+                await run.finished
+            assert run.state.attempt == 1
+
+    for turns in range(12):
+        asyncio.run(work(turns))
+
+
 def test_the_audit_finds_an_honest_trace_within_tolerance(
     tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path
 ) -> None:
@@ -236,7 +304,7 @@ def test_a_wrong_signature_fails_the_job_naming_the_sender(
             for run in runs:
                 run.start()
             with pytest.raises(BadHandoff, match="stage 0: its hand-off is not signed with its key"):
-                await asyncio.wait_for(runs[1].finished, 300)
+                await within(300, runs[1].finished)
             assert runs[1].folder.load_state().phase is Phase.FAILED
             await runs[0].close("the test is over")
 
@@ -273,7 +341,7 @@ def test_a_sealed_stage_finishes_after_a_restart(tiny: Tiny, requests_batch: lis
             again[0]._successor.target, again[1]._successor.target = again[1], again[0]  # type: ignore[union-attr]
             for run in again:
                 run.start()
-            return list(await asyncio.wait_for(asyncio.gather(*(run.finished for run in again)), 900))
+            return list(await within(900, asyncio.gather(*(run.finished for run in again))))
 
     assert asyncio.run(work()) == before
 
@@ -300,9 +368,9 @@ def test_a_full_disk_fails_its_job_with_the_reason_and_the_others_are_served(
             for run in (failing, served):
                 run.start()
             with pytest.raises(JobFailed, match="No space left on device"):
-                await asyncio.wait_for(failing.finished, 300)
+                await within(300, failing.finished)
             assert "No space left on device" in failing.folder.load_state().reason
-            return await asyncio.wait_for(served.finished, 300)
+            return await within(300, served.finished)
 
     state = asyncio.run(work())
     assert [list(ids) for ids in state.tokens] == [greedy(model, request) for request in requests_batch]
