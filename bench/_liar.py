@@ -24,6 +24,7 @@ from verifier.game import (
     Proof,
     next_level,
     quoted,
+    read_roots,
     solve,
     span,
     sum_range,
@@ -259,7 +260,7 @@ class Bluffer(Solver):
         else:
             element, (first, end) = game.index, sum_range(game.first_chunk, game.end_chunk, pick)
         if end - first == 1:
-            roots = tuple(slices(steps, HASH_BYTES))
+            roots = tuple(read_roots(case.instructions[i], slices(steps, HASH_BYTES)))
             openings = tuple(case.openings(i, element, first))
             return Proof(case.model, case.record(i), pick, *quoted(posted, pick, size), roots, openings)
         entries = -(-(end - first) // span(end - first))

@@ -6,12 +6,22 @@ list that differs from the truth, and answers with the true list beneath it, or 
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from verifier.keccak import checksummed, keccak256
-from verifier.referee.codec import Model, Opening, Trace, encode_vector, slices, vector_leaf_elements
+from verifier.referee.codec import (
+    Instruction,
+    Model,
+    Opening,
+    Source,
+    Trace,
+    encode_vector,
+    slices,
+    vector_leaf_elements,
+)
 from verifier.referee.errors import DataLength
 from verifier.referee.tree import Tree, depth, leaf, nodes_at
 
@@ -65,7 +75,7 @@ class Game:
     gas_rate: int
     grace: int
     model_id: bytes
-    program_root: bytes
+    rule: bytes
     program_leaves: int
     token: int
     trace: Trace
@@ -74,7 +84,6 @@ class Game:
     steps: bytes
     phase: Phase
     step: int
-    instruction: bytes
     level: int
     index: int
     first_chunk: int
@@ -87,43 +96,44 @@ class Game:
     worker_moves: int
     challenger_moves: int
 
-    _FORMAT = ">32sBBIIII20sQ20sIII16s16s32s32s32s32sIIIIIIHHBBB?QQII32s32s32s"
+    _FORMAT = ">32sBBIIII20s5s20sIII16s16s32s32s32s32sIIIIIIHHBBB?5sQII32s32s"
 
     def encode(self) -> bytes:
-        """422 bytes. Raises struct.error, OverflowError or ValueError for what a field cannot hold."""
+        """384 bytes. Raises struct.error, OverflowError or ValueError for what a field cannot hold."""
         s, t = self.segment, self.trace
         return struct.pack(
             self._FORMAT,
             *(s.job, s.stage, s.kind, s.request, s.layer, s.position, s.unit),
-            *(_account(self.challenger), self.committed_at, _account(self.worker)),
+            *(_account(self.challenger), self.committed_at.to_bytes(5, "big"), _account(self.worker)),
             *(self.grace, self.token, self.program_leaves, self.bond.to_bytes(16, "big")),
-            *(self.gas_rate.to_bytes(16, "big"), self.model_id, self.program_root, t.root, self.steps),
+            *(self.gas_rate.to_bytes(16, "big"), self.model_id, self.rule, t.root, self.steps),
             *(t.positions, t.first_layer, t.end_layer, self.first_instruction),
             *(self.worker_seconds, self.challenger_seconds, self.worker_moves, self.challenger_moves),
-            *(self.phase, self.step, self.level, self.worker_turn, self.turn_started),
-            *(self.index, self.first_chunk, self.end_chunk, self.instruction, self.list, self.sampling),
+            *(self.phase, self.step, self.level, self.worker_turn),
+            *(self.turn_started.to_bytes(5, "big"), self.index, self.first_chunk, self.end_chunk),
+            *(self.list, self.sampling),
         )
 
     @classmethod
     def decode(cls, data: bytes) -> "Game":
-        """The state of 422 bytes. Raises DataLength; ValueError for a phase that there is none of."""
+        """The state of 384 bytes. Raises DataLength; ValueError for a phase that there is none of."""
         if len(data) != struct.calcsize(cls._FORMAT):
             raise DataLength(f"expected a game of {struct.calcsize(cls._FORMAT)} bytes, got {len(data)}")
         values = struct.unpack(cls._FORMAT, data)
         challenger, committed_at, worker, grace, token, program_leaves, bond, gas_rate = values[7:15]
-        model_id, program_root, root, steps, positions, first_layer, end_layer, first_instruction = values[15:23]
+        model_id, rule, root, steps, positions, first_layer, end_layer, first_instruction = values[15:23]
         worker_seconds, challenger_seconds, worker_moves, challenger_moves, phase, step, level = values[23:30]
-        worker_turn, turn_started, index, first_chunk, end_chunk, instruction, posted, sampling = values[30:]
+        worker_turn, turn_started, index, first_chunk, end_chunk, posted, sampling = values[30:]
         return cls(
             segment=Segment(*values[:7]),
             challenger=checksummed(challenger),
             worker=checksummed(worker),
-            committed_at=committed_at,
+            committed_at=int.from_bytes(committed_at, "big"),
             bond=int.from_bytes(bond, "big"),
             gas_rate=int.from_bytes(gas_rate, "big"),
             grace=grace,
             model_id=model_id,
-            program_root=program_root,
+            rule=rule,
             program_leaves=program_leaves,
             token=token,
             trace=Trace(root, positions, first_layer, end_layer),
@@ -132,14 +142,13 @@ class Game:
             steps=steps,
             phase=Phase(phase),
             step=step,
-            instruction=instruction,
             level=level,
             index=index,
             first_chunk=first_chunk,
             end_chunk=end_chunk,
             list=posted,
             worker_turn=worker_turn,
-            turn_started=turn_started,
+            turn_started=int.from_bytes(turn_started, "big"),
             worker_seconds=worker_seconds,
             challenger_seconds=challenger_seconds,
             worker_moves=worker_moves,
@@ -234,8 +243,9 @@ def told(posted: bytes) -> bytes:
 
 
 def quoted(posted: bytes, pick: int, size: int) -> tuple[bytes, tuple[bytes, ...]]:
-    """The piece of a posted list that holds entry `pick` of `size` bytes, and the hashes of all pieces."""
-    return slices(posted, PIECE_BYTES)[pick * size // PIECE_BYTES], _piece_hashes(posted)
+    """The piece of a posted list that holds entry `pick` of `size` bytes, and the hashes of the other pieces."""
+    index, hashes = pick * size // PIECE_BYTES, _piece_hashes(posted)
+    return slices(posted, PIECE_BYTES)[index], hashes[:index] + hashes[index + 1 :]
 
 
 def _piece_hashes(posted: bytes) -> tuple[bytes, ...]:
@@ -243,6 +253,12 @@ def _piece_hashes(posted: bytes) -> tuple[bytes, ...]:
 
 
 # ---- what an honest party does
+
+
+def read_roots(ins: Instruction, roots: Sequence[bytes]) -> list[bytes]:
+    """Of the roots of all earlier vectors those that an instruction reads, in the order of its operands."""
+    ids = [operand.id for operand in (ins.x, ins.y, ins.z) if operand.source == Source.STEP]
+    return [roots[place] for place in ids if place < len(roots)]
 
 
 def opening_steps(case: "Case") -> bytes:
@@ -294,7 +310,7 @@ def _answer_elements(game: Game, claim: bytes, case: "Case", steps: bytes) -> Mo
     element = game.index * vector_leaf_elements(wide) + pick
     chunks = case.chunks(i)
     if chunks == 1:
-        return _proof(case, i, element, 0, pick, quoted(claim, pick, size), steps)
+        return _proof(game, case, element, 0, pick, quoted(claim, pick, size), steps)
     piece, hashes = quoted(claim, pick, size)
     return Move(case.record(i), hashes, pick, piece, encode_vector(case.sums(i, element, 0, chunks), wide=True))
 
@@ -305,16 +321,26 @@ def _answer_sums(game: Game, claim: bytes, case: "Case", steps: bytes) -> Move |
     pick = _first_difference(slices(claim, SUM_BYTES), slices(ours, SUM_BYTES))
     first, end = sum_range(game.first_chunk, game.end_chunk, pick)
     if end - first == 1:
-        return _proof(case, i, element, first, pick, quoted(claim, pick, SUM_BYTES), steps)
+        return _proof(game, case, element, first, pick, quoted(claim, pick, SUM_BYTES), steps)
     piece, hashes = quoted(claim, pick, SUM_BYTES)
     return Move(case.record(i), hashes, pick, piece, encode_vector(case.sums(i, element, first, end), wide=True))
 
 
 def _proof(
-    case: "Case", i: int, element: int, chunk: int, pick: int, claim: tuple[bytes, tuple[bytes, ...]], steps: bytes
+    game: Game,
+    case: "Case",
+    element: int,
+    chunk: int,
+    pick: int,
+    claim: tuple[bytes, tuple[bytes, ...]],
+    steps: bytes,
 ) -> Proof:
+    i = game.step
     openings = tuple(case.openings(i, element, chunk))
-    return Proof(case.model, case.record(i), pick, *claim, tuple(slices(steps, HASH_BYTES)), openings)
+    roots = tuple(read_roots(case.instructions[i], slices(steps, HASH_BYTES)))
+    if keccak256(b"".join(roots)) != game.steps:
+        raise ValueError("expected the list of the game's first move, got a later one: its first event was missed")
+    return Proof(case.model, case.record(i), pick, *claim, roots, openings)
 
 
 def _nodes(case: "Case", i: int, above: int, parent: int) -> bytes:

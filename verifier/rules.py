@@ -18,6 +18,7 @@ from verifier.game import (
     level_above,
     next_level,
     pass_turn,
+    read_roots,
     remaining_seconds,
     span,
     sum_range,
@@ -130,7 +131,7 @@ def decide(game: Game, proof: Proof, now: int) -> bool:
     if keccak256(proof.model.abi_words()) != game.model_id:
         raise WrongModel(f"expected model {game.model_id.hex()}")
     if keccak256(b"".join(proof.steps)) != game.steps:
-        raise ClaimMismatch("expected the challenger's instruction roots")
+        raise ClaimMismatch("expected the roots that the instruction reads")
     if game.phase == Phase.ELEMENTS:
         wide = bool(ins.wide)
         claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings)
@@ -164,10 +165,11 @@ def _pick_step(game: Game, move: Move) -> Game:
     roots = slices(move.claim, HASH_BYTES)
     _within(move.pick, len(roots))
     place = game.first_instruction + move.pick
-    if root_of_range([leaf(move.record)], place, game.program_leaves, move.siblings) != game.program_root:
+    if root_of_range([leaf(move.record)], place, game.program_leaves, move.siblings) != game.rule:
         raise RecordMismatch(f"expected instruction {move.pick} of the program")
-    picked = replace(game, step=move.pick, instruction=keccak256(move.record))
     ins = Instruction.decode(move.record)
+    read = keccak256(b"".join(read_roots(ins, roots[: move.pick])))
+    picked = replace(game, step=move.pick, rule=keccak256(move.record), steps=read)
     leaves = _leaves(picked, ins)
     if leaves > 1:
         return _post_nodes(picked, leaves, depth(leaves), 0, roots[move.pick], move.list)
@@ -237,7 +239,7 @@ def _combined(ins: Instruction, posted: bytes, chunks: int) -> int:
     return combine(ins.op, decode_vector(posted, wide=True))
 
 
-def _claimed(game: Game, ins: Instruction, pick: int, piece: bytes, hashes: tuple[bytes, ...]) -> bytes:
+def _claimed(game: Game, ins: Instruction, pick: int, piece: bytes, others: tuple[bytes, ...]) -> bytes:
     """Entry `pick` of the opponent's list of elements or sums, from the piece of the list that holds it."""
     if game.phase == Phase.SUMS:
         size, length = SUM_BYTES, SUM_BYTES * _sums(game.end_chunk - game.first_chunk)
@@ -246,7 +248,8 @@ def _claimed(game: Game, ins: Instruction, pick: int, piece: bytes, hashes: tupl
     _within(pick, length // size)
     index, first = divmod(pick * size, PIECE_BYTES)
     _length(piece, min(length - index * PIECE_BYTES, PIECE_BYTES))
-    if keccak256(b"".join(hashes)) != game.list or hashes[index] != keccak256(piece):
+    hashes = (*others[:index], keccak256(piece), *others[index:])
+    if len(others) != (length - 1) // PIECE_BYTES or keccak256(b"".join(hashes)) != game.list:
         raise ClaimMismatch("expected a piece of the opponent's list")
     return piece[first : first + size]
 
@@ -264,7 +267,7 @@ def _sums(chunks: int) -> int:
 
 
 def _instruction(game: Game, record: bytes) -> Instruction:
-    if keccak256(record) != game.instruction:
+    if keccak256(record) != game.rule:
         raise RecordMismatch(f"expected the record of instruction {game.step}")
     return Instruction.decode(record)
 

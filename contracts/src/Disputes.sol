@@ -140,7 +140,7 @@ contract Disputes is IDisputes {
         game.gasRate = found.gasRate;
         game.grace = found.grace;
         game.modelId = found.modelId;
-        game.programRoot = model.programRoot;
+        game.rule = model.programRoot;
         game.programLeaves = model.programLeaves;
         game.firstInstruction = found.firstInstruction;
         game.trace = found.trace;
@@ -276,11 +276,12 @@ contract Disputes is IDisputes {
         if (pick >= move.claim.length / 32) revert PickOutOfRange(pick, move.claim.length / 32);
         bytes32 root =
             Descent.rootOf(Tree.leaf(move.record), game.firstInstruction + pick, game.programLeaves, move.siblings);
-        if (root != game.programRoot) revert RecordMismatch();
+        if (root != game.rule) revert RecordMismatch();
         game.step = uint8(pick);
-        game.instruction = keccak256(move.record);
+        game.rule = keccak256(move.record);
 
         Instruction memory ins = Codec.instruction(move.record);
+        game.steps = keccak256(Descent.readRoots(ins, pick, move.claim));
         bytes32 disputed = bytes32(move.claim[32 * pick:]);
         uint256 leaves = Codec.leafCount(_elements(game, ins), ins.wide != 0);
         if (leaves > 1) _postNodes(game, leaves, Tree.depth(leaves), 0, disputed, move.list);
@@ -370,7 +371,7 @@ contract Disputes is IDisputes {
         Instruction memory ins,
         uint256 pick,
         bytes calldata piece,
-        bytes32[] calldata hashes
+        bytes32[] calldata others
     ) private pure returns (bytes memory) {
         bool wide = ins.wide != 0;
         bool sums = game.phase == Phase.Sums;
@@ -381,14 +382,13 @@ contract Disputes is IDisputes {
         if (pick >= length / size) revert PickOutOfRange(pick, length / size);
         (uint256 index, uint256 first) = (pick * size / Descent.PIECE_BYTES, pick * size % Descent.PIECE_BYTES);
         _requireLength(piece, Descent.pieceBytes(length, index));
-        if (keccak256(abi.encodePacked(hashes)) != game.list || hashes[index] != keccak256(piece)) {
-            revert ClaimMismatch();
-        }
+        if (others.length != (length - 1) / Descent.PIECE_BYTES) revert ClaimMismatch();
+        if (Descent.toldBy(piece, index, others) != game.list) revert ClaimMismatch();
         return piece[first:first + size];
     }
 
     function _instruction(Game memory game, bytes calldata record) private pure returns (Instruction memory) {
-        if (keccak256(record) != game.instruction) revert RecordMismatch();
+        if (keccak256(record) != game.rule) revert RecordMismatch();
         return Codec.instruction(record);
     }
 

@@ -37,8 +37,6 @@ contract Escrow is IEscrow, EIP712 {
     /// @notice Furthest commitBy. Rationale: no mistyped deadline may hold money for ever.
     uint256 public constant MAX_TERM_SECONDS = 365 days;
     uint256 public constant NO_SHOW_BPS = 100;
-    /// @notice Winners remembered for one convicted stage: those with the oldest commitments.
-    // Rationale: bounds `release`; with 64 stages and 8 winners each it stays below 2^24 gas, the limit of one transaction (EIP-7825).
     address public constant BURN_ADDRESS = 0x000000000000000000000000000000000000dEaD;
     uint8 private constant NOBODY = 255;
     uint256 private constant BPS = 10_000;
@@ -49,16 +47,17 @@ contract Escrow is IEscrow, EIP712 {
     address public immutable demands;
 
     struct Record {
+        // One slot: all that a conviction writes of the job.
         address requester;
         Status status;
         uint8 stages; // how many
+        uint64 openGames; // see Counts
         bool refunded; // of a void job: the price was credited
         uint16 openDemands; // against all stages
         uint40 windowEnd; // 0 until committed; an answered demand may move it
         // Sets of stages, bit i for stage i.
         uint64 lockedSet; // INVARIANT: the bit is set exactly while the stage's lock is held in Workers for this job
         uint64 committedSet;
-        uint64 openGames; // see Counts
         uint64 tokens;
         bytes32 outputs;
         Job job;

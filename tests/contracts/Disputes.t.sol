@@ -271,7 +271,7 @@ abstract contract DisputesTable is Base {
         if (list.length == 0) return Move(records[record], none, pick, list, answer);
         uint256 index = pick * size / Descent.PIECE_BYTES;
         bytes memory piece = Forest.cut(list, index * Descent.PIECE_BYTES, Descent.pieceBytes(list.length, index));
-        return Move(records[record], Forest.pieceHashes(list), pick, piece, answer);
+        return Move(records[record], Forest.otherPieces(list, index), pick, piece, answer);
     }
 
     function _claim(bytes memory list, uint256 index, bytes memory value) internal pure returns (bytes memory changed) {
@@ -371,7 +371,7 @@ contract DisputesOpeningTest is DisputesTable {
         }
         s = _segment();
         s.stage = 2;
-        _refused(abi.encodeWithSignature("Panic(uint256)", 0x32), s, _evidence(), _steps());
+        _refused(abi.encodeWithSelector(IWorkers.UnknownStage.selector, 2), s, _evidence(), _steps());
     }
 
     function test_challenge_refuses_false_evidence_and_lists() external {
@@ -473,8 +473,9 @@ contract DisputesMoveTest is DisputesTable {
         assertEq(game.workerSeconds, 50, "used");
         assertEq(game.challengerSeconds, CLOCK, "not started");
         bytes memory list = new bytes(288);
-        Move memory move =
-            Move(records[0], _prove(_words(_workerNodes()), 1), 1, abi.encodePacked(keccak256("another leaf")), list);
+        Move memory move = Move(
+            records[0], _prove(Forest.words(_workerNodes()), 1), 1, abi.encodePacked(keccak256("another leaf")), list
+        );
         vm.warp(START + 950 + 300);
         game = _descend(CHALLENGER, id, game, move);
         assertEq(game.challengerSeconds, 700, "used");
@@ -536,7 +537,7 @@ contract DisputesMoveTest is DisputesTable {
     function test_nodes_refusals_and_the_short_last_leaf() external {
         Game memory game = _descend(WORKER, id, stored, _pickStep(0, _workerNodes()));
         assertTrue(game.phase == Phase.Nodes, "nodes");
-        bytes32[] memory nodes = _words(_workerNodes());
+        bytes32[] memory nodes = Forest.words(_workerNodes());
         bytes memory claim = abi.encodePacked(nodes[1]);
         Move memory move = Move(records[1], _prove(nodes, 1), 1, claim, new bytes(288));
         _refuse(abi.encodeWithSelector(IDisputes.RecordMismatch.selector), CHALLENGER, id, game, move);
@@ -562,7 +563,7 @@ contract DisputesMoveTest is DisputesTable {
     /// @dev The worker faces the challenger's second leaf of instruction 0, all zeros.
     function _atElements() internal returns (Game memory game) {
         game = _descend(WORKER, id, stored, _pickStep(0, _workerNodes()));
-        bytes32[] memory nodes = _words(_workerNodes());
+        bytes32[] memory nodes = Forest.words(_workerNodes());
         game = _descend(
             CHALLENGER, id, game, Move(records[0], _prove(nodes, 1), 1, abi.encodePacked(nodes[1]), new bytes(288))
         );
@@ -640,7 +641,7 @@ contract DisputesMoveTest is DisputesTable {
         _refuse(abi.encodeWithSelector(IDisputes.MustProve.selector), CHALLENGER, id, game, move);
 
         Proof memory proof = _proof(1, 63, list, 8);
-        proof.steps[1] = 0;
+        proof.steps = new bytes32[](1);
         _refuseProof(abi.encodeWithSelector(IDisputes.ClaimMismatch.selector), CHALLENGER, id, game, proof);
         proof = _proof(1, 63, list, 8);
         proof.model.layers = 9;
@@ -672,10 +673,10 @@ contract DisputesMoveTest is DisputesTable {
     /// @dev Entries of `size` bytes.
     function _proof(uint256 record, uint64 pick, bytes memory list, uint256 size) internal view returns (Proof memory) {
         Move memory move = _quoting(record, pick, list, size, "");
-        return Proof(model, move.record, pick, move.claim, move.siblings, _words(_steps()), new Opening[](0));
+        return Proof(model, move.record, pick, move.claim, move.siblings, _read(move.record), new Opening[](0));
     }
 
-    function _words(bytes memory list) internal pure returns (bytes32[] memory) {
-        return abi.decode(abi.encodePacked(uint256(32), list.length / 32, list), (bytes32[]));
+    function _read(bytes memory record) internal pure returns (bytes32[] memory) {
+        return Forest.readRoots(Codec.instruction(record), _steps());
     }
 }

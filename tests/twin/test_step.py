@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.twin.evm import Answer, Contract, Refusal
+from verifier.game import read_roots
 from verifier.program import Kind, ModelShape, Program, WeightLayout, build_program, profile_cells
 from verifier.referee import referee as judge
 from verifier.referee.codec import (
@@ -235,7 +236,7 @@ class World:
                         chunk = self.random.choice((0, chunks - 1))
                         reads = judge.reads_of(self.model, cell, i, element, chunk)
                         openings = tuple(self.opening(cell, vectors, read) for read in reads)
-                        yield Step(self.model, cell, roots, i, element, chunk, openings)
+                        yield Step(self.model, cell, tuple(read_roots(i, roots)), i, element, chunk, openings)
 
 
 WORLDS = [
@@ -328,7 +329,7 @@ def tampered(step: Step, source: random.Random) -> Step:
         case "instruction":
             return replace(step, instruction=changed(i, source))
         case "roots":
-            return replace(step, steps=step.steps[: source.randrange(len(step.steps))])
+            return replace(step, steps=step.steps[:-1])
         case "layer" | "position" | "unit":
             value = source.choice((0, 1, 2, 3, 18, 300))
             spot = {"layer": step.cell.layer, "position": step.cell.position, "unit": step.cell.unit} | {kind: value}

@@ -22,6 +22,7 @@ from verifier.game import (
     next_level,
     opening_steps,
     quoted,
+    read_roots,
     remaining_seconds,
     solve,
     sum_range,
@@ -29,7 +30,7 @@ from verifier.game import (
 from verifier.keccak import keccak256
 from verifier.linear import Bits
 from verifier.program import Kind
-from verifier.referee.codec import Request
+from verifier.referee.codec import Request, slices
 from verifier.rules import (
     ClaimMismatch,
     FlagFallen,
@@ -66,7 +67,7 @@ def opened(case: Case, steps: bytes, now: int = 100, seconds: int = 600) -> Game
         gas_rate=1,
         grace=GRACE,
         model_id=keccak256(model.abi_words()),
-        program_root=model.program_root,
+        rule=model.program_root,
         program_leaves=model.program_leaves,
         token=cell.token,
         trace=cell.trace,
@@ -75,7 +76,6 @@ def opened(case: Case, steps: bytes, now: int = 100, seconds: int = 600) -> Game
         steps=keccak256(steps),
         phase=Phase.STEPS,
         step=0,
-        instruction=bytes(32),
         level=0,
         index=0,
         first_chunk=0,
@@ -302,7 +302,7 @@ def test_each_phase_asks_for_its_own_move(long: tiny.Tiny) -> None:
         answer = solve(game, move.list, side, steps)
         assert isinstance(answer, Move)
         game, move = apply(game, answer, 102), answer
-    roots = tuple(steps[i : i + 32] for i in range(0, len(steps), 32))
+    roots = tuple(read_roots(truth.instructions[game.step], slices(steps, 32)))
     size = 16 if truth.instructions[game.step].wide else 8
     proof = Proof(truth.model, move.record, 3, *quoted(move.list, 3, size), roots, ())
     with pytest.raises(MustDescend):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from verifier.game import read_roots
 from verifier.program import Kind, Program, WeightLayout, build_program, profile_cells, shape_from_config
 from verifier.referee import errors
 from verifier.referee.codec import (
@@ -198,10 +199,10 @@ class World:
 
     def element(self, cell: Cell, i: Instruction, e: int, vectors: Sequence[tuple[list[bytes], Tree]]) -> int:
         """One element: all its chunks, each from openings, put together."""
-        parts = []
+        parts, roots = [], read_roots(i, [tree.root for _, tree in vectors])
         for chunk in range(chunk_count(i, cell.position)):
             openings = [self.open(cell, read, vectors) for read in reads_of(self.model, cell, i, e, chunk)]
-            parts.append(step(self.model, cell, [tree.root for _, tree in vectors], i, e, chunk, openings))
+            parts.append(step(self.model, cell, roots, i, e, chunk, openings))
         return finish(i.op, combine(i.op, parts), i.a)
 
     def run(self, kind: Kind, cell: Cell) -> list[list[int]]:

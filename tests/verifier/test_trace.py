@@ -145,7 +145,7 @@ def test_every_opening_satisfies_the_referee_until_a_byte_flips(
     model = model_of(shape)
     reads = reads_of(model, cell, instruction, element, chunk)
     openings = [opened(here, there, cell, read, steps) for read in reads]
-    roots = [tree.root([tree.leaf(part) for part in slices(steps[instruction.x.id], 512)])] * (instruction.x.id + 1)
+    roots = [tree.root([tree.leaf(part) for part in slices(steps[instruction.x.id], 512)])]
     step(model, cell, roots, instruction, element, chunk, openings)
     if openings:
         which = data.draw(st.integers(0, len(openings) - 1))

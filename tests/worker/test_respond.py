@@ -95,9 +95,7 @@ def moved(worker: str = ACCOUNT, turn_started: int = 990, seconds: int = 100, wo
         ),
         0,
     )
-    roots: dict[str, Any] = dict.fromkeys(
-        ("model_id", "program_root", "steps", "instruction", "list", "sampling"), bytes(32)
-    )
+    roots: dict[str, Any] = dict.fromkeys(("model_id", "rule", "steps", "list", "sampling"), bytes(32))
     trace = Trace(bytes(32), 0, 0, 0)
     segment = Segment(bytes(32), 1, int(Kind.MLP), 0, 0, 0, 0)
     place_and_turn: dict[str, Any] = {

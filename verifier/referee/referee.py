@@ -82,7 +82,7 @@ def step(
 ) -> int:
     """`run` of one chunk of an element (chunk 0 where the instruction is no long sum), before `finish`.
 
-    steps: the 32-byte roots of the instructions' vectors, as far as they are agreed. Raises a RefereeError.
+    steps: the 32-byte roots of the vectors that it reads, in the order of its operands. Raises a RefereeError.
     """
     elements = element_count(instruction, cell.position, cell.unit)
     if not 0 <= element < elements:
@@ -90,7 +90,7 @@ def step(
     chunks = chunk_count(instruction, cell.position)
     if not 0 <= chunk < chunks:
         raise ChunkOutOfRange(f"expected a chunk below {chunks}, got {chunk}")
-    reads = reads_of(model, cell, instruction, element, chunk)
+    reads = reads_of(model, cell, _numbered(instruction), element, chunk)
     if len(openings) != len(reads):
         raise OpeningCount(f"expected {len(reads)} openings, got {len(openings)}")
     if not reads:
@@ -101,6 +101,16 @@ def step(
     if instruction.op == Op.ROPE:
         return run(instruction.op, args, cell.position, int(element >= instruction.cols // 2))
     return run(instruction.op, args, instruction.a, instruction.b)
+
+
+def _numbered(instruction: Instruction) -> Instruction:
+    """The operands that read a vector name its root's place in the proof."""
+    operands: list[Operand] = []
+    for operand in (instruction.x, instruction.y, instruction.z):
+        place = sum(before.source == Source.STEP for before in operands)
+        operands.append(replace(operand, id=place) if operand.source == Source.STEP else operand)
+    x, y, z = operands
+    return replace(instruction, x=x, y=y, z=z)
 
 
 def padded(position: int) -> int:

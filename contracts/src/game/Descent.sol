@@ -86,7 +86,7 @@ library Descent {
         return rest < full ? rest : full;
     }
 
-    // ---- pieces of a list of elements or sums: who disputes one entry quotes its piece, and the hashes of all
+    // ---- pieces of a list of elements or sums: who disputes one entry quotes its piece, and the hashes of the others
 
     /// @notice What a game remembers of such a list: keccak256 of the hashes of its pieces, keccak256 as well.
     function told(bytes memory list) internal pure returns (bytes32 hash) {
@@ -102,6 +102,25 @@ library Descent {
                 write := add(write, 32)
             }
             hash := keccak256(hashes, sub(write, hashes))
+        }
+    }
+
+    /// @notice As `told`, from one piece and the hashes of the others.
+    /// @dev SAFETY: `index` is at most the number of the others.
+    function toldBy(bytes calldata piece, uint256 index, bytes32[] calldata others)
+        internal
+        pure
+        returns (bytes32 hash)
+    {
+        bytes32 own = keccak256(piece);
+        assembly ("memory-safe") {
+            let hashes := mload(0x40)
+            let before := shl(5, index)
+            let all := shl(5, others.length)
+            calldatacopy(hashes, others.offset, before)
+            mstore(add(hashes, before), own)
+            calldatacopy(add(add(hashes, before), 32), add(others.offset, before), sub(all, before))
+            hash := keccak256(hashes, add(all, 32))
         }
     }
 
@@ -143,6 +162,21 @@ library Descent {
     /// @notice Whether instruction `step` reads only vectors that were agreed before it.
     function readsEarlier(Instruction memory ins, uint256 step) internal pure returns (bool) {
         return _earlier(ins.x, step) && _earlier(ins.y, step) && _earlier(ins.z, step);
+    }
+
+    /// @notice Of the roots of all vectors those that instruction `step` reads, in the order of its operands.
+    function readRoots(Instruction memory ins, uint256 step, bytes calldata roots)
+        internal
+        pure
+        returns (bytes memory)
+    {
+        return bytes.concat(_read(ins.x, step, roots), _read(ins.y, step, roots), _read(ins.z, step, roots));
+    }
+
+    /// @dev Empty for what is not read: of an instruction that reads later ones no proof is taken.
+    function _read(Operand memory operand, uint256 step, bytes calldata roots) private pure returns (bytes memory) {
+        if (operand.source != STEP || operand.id >= step) return "";
+        return roots[32 * uint256(operand.id):32 * uint256(operand.id) + 32];
     }
 
     function _earlier(Operand memory operand, uint256 step) private pure returns (bool) {

@@ -8,7 +8,7 @@ import {Trace} from "../interfaces/IReferee.sol";
 /// @notice docs/protocol.md, "A game's state"; the Python twin is Game.encode and Game.decode in verifier/game.py.
 /// @dev Rationale: the state is carried by every call and every event of a game. ABI encoding would triple it with zeros.
 library Games {
-    uint256 internal constant BYTES = 422;
+    uint256 internal constant BYTES = 384;
 
     function pack(Game memory game) internal pure returns (bytes memory packed) {
         Segment memory s = game.segment;
@@ -17,33 +17,32 @@ library Games {
         // Each word runs on over the place of the next, which is written after it.
         _put(packed, 0, uint256(s.job));
         _put(packed, 32, _place(s) << 112);
-        _put(packed, 50, uint256(uint160(game.challenger)) << 96 | uint256(game.committedAt) << 32);
+        _put(packed, 50, uint256(uint160(game.challenger)) << 96 | uint256(game.committedAt) << 56);
         _put(
             packed,
-            78,
+            75,
             uint256(uint160(game.worker)) << 96 | uint256(game.grace) << 64 | uint256(game.token) << 32
                 | game.programLeaves
         );
-        _put(packed, 110, uint256(game.bond) << 128 | game.gasRate);
-        _put(packed, 142, uint256(game.modelId));
-        _put(packed, 174, uint256(game.programRoot));
-        _put(packed, 206, uint256(t.root));
-        _put(packed, 238, uint256(game.steps));
+        _put(packed, 107, uint256(game.bond) << 128 | game.gasRate);
+        _put(packed, 139, uint256(game.modelId));
+        _put(packed, 171, uint256(game.rule));
+        _put(packed, 203, uint256(t.root));
+        _put(packed, 235, uint256(game.steps));
         _put(
             packed,
-            270,
+            267,
             uint256(t.positions) << 224 | uint256(t.firstLayer) << 192 | uint256(t.endLayer) << 160
                 | uint256(game.firstInstruction) << 128 | _clocks(game)
         );
         _put(
             packed,
-            302,
-            uint256(game.turnStarted) << 192 | uint256(game.index) << 128 | uint256(game.firstChunk) << 96
-                | uint256(game.endChunk) << 64
+            299,
+            uint256(game.turnStarted) << 216 | uint256(game.index) << 152 | uint256(game.firstChunk) << 120
+                | uint256(game.endChunk) << 88
         );
-        _put(packed, 326, uint256(game.instruction));
-        _put(packed, 358, uint256(game.list));
-        _put(packed, 390, uint256(game.sampling));
+        _put(packed, 320, uint256(game.list));
+        _put(packed, 352, uint256(game.sampling));
     }
 
     /// @dev SAFETY: whoever calls this has checked that `pack` made the bytes; others may read as nonsense.
@@ -59,20 +58,20 @@ library Games {
         s.unit = uint32(word >> 112);
         word = _word(data, 50);
         game.challenger = address(uint160(word >> 96));
-        game.committedAt = uint64(word >> 32);
-        word = _word(data, 78);
+        game.committedAt = uint40(word >> 56);
+        word = _word(data, 75);
         game.worker = address(uint160(word >> 96));
         game.grace = uint32(word >> 64);
         game.token = uint32(word >> 32);
         game.programLeaves = uint32(word);
-        word = _word(data, 110);
+        word = _word(data, 107);
         game.bond = uint128(word >> 128);
         game.gasRate = uint128(word);
-        game.modelId = bytes32(_word(data, 142));
-        game.programRoot = bytes32(_word(data, 174));
-        game.steps = bytes32(_word(data, 238));
-        word = _word(data, 270);
-        game.trace = Trace(bytes32(_word(data, 206)), uint32(word >> 224), uint32(word >> 192), uint32(word >> 160));
+        game.modelId = bytes32(_word(data, 139));
+        game.rule = bytes32(_word(data, 171));
+        game.steps = bytes32(_word(data, 235));
+        word = _word(data, 267);
+        game.trace = Trace(bytes32(_word(data, 203)), uint32(word >> 224), uint32(word >> 192), uint32(word >> 160));
         game.firstInstruction = uint32(word >> 128);
         game.workerSeconds = uint32(word >> 96);
         game.challengerSeconds = uint32(word >> 64);
@@ -82,14 +81,13 @@ library Games {
         game.step = uint8(word >> 16);
         game.level = uint8(word >> 8);
         game.workerTurn = uint8(word) != 0;
-        word = _word(data, 302);
-        game.turnStarted = uint64(word >> 192);
-        game.index = uint64(word >> 128);
-        game.firstChunk = uint32(word >> 96);
-        game.endChunk = uint32(word >> 64);
-        game.instruction = bytes32(_word(data, 326));
-        game.list = bytes32(_word(data, 358));
-        game.sampling = bytes32(_word(data, 390));
+        word = _word(data, 299);
+        game.turnStarted = uint40(word >> 216);
+        game.index = uint64(word >> 152);
+        game.firstChunk = uint32(word >> 120);
+        game.endChunk = uint32(word >> 88);
+        game.list = bytes32(_word(data, 320));
+        game.sampling = bytes32(_word(data, 352));
     }
 
     function _place(Segment memory s) private pure returns (uint256) {

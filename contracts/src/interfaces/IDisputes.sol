@@ -32,16 +32,15 @@ struct Game {
     uint128 gasRate; // the job's, as `grace`: a move reads no storage but the game's slot
     uint32 grace;
     bytes32 modelId;
-    bytes32 programRoot;
+    bytes32 rule; // Steps: the program's root; then keccak256 of the 128-byte record of the instruction in dispute
     uint32 programLeaves;
     uint32 token; // served token (TOKEN, SAMPLE), committed output token (EMBED)
     Trace trace;
     bytes32 sampling; // the request's parameters, as in a Cell
     uint32 firstInstruction; // leaf index in the program tree
-    bytes32 steps; // keccak256 of the challenger's concatenated instruction roots
+    bytes32 steps; // keccak256 of the challenger's concatenated instruction roots; after Steps, of those that the instruction reads
     Phase phase;
     uint8 step; // the instruction in dispute
-    bytes32 instruction; // keccak256 of its 128-byte record
     uint8 level; // Nodes: level of the listed nodes
     uint64 index; // Nodes: index of the first listed node at `level`; Elements: leaf; Sums: element; Handoff: output token that EMBED read
     uint32 firstChunk; // Sums: the range that the list covers
@@ -57,7 +56,7 @@ struct Game {
 
 struct Move {
     bytes record; // the 128-byte instruction in dispute
-    bytes32[] siblings; // Steps: proves the record in the program tree; Nodes: the node in the opponent's list; else the hashes of all its pieces
+    bytes32[] siblings; // Steps: proves the record in the program tree; Nodes: the node in the opponent's list; else the hashes of its other pieces
     uint64 pick; // Steps: instruction; Nodes, Elements, Sums: place within the opponent's list, from 0
     bytes claim; // Steps: all instruction roots; Nodes: the picked node (32 bytes); Elements, Sums: the piece of the list that holds the picked entry
     bytes list; // the mover's own list for the picked child: 32-byte nodes, a leaf's bytes, or i128 sums

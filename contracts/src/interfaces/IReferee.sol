@@ -75,8 +75,8 @@ struct Proof {
     bytes record; // the instruction's
     uint64 pick; // place within the opponent's list of elements or sums
     bytes claim; // the piece of that list which holds it
-    bytes32[] siblings; // the hashes of all its pieces
-    bytes32[] steps; // the challenger's instruction roots
+    bytes32[] siblings; // the hashes of its other pieces
+    bytes32[] steps; // the roots that the instruction reads, in the order of its operands
     Opening[] openings;
 }
 

@@ -83,7 +83,17 @@ contract Referee is IReferee {
         returns (int256)
     {
         Place memory place = Place(proof.model, cell, proof.steps);
-        return _step(place, Codec.instruction(proof.record), element, chunk, proof.openings);
+        Instruction memory ins = Codec.instruction(proof.record);
+        _number(ins);
+        return _step(place, ins, element, chunk, proof.openings);
+    }
+
+    /// @dev The operands that read a vector name its root's place in the proof from here on.
+    function _number(Instruction memory ins) private pure {
+        uint8 place = 0;
+        if (ins.x.source == STEP) ins.x.id = place++;
+        if (ins.y.source == STEP) ins.y.id = place++;
+        if (ins.z.source == STEP) ins.z.id = place;
     }
 
     function _step(

@@ -3,7 +3,7 @@ pragma solidity 0.8.37;
 
 import {Brief, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Cell, Proof} from "../../../contracts/src/interfaces/IReferee.sol";
-import {Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
+import {IWorkers, Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
 
 /// @title What Disputes asks of Escrow, with answers that a test sets
 contract EscrowMock {
@@ -84,6 +84,7 @@ contract WorkersMock {
     }
 
     function pipelineStage(bytes32, uint256 index) external view returns (Stage memory) {
+        if (index >= _stages.length) revert IWorkers.UnknownStage(index);
         return _stages[index];
     }
 

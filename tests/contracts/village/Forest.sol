@@ -2,6 +2,7 @@
 pragma solidity 0.8.37;
 
 import {Descent} from "../../../contracts/src/game/Descent.sol";
+import {Instruction, Operand} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Tree} from "../../../contracts/src/referee/Tree.sol";
 
 /// @title Forest: the prover's side of the trees that Tree verifies
@@ -47,13 +48,24 @@ library Forest {
         }
     }
 
-    /// @notice The hashes of the pieces of a list of elements or sums.
-    function pieceHashes(bytes memory list) internal pure returns (bytes32[] memory hashes) {
+    /// @notice The hashes of the pieces of a list of elements or sums but piece `index`.
+    function otherPieces(bytes memory list, uint256 index) internal pure returns (bytes32[] memory hashes) {
         uint256 size = Descent.PIECE_BYTES;
-        hashes = new bytes32[]((list.length + size - 1) / size);
+        hashes = new bytes32[]((list.length - 1) / size);
         for (uint256 i = 0; i < hashes.length; ++i) {
-            hashes[i] = keccak256(cut(list, i * size, Descent.pieceBytes(list.length, i)));
+            uint256 piece = i < index ? i : i + 1;
+            hashes[i] = keccak256(cut(list, piece * size, Descent.pieceBytes(list.length, piece)));
         }
+    }
+
+    /// @notice Of the concatenated roots of all vectors those that an instruction reads.
+    function readRoots(Instruction memory ins, bytes memory roots) internal pure returns (bytes32[] memory) {
+        bytes memory read = bytes.concat(_read(ins.x, roots), _read(ins.y, roots), _read(ins.z, roots));
+        return words(read);
+    }
+
+    function _read(Operand memory operand, bytes memory roots) private pure returns (bytes memory) {
+        return operand.source == 1 ? cut(roots, 32 * uint256(operand.id), 32) : bytes("");
     }
 
     function words(bytes memory list) internal pure returns (bytes32[] memory) {

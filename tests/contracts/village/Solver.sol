@@ -89,7 +89,7 @@ library Solver {
         answer.kind = Kind.MOVE;
         answer.move = Move({
             record: Plan.record(c.program[step]),
-            siblings: Forest.pieceHashes(board.posted),
+            siblings: _others(board.posted, pick, Codec.elementBytes(wide)),
             pick: uint64(pick),
             claim: _quoted(board.posted, pick, Codec.elementBytes(wide)),
             list: Cases.sums(c, step, element, 0, chunks)
@@ -111,6 +111,10 @@ library Solver {
         return Forest.cut(list, index * Descent.PIECE_BYTES, Descent.pieceBytes(list.length, index));
     }
 
+    function _others(bytes memory list, uint256 pick, uint256 size) private pure returns (bytes32[] memory) {
+        return Forest.otherPieces(list, pick * size / Descent.PIECE_BYTES);
+    }
+
     function _prove(
         Answer memory answer,
         Board memory board,
@@ -123,8 +127,8 @@ library Solver {
         answer.proof.record = Plan.record(c.program[board.game.step]);
         answer.proof.pick = uint64(pick);
         answer.proof.claim = _quoted(board.posted, pick, size);
-        answer.proof.siblings = Forest.pieceHashes(board.posted);
-        answer.proof.steps = Forest.words(board.steps);
+        answer.proof.siblings = _others(board.posted, pick, size);
+        answer.proof.steps = Forest.readRoots(c.program[board.game.step], board.steps);
         answer.proof.openings = openings;
     }
 
