@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
 from challenger.judge import Findings, Judge
 from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled
-from tests.challenger.town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
 from verifier.program import Kind
 
 LAYERS = 2
