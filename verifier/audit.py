@@ -355,9 +355,11 @@ class _Rows:
 
 def _squares(x: torch.Tensor, columns: int) -> Ratios:
     """The sum of squares of each `columns` columns of a row, the last of them fewer: [positions, units]."""
-    main = x.shape[1] // columns * columns
-    parts = [x[:, :main].reshape(len(x), -1, columns), x[:, main:].reshape(len(x), -1, x.shape[1] - main)]
-    norms = [torch.linalg.vector_norm(part, dim=2).double() for part in parts if part.shape[2]]
+    whole, rest = divmod(x.shape[1], columns)
+    main = x[:, : whole * columns].reshape(len(x), whole, columns)
+    norms = [torch.linalg.vector_norm(main, dim=2).double()]
+    if rest:
+        norms.append(torch.linalg.vector_norm(x[:, -rest:], dim=1, keepdim=True).double())
     squares: Ratios = torch.cat(norms, dim=1).square_().numpy()
     return squares
 

@@ -187,7 +187,7 @@ def test_corrupt_evidence_is_never_staked_on(place: Place) -> None:
     row = agent.store.job(job.hex())
     assert row is not None and row.state == JobState.WATCHED
     (game,) = agent.store.games_of(job.hex())
-    assert game.state == GameState.DROPPED and "corrupt evidence" in game.note and "SHA-256" in game.note
+    assert game.state == GameState.DROPPED and "corrupt evidence" in game.note and "expected digest" in game.note
     assert not [event for event in place.events(GameMoved, job, config)]
     assert place.judged(agent, job) == JobState.SUSPECT
     for _ in range(3):
