@@ -12,6 +12,9 @@ from typing import Any, Self
 
 import httpx
 
+from bench import _town as town
+from bench._place import Defence, Place
+from bench._town import Hall, Served, Town
 from challenger.config import Config, load_config
 from contracts.abi import decode_error
 from contracts.client import Chain
@@ -19,9 +22,6 @@ from contracts.keys import save_account
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
-from tests.challenger import town
-from tests.challenger.place import Defence, Place
-from tests.challenger.town import Hall, Served, Town
 
 WATCHER = 4  # the development account of the watchtower
 PASSWORD = "watch"

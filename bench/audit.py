@@ -20,7 +20,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from bench import _tiny as tiny
 from bench._layer import shape_named
+from bench._pipeline import JOB, split, wire
 from bench._traces import WholeLayer, serve
 from challenger.evidence import Archive, Facts
 from challenger.fetch import Ask, Fetcher
@@ -28,8 +30,6 @@ from challenger.judge import Judge
 from challenger.strategy import parse_strategy
 from contracts.records import Job, Stage
 from deploy.devnet import free_port
-from tests.verifier import tiny
-from tests.worker.pipeline_in_process import JOB, split, wire
 from verifier.audit import Auditor, Span
 from verifier.audit import Stage as Served
 from verifier.commit import OutputsTree, Request, StageTree, make_outputs, requests_root, total_tokens
@@ -55,6 +55,7 @@ MODEL: dict[str, Any] = {  # 100.7 million parameters
     "max_position_embeddings": 2048,
     "model_type": "llama",
 }
+_TERMS = ("gas_rate", "window", "clock", "grace", "accept_by", "commit_by", "prompt_price", "token_price", "lock")
 NAMES = ("h", "q", "k", "v", "attn_out", "mlp_out")
 
 
@@ -104,7 +105,16 @@ def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategi
         time.sleep(0.2)
     facts = Facts(
         JOB,
-        Job(judge.id, bytes(32), requests_root(batch), count, count * prompt, count * output, *[1] * 10),
+        Job(
+            model=judge.id,
+            pipeline=bytes(32),
+            requests_root=requests_root(batch),
+            requests=count,
+            prompt_tokens=count * prompt,
+            max_tokens=count * output,
+            nonce=1,
+            **dict.fromkeys(_TERMS, 1),
+        ),
         tuple(Stage("", stage.first_layer, stage.end_layer, 5000) for stage in stages),
         tuple(f"http://127.0.0.1:{port}/s{index}" for index in range(STAGES)),
         OutputsTree(outputs).root,

@@ -7,7 +7,6 @@ is noticed before money is put on it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,11 @@ from verifier.audit import Verdict
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree
 from verifier.linear import Bits
 from verifier.referee.codec import Opening
+from verifier.sha256 import HashTree, leaf_hashes
 from verifier.shape import ModelShape
 from verifier.trace import RequestTrace, tensor_keys, tensor_width
+
+PIECE_BYTES = 1024
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -62,12 +64,12 @@ class CorruptEvidence(Unavailable):
     """A file that is not what was written; names it and both digests."""
 
     def __init__(self, path: Path, expected: str, actual: str) -> None:
-        super().__init__(f"corrupt evidence: {path}: expected SHA-256 {expected}, the file has {actual}")
+        super().__init__(f"corrupt evidence: {path}: expected digest {expected}, the file has {actual}")
         self.path = path
 
 
 class Ledger(Protocol):
-    """Remembers what was written: SHA-256, hex, of each file of a job (challenger/store.py)."""
+    """Remembers what was written: the digest, hex, of each file of a job (challenger/store.py)."""
 
     def digest(self, job: str, name: str) -> str | None: ...
     def keep(self, job: str, name: str, size: int, sha256: str) -> None: ...
@@ -154,7 +156,7 @@ class Archive:
 
     def _publish(self, job: bytes, part: Path, path: Path) -> None:
         """The digest first: a file without one counts as not there."""
-        self.ledger.keep(job.hex(), path.name, part.stat().st_size, _sha256(part))
+        self.ledger.keep(job.hex(), path.name, part.stat().st_size, _digest(part))
         os.replace(part, path)
         self._checked.add(path)
 
@@ -165,16 +167,23 @@ class Archive:
         expected = self.ledger.digest(job.hex(), path.name)
         if expected is None or not path.exists():
             return False
-        actual = _sha256(path)
+        actual = _digest(path)
         if actual != expected:
             raise CorruptEvidence(path, expected, actual)
         self._checked.add(path)
         return True
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path) -> str:
+    """Root of the tree of SHA-256 over a file's pieces: sixteen are hashed at a time, which takes a third of the time
+    of one hash over all of it on a processor without instructions for SHA.
+    """
+    data = np.fromfile(path, np.uint8)
+    whole = len(data) // PIECE_BYTES * PIECE_BYTES
+    parts = [leaf_hashes(data[:whole], PIECE_BYTES)] if whole else []
+    if whole < len(data):
+        parts.append(leaf_hashes(data[whole:], len(data) - whole))
+    return HashTree(np.concatenate(parts)).root.hex() if parts else ""
 
 
 def trace_name(stage: int, request: int) -> str:

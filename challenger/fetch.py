@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
+import certifi
 import numpy as np
 
 from challenger.evidence import (
@@ -44,6 +45,8 @@ ANSWER_SECONDS = 60.0  # one answer in all; the largest have 4 MiB
 STAGE_SECONDS = 60.0
 STAGE_BYTES_PER_SECOND = 2**20  # slower than that, a stage holds up too much
 JSON_BYTES = 64 * 2**20
+READ_BYTES = 2**20  # of an answer at a time
+EMBEDDING = -1  # in place of a layer: what it hands over is h of the first one
 
 FULL = Strategy()
 
@@ -83,12 +86,13 @@ class Fetcher:
 
     async def _fetch(self, facts: Facts, shape: ModelShape, seconds: float, ask: Ask) -> Evidence:
         end = asyncio.get_running_loop().time() + seconds
-        async with httpx.AsyncClient(
-            timeout=SILENCE_SECONDS,
-            follow_redirects=False,
-            trust_env=False,
-            verify=_certificates(),
-            headers={"Accept-Encoding": "identity"},  # nothing to inflate: what is counted is what comes
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=_certificates()),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,  # nothing is inflated: what is counted is what comes
+            read_bufsize=READ_BYTES,
         ) as http:
             return await _Collector(facts, shape, self.archive, self.max_stage_bytes, http, end, ask).collect()
 
@@ -101,7 +105,7 @@ class _Collector:
     shape: ModelShape
     archive: Archive
     max_stage_bytes: int
-    http: httpx.AsyncClient | None
+    http: aiohttp.ClientSession | None
     end: float
     ask: Ask
 
@@ -118,7 +122,7 @@ class _Collector:
         wanted = {(r, layer) for r in self.ask.closer for layer in layers} if self.ask.closer else None
         if not self.ask.closer and plan.name == "cells":
             drawn = draw(positions, self.shape.layers, plan.cells, self.ask.seed)
-            wanted = {(cell.request, cell.layer) for cell in drawn}
+            wanted = {(cell.request, layer) for cell in drawn for layer in (EMBEDDING, cell.layer)}
         elif not self.ask.closer and plan.name == TOKENS:
             drawn, wanted = (), set()
         found = await asyncio.gather(*(self._stage(index, requests, wanted) for index in range(last + 1)))
@@ -168,7 +172,7 @@ class _Collector:
         reasons = []
         for index in dict.fromkeys(stages):
             try:
-                body = await self._get(index, path, JSON_BYTES, self.end)
+                body = bytes(await self._get(index, path, JSON_BYTES, self.end))
                 parsed = parse(body)
             except (Unavailable, ValueError) as error:
                 reasons.append(f"stage {index} at {self.facts.urls[index]}: {path}: {error}")
@@ -308,10 +312,13 @@ class _Collector:
             part = await self._get(index, path, positions * row - len(data), end)
             if not part or len(part) % row:
                 raise Unavailable(f"{path}: expected whole rows of {row} bytes, came {len(part)} bytes")
-            data += part
-        return np.frombuffer(bytes(data), dtype).reshape(positions, width)
+            if data:
+                data += part
+            else:
+                data = part
+        return np.frombuffer(data, dtype).reshape(positions, width)
 
-    async def _get(self, index: int, path: str, most: int, end: float) -> bytes:
+    async def _get(self, index: int, path: str, most: int, end: float) -> bytearray:
         """The body of an answer of at most `most` bytes. Raises Unavailable."""
         if self.http is None:
             raise Unavailable(f"{path}: not on disk")
@@ -319,24 +326,26 @@ class _Collector:
         seconds = min(ANSWER_SECONDS, end - asyncio.get_running_loop().time())
         data = bytearray()
         try:
-            async with asyncio.timeout(seconds), self.http.stream("GET", url) as response:
-                if response.status_code != 200:
-                    raise Unavailable(f"{url}: expected 200, came {response.status_code}")
-                async for part in response.aiter_raw():
+            async with asyncio.timeout(seconds), self.http.get(url, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise Unavailable(f"{url}: expected 200, came {response.status}")
+                async for part in response.content.iter_any():
                     data += part
                     if len(data) > most:
                         raise Unavailable(f"{url}: expected at most {most} bytes")
+        except aiohttp.ServerTimeoutError as error:
+            raise Unavailable(f"{url}: expected an answer, came {SILENCE_SECONDS:.0f} s of silence") from error
         except TimeoutError as error:
             raise Unavailable(f"{url}: expected an answer within {max(seconds, 0):.0f} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a URL that no parser takes
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a URL that no parser takes
             raise Unavailable(f"{url}: {type(error).__name__}: {error}") from error
-        return bytes(data)
+        return data
 
 
 @cache
 def _certificates() -> ssl.SSLContext:
     """The usual roots, read once: it takes longer than a small download."""
-    return httpx.create_ssl_context(trust_env=False)
+    return ssl.create_default_context(cafile=certifi.where())
 
 
 def _check(count: int, root: bytes, actual_count: int, actual_root: bytes) -> None:

@@ -109,9 +109,23 @@ class Judge:
         do = work or (lambda units: (examine(self.screener, unit) for unit in units))
         for part in do(units_of(evidence)):
             seen.merge(part)
+        self._histories(evidence, seen)
         wrong = tuple(self._confirmed(evidence, seen))
         closer = () if wrong or evidence.drawn != () else self._screened(evidence)
         return Findings(seen.pieces, seen.worst, wrong, seen.suspicious, evidence.plan, evidence.drawn or (), closer)
+
+    def _histories(self, evidence: Evidence, seen: Seen) -> None:
+        """The embeddings that the drawn cells' attention goes back to, against the tokens that were fed in."""
+        ends: dict[int, int] = {}
+        for cell in evidence.drawn or ():
+            ends[cell.request] = max(ends.get(cell.request, 0), cell.position + 1)
+        for r, end in ends.items():
+            if not evidence.held[0] and "0.h" not in evidence.parts.get((0, r), ()):
+                continue
+            trace = evidence.trace(0, r)
+            if trace is not None:
+                fed = (*evidence.requests[r].prompt, *evidence.outputs[r].tokens[:-1])
+                seen.add(self.screener.embed(Stage(0, trace), r, fed, slice(0, end)), fed)
 
     def _screened(self, evidence: Evidence) -> tuple[int, ...]:
         """The requests whose tokens this machine would not have chosen, the farthest first: their traces are worth a

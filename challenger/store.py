@@ -179,7 +179,7 @@ class Store:
             return list(session.scalars(select(MoveRow).order_by(MoveRow.number)))
 
     def digest(self, job: str, name: str) -> str | None:
-        """SHA-256, hex, of a file as it was written; None for one that was not."""
+        """The digest, hex, of a file as it was written; None for one that was not."""
         with Session(self._engine) as session:
             row = session.get(EvidenceRow, (job, name))
             return row.sha256 if row else None

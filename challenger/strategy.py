@@ -1,7 +1,8 @@
 """How much of a job is audited: `full`, `cells:N`, `tokens`, or `auto` within a budget of seconds.
 
-A cell is all segments of one request, layer and position. Cells are drawn after the commitment, from a secret, so a
-worker that spoils a share s of them is caught by N cells with probability 1 - (1 - s)^N whatever it knows. `tokens`
+A cell is all segments of one request, layer and position; with it go the embeddings of the request up to there, which
+are its history. Cells are drawn after the commitment, from a secret, and spread over the layers, so a worker that
+spoils a share s of each layer's is caught by N cells with probability 1 - (1 - s)^N whatever it knows. `tokens`
 downloads no tensor: it executes prompt and output itself and looks at the trace of a request only where a token lies
 far outside of the law's margin.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -62,15 +64,19 @@ def positions_of(requests: Sequence[Request], outputs: Sequence[Output]) -> list
 
 
 def draw(positions: Sequence[int], layers: int, count: int, seed: bytes) -> tuple[Cell, ...]:
-    """`count` different cells, uniform over request, layer and position; all of them where there are no more."""
-    ends = list(accumulate(positions))
-    total = ends[-1] * layers
-    chosen = random.Random(seed).sample(range(total), min(count, total))
+    """`count` different cells, all of them where there are no more; every cell is equally likely.
+
+    Spread over the layers, none of which has two more than another: a cheat in one layer of six is looked at by eight
+    cells for sure, where eight drawn from anywhere would miss the layer in 23 of 100 jobs.
+    """
+    ends, chance = list(accumulate(positions)), random.Random(seed)
+    each, more = divmod(min(count, ends[-1] * layers), layers)
+    fuller = set(chance.sample(range(layers), more))
     cells = []
-    for index in chosen:
-        row, layer = divmod(index, layers)
-        request = next(r for r, end in enumerate(ends) if row < end)
-        cells.append(Cell(request, layer, row - (ends[request] - positions[request])))
+    for layer in range(layers):
+        for row in chance.sample(range(ends[-1]), each + (layer in fuller)):
+            request = bisect_right(ends, row)
+            cells.append(Cell(request, layer, row - (ends[request] - positions[request])))
     return tuple(sorted(cells))
 
 

@@ -205,7 +205,8 @@ def _piece(
     keys += ["out"] if last else [f"{layer + 1}.h"] if layer + 1 < trace.end_layer else []
     request, output = evidence.requests[r], evidence.outputs[r]
     known = all(token < shape.vocabulary for token in output.tokens)  # else STOP convicts
-    fed = (*request.prompt, *output.tokens[:-1]) if layer == 0 else ()
+    # Of cells that were drawn, the judge compares all embeddings up to them.
+    fed = (*request.prompt, *output.tokens[:-1]) if layer == 0 and evidence.drawn is None else ()
     answered = (request, output.tokens) if last and known else (None, ())
     return Piece(index, _rows(trace, keys), r, rows.start, rows.stop, after, fed, *answered)
 

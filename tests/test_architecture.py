@@ -93,6 +93,11 @@ def test_contracts_knows_no_party() -> None:
     assert offenders(sources("contracts"), lambda path: roots(path) & (OURS - {"contracts", "verifier"})) == {}
 
 
+def test_nobody_imports_a_test_but_tests() -> None:
+    paths = [path for path in EVERYTHING if party(path) != "tests"]
+    assert offenders(paths, lambda path: roots(path) & {"tests"}) == {}
+
+
 def test_nobody_imports_the_front_door() -> None:
     paths = [path for path in EVERYTHING if party(path) not in {"deploy", "bench", "tests", "plumb.py"}]
     assert offenders(paths, lambda path: roots(path) & {"deploy", "bench", "plumb"}) == {}

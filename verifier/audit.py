@@ -8,6 +8,7 @@ in the canonical arithmetic, may say so to others. Exact pieces have ratio infin
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,10 @@ from verifier import sampling, vectors
 from verifier.canonical import Case
 from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
 from verifier.drawn import ROWS, screen
-from verifier.linear import Bits, float_tensor
+from verifier.linear import Bits
 from verifier.program import Kind, ModelShape, overflow_bound, profile_index
 from verifier.referee.codec import BLOCK, GREEDY, TOKENS_A_LEAF, Model
 from verifier.referee.fixed import Q30
-from verifier.referee.floats import INVALID, SERVED_LIMIT_BITS
 from verifier.reference import Reference
 from verifier.sources import ServedTensors
 from verifier.tolerance import Profile
@@ -80,6 +80,10 @@ class Span:
     @property
     def rows(self) -> slice:
         return slice(self.first, self.end)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        return np.arange(self.first, self.end)
 
     @staticmethod
     def whole(stage: Stage, request: int) -> "Span":
@@ -142,24 +146,16 @@ class Auditor:
         Memory: a few times what was served of these positions at this layer. Raises KeyError for a layer of another
         stage.
         """
-        positions = np.concatenate([np.arange(span.first, span.end) for span in spans])
-
-        def gathered(name: str) -> Bits:
-            key = f"{layer}.{name}"
-            return np.concatenate([np.asarray(span.stage.trace.arrays[key][span.rows]) for span in spans])
-
+        held, positions = _Rows(self.reference, layer, spans), np.concatenate([span.positions for span in spans])
         for kind in kinds:
             if kind == Kind.ATTEND:
-                mixed = []
-                for span in spans:
-                    q, k, v = (span.stage.trace.arrays[f"{layer}.{name}"] for name in "qkv")
-                    mixed.append(self.reference.mixed(q[span.rows], k, v, span.first))
+                mixed = [self.reference.mixture(held.part("q", i), *held.history(i)) for i in range(len(spans))]
                 expected = self.reference.combined(layer, torch.cat(mixed))
             elif kind == Kind.MLP:
-                expected = self.reference.transformed(layer, gathered("h"), gathered("attn_out"))
+                expected = self.reference.transformed(layer, held.bits("h"), held.bits("attn_out"))
             else:
-                expected = self.reference.projected(kind, layer, gathered("h"), positions)
-            ratios = self._ratios(kind, layer, gathered(_TENSOR[kind]), expected)
+                expected = self.reference.headed(kind, layer, held.entered, positions)
+            ratios = self._ratios(kind, layer, *held.decoded(_TENSOR[kind]), expected)
             row = 0
             for span in spans:
                 part = ratios[row : row + span.end - span.first]
@@ -197,7 +193,7 @@ class Auditor:
         table = self.weights.raw("model.embed_tokens.weight")
         fed = np.array(tokens[first:end], dtype=np.int64)
         known = fed < self.shape.vocabulary  # others have no row: STOP convicts them
-        embedded = np.stack([np.asarray(table[token]) for token in np.where(known, fed, 0)])
+        embedded = np.asarray(table)[np.where(known, fed, 0)]
         differences = _differences(np.asarray(stage.trace.arrays["0.h"][first:end]), embedded)
         ratios = np.where(known[:, None], differences, RIGHT)
         return Audit(stage.index, Kind.EMBED, request, 0, ratios, first)
@@ -289,37 +285,83 @@ class Auditor:
             return self.reference.transformed(layer, tensors["h"], tensors["attn_out"])
         return self.reference.projected(kind, layer, tensors["h"])
 
-    def _ratios(self, kind: Kind, layer: int, bits: Bits, expected: torch.Tensor) -> Ratios:
-        """Distance over tolerance of each unit at each position."""
+    def _ratios(
+        self, kind: Kind, layer: int, seen: torch.Tensor, invalid: torch.Tensor | None, expected: torch.Tensor
+    ) -> Ratios:
+        """Distance over tolerance of each unit at each position. seen, invalid: of Reference.decoded; expected is
+        overwritten.
+        """
         shape = self.shape
-        seen, invalid = self._seen(bits)
-        excused = invalid & (expected.abs() > overflow_bound(shape.served_dtype) / Q30)
-        difference = (seen - expected).masked_fill_(invalid, 0.0).square_()
-        size = torch.where(invalid, 0.0, expected).square_()
-        broken_anywhere = bool((invalid & ~excused).any())
         columns = BLOCK if kind in (Kind.ATTEND, Kind.MLP) else shape.head_dim
+        broken = None
+        if invalid is not None:
+            broken = invalid & ~(expected.abs() > overflow_bound(shape.served_dtype) / Q30)
+            expected.masked_fill_(invalid, 0.0)  # as `seen` is there
         starts = range(0, expected.shape[1], columns)
-        out = np.empty((len(expected), len(starts)), dtype=np.float64)
-        for unit, first in enumerate(starts):
-            part = slice(first, first + columns)
-            num, den, floor = self.profile.values(profile_index(shape, kind, layer, unit))
-            n = expected[:, part].shape[1]
-            scale = size[:, part].sum(dim=1, dtype=torch.float64).numpy() + n * (floor / Q30) ** 2
-            distance = difference[:, part].sum(dim=1, dtype=torch.float64).numpy()
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.sqrt(distance / scale) * (den / num if num else np.inf)
-            out[:, unit] = np.nan_to_num(ratio, nan=RIGHT, posinf=WRONG)
-            if broken_anywhere:
-                out[(invalid & ~excused)[:, part].any(dim=1).numpy(), unit] = WRONG
-        return out
+        tolerances = [self.profile.values(profile_index(shape, kind, layer, unit)) for unit in range(len(starts))]
+        floors = np.array([floor / Q30 for _, _, floor in tolerances])
+        parts = np.array([den / num if num else np.inf for num, den, _ in tolerances])
+        counts = np.array([min(columns, expected.shape[1] - first) for first in starts])
+        scale = _squares(expected, columns) + counts * floors**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.sqrt(_squares(expected.sub_(seen), columns) / scale) * parts
+        ratios = np.nan_to_num(ratios, nan=RIGHT, posinf=WRONG)
+        if broken is not None:
+            ratios[_squares(broken.double(), columns) > 0] = WRONG
+        return ratios
 
-    def _seen(self, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was served, as numbers, and where it is none of the law's."""
-        if self.reference.precision == torch.float64:
-            fixed = vectors.checked_served(np.asarray(bits), self.shape.served_dtype)
-            return torch.from_numpy(fixed / Q30), torch.from_numpy(fixed == INVALID)
-        floats = float_tensor(np.asarray(bits), self.shape.served_dtype).to(self.reference.precision)
-        return floats, ~(floats.abs() < float(1 << SERVED_LIMIT_BITS))
+
+class _Rows:
+    """What was served of one layer at the positions of some spans, one tensor behind the other, decoded once."""
+
+    def __init__(self, reference: Reference, layer: int, spans: Sequence[Span]) -> None:
+        self.reference, self.layer, self.spans = reference, layer, spans
+        self._ends = np.cumsum([span.end - span.first for span in spans])
+        self._bits: dict[str, Bits] = {}
+        self._decoded: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @cached_property
+    def entered(self) -> torch.Tensor:
+        return self.reference.entered(self.layer, self.decoded("h")[0])
+
+    def bits(self, name: str) -> Bits:
+        if name not in self._bits:
+            parts = [self._whole(span, name)[span.rows] for span in self.spans]
+            self._bits[name] = np.concatenate(parts)
+        return self._bits[name]
+
+    def decoded(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Reference.decoded."""
+        if name not in self._decoded:
+            self._decoded[name] = self.reference.decoded(self.bits(name))
+        return self._decoded[name]
+
+    def part(self, name: str, i: int) -> torch.Tensor:
+        """Of one span."""
+        end = int(self._ends[i])
+        return self.decoded(name)[0][end - (self.spans[i].end - self.spans[i].first) : end]
+
+    def history(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v of one span's request up to the span's end."""
+        span = self.spans[i]
+        if span.first == 0:
+            return self.part("k", i), self.part("v", i)
+        k, v = (self.reference.real(self._whole(span, name)[: span.end]) for name in "kv")
+        return k, v
+
+    def _whole(self, span: Span, name: str) -> Bits:
+        return np.asarray(span.stage.trace.arrays[f"{self.layer}.{name}"])
+
+
+def _squares(x: torch.Tensor, columns: int) -> Ratios:
+    """The sum of squares of each `columns` columns of a row, the last of them fewer: [positions, units]."""
+    whole, rest = divmod(x.shape[1], columns)
+    main = x[:, : whole * columns].reshape(len(x), whole, columns)
+    norms = [torch.linalg.vector_norm(main, dim=2).double()]
+    if rest:
+        norms.append(torch.linalg.vector_norm(x[:, -rest:], dim=1, keepdim=True).double())
+    squares: Ratios = torch.cat(norms, dim=1).square_().numpy()
+    return squares
 
 
 # ---- records

@@ -12,12 +12,13 @@ from math import pi, sqrt
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from verifier import vectors
 from verifier.linear import Bits, float_tensor, weight_tiles
 from verifier.program import Kind, ModelShape
 from verifier.referee.fixed import Q30
-from verifier.referee.floats import SERVED_LIMIT_BITS, WEIGHT_LIMIT_BITS, Dtype
+from verifier.referee.floats import INVALID, SERVED_LIMIT_BITS, WEIGHT_LIMIT_BITS, Dtype
 from verifier.weights import Weights
 
 QUERIES = 512  # rows of attention scores at a time, of all heads that share keys: 32 MB of float64 at 8192 positions
@@ -37,8 +38,20 @@ def real(bits: Bits, dtype: Dtype) -> torch.Tensor:
 
 def values(bits: Bits, dtype: Dtype, limit_bits: int, precision: torch.dtype) -> torch.Tensor:
     """Raw bits as floats of a precision that holds them; invalid ones (NaN, Inf, |v| >= 2^limit_bits) as 0."""
-    floats = float_tensor(np.asarray(bits), dtype).to(precision, copy=True)
-    return floats.masked_fill_(~(floats.abs() < float(1 << limit_bits)), 0.0)  # a NaN compares false as well
+    return _decoded(np.asarray(bits), dtype, limit_bits, precision)[0]
+
+
+def _decoded(
+    bits: Bits, dtype: Dtype, limit_bits: int, precision: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `values`, and where the invalid ones are; None if there are none."""
+    floats = float_tensor(bits, dtype).to(precision, copy=True)
+    # Without their sign, bits are in the order of the absolute values, Inf and NaN on top.
+    largest = min((dtype.bias + limit_bits) << dtype.mantissa_bits, dtype.infinity)
+    if not bits.size or int((bits & bits.dtype.type(dtype.sign - 1)).max()) < largest:
+        return floats, None
+    invalid = ~(floats.abs() < float(1 << limit_bits))  # a NaN compares false as well
+    return floats.masked_fill_(invalid, 0.0), invalid
 
 
 def product(x: torch.Tensor, bits: Bits, dtype: Dtype) -> torch.Tensor:
@@ -75,15 +88,30 @@ class Reference:
 
     def real(self, bits: Bits) -> torch.Tensor:
         """Served bits as the law's values; invalid ones are 0."""
-        if self.precision == torch.float64:
-            return real(bits, self.shape.served_dtype)
-        return values(bits, self.shape.served_dtype, SERVED_LIMIT_BITS, self.precision)
+        return self.decoded(bits)[0]
+
+    def decoded(self, bits: Bits) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `real`, and where served bits are none of the law's: a mask, None if they all are."""
+        dtype = self.shape.served_dtype
+        if self.precision != torch.float64:
+            return _decoded(np.asarray(bits), dtype, SERVED_LIMIT_BITS, self.precision)
+        fixed = vectors.checked_served(np.asarray(bits), dtype)
+        invalid = fixed == INVALID
+        broken = bool(invalid.any())
+        numbers = torch.from_numpy((np.where(invalid, 0, fixed) if broken else fixed).astype(np.float64))
+        return numbers.div_(float(Q30)), torch.from_numpy(invalid) if broken else None
 
     def projected(self, kind: Kind, layer: int, h: Bits, positions: Positions | None = None) -> torch.Tensor:
         """q, k or v [T, width] of h, q and k after RoPE. positions: [T]; default 0 .. T-1."""
-        prefix = f"model.layers.{layer}"
-        x = self._normed(self.real(h), f"{prefix}.input_layernorm.weight")
-        out = self._times(x, f"{prefix}.self_attn.{_PROJECTION[kind]}.weight")
+        return self.headed(kind, layer, self.entered(layer, self.real(h)), positions)
+
+    def entered(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """What q, k and v are made of: h [T, hidden] as `real` has it, normalised."""
+        return self._normed(h, f"model.layers.{layer}.input_layernorm.weight")
+
+    def headed(self, kind: Kind, layer: int, entered: torch.Tensor, positions: Positions | None = None) -> torch.Tensor:
+        """As `projected`, of what `entered` gave."""
+        out = self._times(entered, f"model.layers.{layer}.self_attn.{_PROJECTION[kind]}.weight")
         return out if kind == Kind.V else self._turned(out, np.arange(len(out)) if positions is None else positions)
 
     def attended(self, layer: int, q: Bits, k: Bits, v: Bits) -> torch.Tensor:
@@ -94,22 +122,26 @@ class Reference:
         """What the heads make of k and v [T, width] for the queries q [n, width] at positions first .. first + n - 1:
         [n, query width].
         """
-        shape = self.shape
-        hd, group, count = shape.head_dim, shape.heads // shape.kv_heads, len(q)
-        end = first + count
-        query = self.real(q).reshape(count, shape.kv_heads, group, hd).permute(1, 2, 0, 3)
-        key, value = (self.real(x[:end]).reshape(end, shape.kv_heads, hd).transpose(0, 1) for x in (k, v))
-        out = torch.empty((shape.kv_heads, group, count, hd), dtype=self.precision)
+        end = first + len(q)
+        return self.mixture(self.real(q), self.real(k[:end]), self.real(v[:end]))
+
+    def mixture(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As `mixed`, of what `real` gave: queries q [n, width] at the last n of the positions of k and v."""
+        shape, count, end = self.shape, len(q), len(k)
+        hd, group, first = shape.head_dim, shape.heads // shape.kv_heads, end - count
+        query = q.reshape(count, shape.kv_heads, group, hd).permute(1, 2, 0, 3)
+        key, value = (x.reshape(end, shape.kv_heads, hd).transpose(0, 1) for x in (k, v))
+        out = torch.empty((count, shape.kv_heads, group, hd), dtype=self.precision)
         step = max(1, QUERIES // group)
         for low in range(0, count, step):
             high = min(low + step, count)
             seen = first + high
-            future = torch.arange(seen)[None, :] > torch.arange(first + low, first + high)[:, None]
+            future = torch.arange(seen)[None, :] > torch.arange(first + low, seen)[:, None]
             for head in range(shape.kv_heads):
-                scores = query[head, :, low:high] @ key[head, :seen].T / sqrt(hd)
-                weights = torch.softmax(scores.masked_fill_(future, float("-inf")), dim=-1)
-                out[head, :, low:high] = weights @ value[head, :seen]
-        return out.permute(2, 0, 1, 3).reshape(count, shape.query_width)
+                scores = (query[head, :, low:high] / sqrt(hd)) @ key[head, :seen].T
+                weights = functional.softmax(scores.masked_fill_(future, float("-inf")), dim=-1)
+                out[low:high, head] = (weights @ value[head, :seen]).transpose(0, 1)
+        return out.reshape(count, shape.query_width)
 
     def combined(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
         """attn_out [T, hidden] of what the heads made."""
@@ -127,9 +159,9 @@ class Reference:
             columns = slice(first, first + _COLUMN_TILE)
             gate = product(x, self.weights.raw(f"{prefix}.mlp.gate_proj.weight", columns), stored)
             up = product(x, self.weights.raw(f"{prefix}.mlp.up_proj.weight", columns), stored)
-            active = torch.nn.functional.silu(gate).mul_(up)
-            for start, tile in _tiles(down[:, columns].T, stored, self.precision):
-                out.addmm_(active[:, start : start + tile.shape[0]], tile)
+            active = functional.silu(gate, inplace=True).mul_(up)
+            for start, tile in _tiles(down[:, columns], stored, self.precision):
+                out[:, start : start + tile.shape[0]].addmm_(active, tile.T)
         return out
 
     def logits(self, out: Bits) -> Iterator[tuple[int, torch.Tensor]]:

@@ -62,6 +62,8 @@ def add_bits(dtype: Dtype, x: Bits, y: Bits) -> Bits:
     with np.errstate(over="ignore", invalid="ignore"):
         total = _single(x, dtype) + _single(y, dtype)
         bits = _rounded_bits(total, dtype)
+    if np.isfinite(total).all():  # then so are x and y
+        return bits
     not_finite = (x & dtype.infinity == dtype.infinity) | (y & dtype.infinity == dtype.infinity)
     return np.where(not_finite, bits.dtype.type(dtype.nan), bits)
 
@@ -80,8 +82,13 @@ def _rounded_bits(values: npt.NDArray[np.float32], dtype: Dtype) -> Bits:
     bits = values.view(np.uint32)
     if dtype is Dtype.FLOAT32:
         return bits
-    # A carry out of the mantissa runs into the exponent, up to infinity: as it should.
-    return ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    # A carry out of the mantissa runs into the exponent, up to infinity: as it should. Only a NaN's leaves 32 bits.
+    odd = bits >> 16
+    odd &= 1
+    odd += 0x7FFF
+    odd += bits
+    odd >>= 16
+    return odd.astype(np.uint16)
 
 
 def to_bits(values: npt.NDArray[np.float64], dtype: Dtype) -> Bits:

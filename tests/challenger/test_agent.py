@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from bench._place import Defence, Place
+from bench._town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
 from challenger.agent import Agent
 from challenger.config import ConfigError
 from challenger.evidence import Evidence, Unavailable
@@ -26,8 +28,6 @@ from contracts.keys import save_account
 from deploy.deployment import deploy
 from deploy.devnet import Devnet, free_port
 from deploy.keys import dev_account
-from tests.challenger.place import Defence, Place
-from tests.challenger.town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
 from verifier.game import Segment
 
 STAGE = 1  # the spoilt one

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench._place import Place
+from bench._town import Hall, Town, model, serve
 from challenger.agent import Agent
 from challenger.cli import app
 from challenger.config import Config
@@ -22,8 +24,6 @@ from contracts.events import ChallengeCommitted, GameMoved
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account, write_keystore
-from tests.challenger.place import Place
-from tests.challenger.town import Hall, Town, model, serve
 from tests.verifier import tiny
 from verifier.tolerance import uniform_profile
 
@@ -187,7 +187,7 @@ def test_corrupt_evidence_is_never_staked_on(place: Place) -> None:
     row = agent.store.job(job.hex())
     assert row is not None and row.state == JobState.WATCHED
     (game,) = agent.store.games_of(job.hex())
-    assert game.state == GameState.DROPPED and "corrupt evidence" in game.note and "SHA-256" in game.note
+    assert game.state == GameState.DROPPED and "corrupt evidence" in game.note and "expected digest" in game.note
     assert not [event for event in place.events(GameMoved, job, config)]
     assert place.judged(agent, job) == JobState.SUSPECT
     for _ in range(3):

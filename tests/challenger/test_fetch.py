@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import challenger.fetch
+from bench._town import Hall, Misbehaviour, Served, facts, model, say, serve
 from challenger.evidence import Archive, Unavailable, trace_name
 from challenger.fetch import Fetcher
 from challenger.judge import Judge
-from tests.challenger.town import Hall, Misbehaviour, Served, facts, model, say, serve
 from verifier.weights import Weights
 
 

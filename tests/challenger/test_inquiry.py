@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from bench._place import answer
+from bench._town import Hall, Served, facts, serve
 from challenger.inquiry import PROBES, Inquiry, Step
 from challenger.judge import Judge
 from challenger.posted import Posted
 from tests.challenger.cheats import at, coarse, made
-from tests.challenger.place import answer
-from tests.challenger.town import Hall, Served, facts, serve
 from tests.verifier import tiny
 from verifier.commit import Request
 from verifier.demand import Demand, Wanted, grid_of

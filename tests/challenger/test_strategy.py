@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
 from challenger.judge import Findings, Judge
 from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled
-from tests.challenger.town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
+from verifier.commit import Request
 from verifier.program import Kind
 
 LAYERS = 2
@@ -64,11 +65,32 @@ def test_cells_are_drawn_uniformly_over_request_layer_and_position() -> None:
         drawn = draw(positions, layers, 4, seed.to_bytes(4, "big"))
         assert len(set(drawn)) == 4
         counts.update(drawn)
+        assert Counter(cell.layer for cell in drawn) == {0: 2, 1: 2}
     assert len(counts) == 20 and all(0 <= c.position < positions[c.request] for c in counts)
     expected = rounds * 4 / 20
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 43.8  # 0.1 % of chi-square with 19 degrees
     assert draw(positions, layers, 99, b"x") == tuple(sorted(counts))
     assert draw(positions, layers, 4, b"x") == draw(positions, layers, 4, b"x")
+
+
+def test_eight_cells_look_at_each_of_six_layers_and_eight_layers_of_eighty() -> None:
+    for seed in range(100):
+        few = Counter(cell.layer for cell in draw([79] * 4, 6, 8, bytes([seed])))
+        many = Counter(cell.layer for cell in draw([79] * 4, 80, 8, bytes([seed])))
+        assert sorted(few.values()) == [1, 1, 1, 1, 2, 2] and list(many.values()) == [1] * 8
+
+
+def test_a_prompt_that_was_changed_is_seen_by_any_cell_behind_it(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    """A worker that embedded another first token and is consistent from there on."""
+    swapped = serve(judge.weights, requests=(Request((9, 6, 7), 3), REQUESTS[1]))
+    served = Served(REQUESTS, swapped.outputs, swapped.traces, swapped.tokens)
+    for number in range(8):
+        ask = Ask(Strategy("cells", 1), seed=bytes([number]))
+        _, findings, _ = look(judge, hall, served, tmp_path / str(number), ask)
+        (cell,) = findings.cells
+        assert [(v.kind, v.request, v.position, v.token) for v in findings.wrong] == (
+            [(Kind.EMBED, 0, 0, 5)] if cell.request == 0 else []
+        )
 
 
 def test_cells_download_their_columns_alone_and_judge_the_spoilt_one(judge: Judge, hall: Hall, tmp_path: Path) -> None:
@@ -81,7 +103,7 @@ def test_cells_download_their_columns_alone_and_judge_the_spoilt_one(judge: Judg
         tensors = {path.split("/", 4)[-1] for path in asked if "/trace/" in path}
         after = "out" if cell.layer + 1 == LAYERS else f"{cell.layer + 1}.h"
         names = ("h", "q", "k", "v", "attn_out", "mlp_out")
-        expected = {f"{cell.layer}.{name}" for name in names} | {after}
+        expected = {f"{cell.layer}.{name}" for name in names} | {after, "0.h"}
         assert tensors == {f"trace/{cell.request}/{key}" for key in expected}
         assert evidence.held == (False, False) and evidence.plan == "cells:1"
         hit = cell == Cell(SPOILT_REQUEST, 1, SPOILT_POSITION)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench._place import Defence, Place, Poster
+from bench._town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve, until
 from challenger.agent import Agent
 from challenger.store import GameState, JobState
 from contracts.client import Status
@@ -13,8 +15,6 @@ from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.challenger.cheats import coarse, made
-from tests.challenger.place import Defence, Place, Poster
-from tests.challenger.town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve, until
 
 STAGE = 1  # the one with other weights
 BUDGET = 10**9

@@ -9,13 +9,13 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
+from bench._town import REQUESTER, Hall, Served, Town, model, serve
 from contracts.client import Chain
 from contracts.keys import save_account
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from requester.cli import app
-from tests.challenger.town import REQUESTER, Hall, Served, Town, model, serve
 from tests.requester.words import write_tokenizer
 from verifier.commit import Request
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bench._place import Place, Poster
+from bench._town import CLOCK_SECONDS, say
 from contracts.client import Status
 from requester.demand import posted_outputs
-from tests.challenger.place import Place, Poster
-from tests.challenger.town import CLOCK_SECONDS, say
 from tests.requester.office import Office, job_of, open_office
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from bench._town import say, serve
 from contracts.client import Chain, Status
 from contracts.keys import save_account
 from deploy.keys import dev_account
 from requester.client import Requester, RequesterError
-from tests.challenger.town import say, serve
 from tests.requester.office import LINES, REQUESTS, Office, job_of, open_office
 from tests.requester.words import write_tokenizer
 from verifier.commit import Request

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import ray
 
+from bench._town import Hall, facts, model, serve
 from challenger.config import ConfigError
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
 from challenger.fleet import Fleet
 from challenger.judge import Judge
 from challenger.strategy import Strategy
-from tests.challenger.town import Hall, facts, model, serve
 
 
 @pytest.fixture(scope="module")

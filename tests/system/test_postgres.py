@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
+from bench._place import Defence, Place
+from bench._town import Hall, Town, model, serve
 from challenger.database import WrongSchema
 from challenger.plan import plan, verdict_of
 from challenger.store import GameState, JobState, Store
@@ -14,8 +16,6 @@ from contracts.transport import Signed
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
-from tests.challenger.place import Defence, Place
-from tests.challenger.town import Hall, Town, model, serve
 from tests.system.postgres import postgres
 from verifier.audit import Verdict
 from verifier.program import Kind

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from eth_account.signers.local import LocalAccount
 
+from bench import _tiny as tiny
 from challenger.evidence import Facts
 from contracts.client import Acceptance, Addresses, Chain, Claim, Job, Stage, Worker
 from contracts.wire import request_json
 from deploy.keys import dev_account
-from tests.verifier import tiny
 from verifier.commit import (
     Output,
     OutputsTree,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._liar import Liar, Lie
+from bench._town import FUNDS, Served, Town, until
 from challenger.agent import Agent
 from challenger.config import Config
 from challenger.demander import DemandLog
@@ -14,7 +15,6 @@ from challenger.store import JobState, Store
 from contracts.client import ChainError
 from contracts.play import GameLog, Player
 from deploy.devnet import Devnet
-from tests.challenger.town import FUNDS, Served, Town, until
 from verifier.canonical import Case
 from verifier.commit import OutputsTree, RequestsTree
 from verifier.demand import Demand, Wanted, answer_tokens, answer_trace
