@@ -20,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 
 from verifier.weights import Weights
 from worker.batch import Batch
-from worker.cache import Cache, alike
+from worker.cache import Cache, Places
 from worker.sampler import Draw, choose_all
 
 ATTENTION = "plumb"
@@ -38,12 +38,12 @@ Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests that attend together: their rows in the microbatch, [n, new positions], the slots of all positions they
-    see, [n, positions], and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
+    """Requests that attend together: their rows in the microbatch, [n, new positions], where all positions are that
+    they see, and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    places: Places
     mask: torch.Tensor | None
 
 
@@ -55,17 +55,20 @@ class Forward:
         self.batch = batch
         self.cache = cache
         self.captured: Captured = {}
-        self.slots = cache.extend(batch)
+        cache.extend(batch)
         spans = {piece.request: span for piece, span in batch.spans()}
         self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
         self.groups: list[Group] = []
-        for pieces in alike([piece for piece in batch.pieces if piece.count == 1]):
+        for pieces, places in cache.places([piece for piece in batch.pieces if piece.count == 1]):
             rows = torch.tensor([[spans[piece.request].start] for piece in pieces], device=stage.device)
             ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
             mask = None
-            if pieces[0].end != pieces[-1].end:
-                mask = (torch.arange(pieces[0].end, device=stage.device) < ends[:, None])[:, None, None]
-            self.groups.append(Group(rows, cache.slots(pieces), mask))
+            if int(ends.min()) < places.longest:
+                seen = torch.arange(places.longest, device=stage.device) < ends[:, None]
+                mask = torch.zeros(seen.shape, dtype=stage.dtype, device=stage.device).masked_fill(~seen, -torch.inf)
+                mask = mask[:, None, None]
+            self.groups.append(Group(rows, places, mask))
+        self.slots = cache.rows(batch)
         for piece in batch.pieces:
             if piece.count > 1 and piece.first:
                 # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
@@ -73,7 +76,7 @@ class Forward:
                 seen = torch.ones(piece.count, piece.end, dtype=torch.bool, device=stage.device).tril(piece.first)
                 span = spans[piece.request]
                 rows = torch.arange(span.start, span.stop, device=stage.device)[None]
-                self.groups.append(Group(rows, cache.slots([piece]), seen))
+                self.groups.append(Group(rows, cache.slots(piece), seen))
 
 
 class Widened(nn.Module):
@@ -241,7 +244,7 @@ class Stage:
             attended[rows] = part[0].transpose(0, 1)
         flat = query[0].transpose(0, 1)
         for group in context.groups:
-            keys, values = context.cache.read(layer, group.slots)
+            keys, values = context.cache.read(layer, group.places)
             n, count = group.rows.shape
             taken = flat[group.rows.reshape(-1)]
             if count == 1:  # the heads that share keys are rows over the same keys: nothing is copied for them
