@@ -4,6 +4,7 @@ Everything the trace holds is taken during that forward: layer inputs here, q, k
 outputs of attention and MLP in hooks. There is no second forward.
 """
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Forward:
         self.cache = cache
         self.captured: Captured = {}
         cache.extend(batch)
+        self.plan()
+        self.slots = cache.rows(batch)
+
+    def plan(self) -> None:
+        """Who attends with whom; may move what the cache holds."""
+        stage, batch, cache = self.stage, self.batch, self.cache
         spans = {piece.request: span for piece, span in batch.spans()}
         self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
         self.groups: list[Group] = []
@@ -68,7 +75,6 @@ class Forward:
                 mask = torch.zeros(seen.shape, dtype=stage.dtype, device=stage.device).masked_fill(~seen, -torch.inf)
                 mask = mask[:, None, None]
             self.groups.append(Group(rows, places, mask))
-        self.slots = cache.rows(batch)
         for piece in batch.pieces:
             if piece.count > 1 and piece.first:
                 # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
@@ -110,11 +116,11 @@ class Stage:
     """Layers first_layer .. end_layer-1 of the model in `folder`, weights memory-mapped there and in the model's own
     dtype.
 
-    `observe` sees every tensor of the trace where it arises and returns what the forward goes on with. Not for two
-    threads at once.
+    `observe` sees every tensor of the trace where it arises and returns what the forward goes on with. Threads may
+    share a stage, each with caches of its own.
     """
 
-    _running: "Forward"  # the MLP's hook has no other way to its forward: transformers calls the MLP without keywords
+    forward_class: type[Forward] = Forward
 
     def __init__(
         self,
@@ -136,6 +142,8 @@ class Stage:
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
         self.widened = widened and self.dtype is not torch.float32
+        # Rationale: the MLP's hook has no other way to its forward: transformers calls the MLP without keywords.
+        self._running = threading.local()
 
         config_class, layer_class, norm_class, rotary_class = FAMILIES[self.weights.config["architectures"][0]]
         config = config_class.from_pretrained(folder, local_files_only=True)
@@ -181,9 +189,13 @@ class Stage:
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, Captured]:
-        """[rows, hidden] -> (the same shape after the last own layer, what the trace holds). Extends `cache`."""
-        context = self._running = Forward(self, batch, cache)
-        positions = torch.from_numpy(batch.positions()).to(self.device)[None]
+        """[rows, hidden] -> (the same shape after the last own layer, what the trace holds). Extends `cache`. Rows
+        beyond those of the batch are padding.
+        """
+        context = self._running.forward = self.forward_class(self, batch, cache)
+        positions = torch.zeros(1, len(hidden), dtype=torch.int64)
+        positions[0, : batch.rows] = torch.from_numpy(batch.positions())
+        positions = positions.to(self.device)
         hidden = hidden.to(self.device)[None]
         rotary = self.rotary(hidden, position_ids=positions)
         for index, layer in self.layers.items():
@@ -227,9 +239,9 @@ class Stage:
         """New rows, [1, heads, rows, head size] after RoPE -> [1, rows, heads, head size]; each request attends to its
         own positions only.
         """
-        query = self._observed(context, f"{layer}.q", query)
-        key = self._observed(context, f"{layer}.k", key)
-        value = self._observed(context, f"{layer}.v", value)
+        query = self.observe_heads(context, f"{layer}.q", query)
+        key = self.observe_heads(context, f"{layer}.k", key)
+        value = self.observe_heads(context, f"{layer}.v", value)
         context.cache.write(layer, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         attended = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
         for _, rows in context.whole:
@@ -261,7 +273,7 @@ class Stage:
             attended[group.rows.reshape(-1)] = part
         return attended[None]
 
-    def _observed(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
+    def observe_heads(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
         """`observe` for a tensor kept by heads, [1, heads, rows, head size]: rows of [head, head size] in the trace."""
         count, size = heads.shape[1], heads.shape[3]
         rows = self.observe(context, key, heads[0].transpose(0, 1).reshape(-1, count * size))
@@ -287,7 +299,7 @@ class Stage:
             return (hidden[None], *output[1:])
 
         def after_mlp(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            return self.observe(self._running, f"{index}.mlp_out", output[0])[None]
+            return self.observe(self._running.forward, f"{index}.mlp_out", output[0])[None]
 
         attention: Any = layer.self_attn
         attention.register_forward_hook(after_attention, with_kwargs=True)
