@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from tests.worker.pipeline_in_process import JOB, Tiny, serve, split
 from verifier.commit import Request
+from verifier.demand import Demand, Wanted, read_answer
+from verifier.referee.codec import TILE_COLUMNS, TILE_ROWS
+from verifier.tolerance import uniform_profile
 from verifier.trace import RequestTrace
+from verifier.weights import identify
 from worker.batch import Batch, Piece
 from worker.config import Serving
+from worker.demand import Answerer
 from worker.errors import ConfigError, NotRepeated
 from worker.job import JobFolder
 from worker.recorder import load_roots, trace_path
@@ -85,6 +91,21 @@ def test_demands_are_answered_from_traces_that_were_never_stored(
             kept = RequestTrace.load(trace_path(tmp_path / "stored" / str(i) / "jobs" / JOB.hex(), r), trace.shape)
             assert all(np.array_equal(trace.arrays[key], kept.arrays[key]) for key in trace.keys)
             assert np.array_equal(traces.inputs(folder, r), kept.arrays[f"{kept.first_layer}.h"])
+
+    weights = stages[1].weights
+    model = identify(weights, uniform_profile(weights.shape, 1, 4, 1 << 20, 1 << 30))
+    chain: Any = None  # nothing is sent
+    answerer = Answerer(chain, model, Traces(stages[1]), lambda job: JobFolder(tmp_path / "1", job))
+    demand = Demand(JOB, 1, Wanted.LEAVES, 2, 3, 0, 9)  # tiles of v
+    layers = (stages[1].first_layer, stages[1].end_layer)
+    told = read_answer(demand, model, layers, states[1].root, len(requests_batch), answerer.openings(demand))
+    assert told.leaves[0] == kept_v(tmp_path / "stored", stages[1])[:TILE_ROWS, :TILE_COLUMNS].tobytes()
+
+
+def kept_v(data: Path, stage: Stage) -> npt.NDArray[Any]:
+    """v of the first layer of request 2, as stage 1 stored it."""
+    trace = RequestTrace.load(trace_path(data / "1" / "jobs" / JOB.hex(), 2), stage.shape)
+    return trace.arrays[f"{stage.first_layer}.v"]
 
 
 class Unsteady(RepeatableStage):
