@@ -1,14 +1,16 @@
 """Batched generation on one machine: this worker against transformers' `generate` and `generate_batch`.
 
 Random Llamas, prompts of mixed length, the same number of output tokens for all, greedy; sides take turns. `plumb` is
-the whole worker of one stage, its trace recorded and committed; beside it the same without. CPU seconds are of all
-threads: other work on the machine moves them less than the clock.
+the whole worker of one stage, its trace recorded and committed; beside it the same without, and a stage that repeats
+itself (`--retain regenerate`). CPU seconds are of all threads: other work on the machine moves them less than the
+clock. `padding` is the share of the positions that attention read which belonged to no request.
 """
 
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +22,9 @@ from bench._alone import Silent, serve
 from bench._models import write_llama
 from verifier.commit import Request
 from verifier.sha256 import leaf_hashes
+from worker.cache import Cache
 from worker.config import Serving
+from worker.repeat import RepeatableStage
 from worker.stage import Stage, widening_pays
 
 MODELS: dict[str, dict[str, int]] = {
@@ -31,6 +35,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 PROMPT_TOKENS = (8, 256)  # shortest and longest
 MAX_ROWS = 512
 PAGE = 16  # of transformers' cache: its default of 256 positions is made for GPUs
+
+
+class WatchedStage(Stage):
+    """Knows the caches that it made."""
+
+    made: list[Cache]
+
+    def cache(self) -> Cache:
+        self.made = [*getattr(self, "made", ()), super().cache()]
+        return self.made[-1]
+
+    @property
+    def padding(self) -> float:
+        """The most in any job."""
+        return max(cache.padding for cache in self.made)
 
 
 def run(
@@ -64,11 +83,13 @@ def _compare(
     requests = [Request(tuple(prompt), limit) for prompt in prompts]
     widened = widening_pays(DTYPES[dtype])
     layers = model.config.num_hidden_layers
-    stage = Stage(folder, 0, layers, widened=widened)
+    stage = WatchedStage(folder, 0, layers, widened=widened)
+    repeatable = RepeatableStage(folder, 0, layers, weights=stage.weights, widened=widened)
     serving = Serving(max_rows=MAX_ROWS)
     sides: dict[str, Callable[[], Sequence[Sequence[int]]]] = {
         "plumb": lambda: serve(stage, requests, serving),
         "plumb without commitments": lambda: serve(stage, requests, serving, Silent),
+        "plumb regenerating": lambda: serve(repeatable, requests, replace(serving, retain="regenerate")),
         "transformers generate": lambda: _generate(model, prompts, limit),
         "transformers generate_batch": lambda: _generate_batch(model, prompts, limit),
     }
@@ -91,6 +112,7 @@ def _compare(
             "tokens_per_second": round(count * limit / median(wall for wall, _ in taken[1:]), 2),
             "tokens_per_cpu_second": round(count * limit / median(cpu for _, cpu in taken[1:]), 2),
             **({"widened": widened} if side.startswith("plumb") else {}),
+            **({"padding": round(stage.padding, 4)} if side in ("plumb", "plumb without commitments") else {}),
         }
         for side, taken in seconds.items()
     ]

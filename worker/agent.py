@@ -40,7 +40,9 @@ from worker.job import JobFolder
 from worker.notary import Notary
 from worker.peers import Links, Peers
 from worker.recorder import Recorder
+from worker.repeat import RepeatableStage
 from worker.respond import Responder
+from worker.retain import Traces
 from worker.settle import Settler, stage_name
 from worker.stage import Stage as ModelStage
 
@@ -73,8 +75,11 @@ class Agent:
         self.recorder_class = recorder_class
         self.notary = Notary(chain, signer)
         self.settler = settler_class(chain, self.notary, self.account)
-        self.responder = responder_class(chain, self.account, self.model, stage.weights, profile, self.folder)
-        self.answerer = Answerer(chain, self.model, stage.weights.shape, self.folder)
+        self.traces = Traces(stage, config.serving.regenerated_bytes)
+        self.responder = responder_class(
+            chain, self.account, self.model, stage.weights, profile, self.traces, self.folder
+        )
+        self.answerer = Answerer(chain, self.model, self.traces, self.folder)
         self.compute = ThreadPoolExecutor(1, "compute")
         self._key = key
         self._max_message_bytes = config.serving.max_message_bytes
@@ -259,6 +264,8 @@ def build_worker(
     if config.end_layer > weights.shape.layers:
         raise ConfigError(f"end_layer: expected at most {weights.shape.layers}, came {config.end_layer}")
     profile = Profile.load(config.model, weights.shape)
+    if config.serving.retain == "regenerate" and stage_class is ModelStage:
+        stage_class = RepeatableStage
     stage = stage_class(
         config.model,
         config.first_layer,

@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import logging
 import secrets
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -119,7 +120,11 @@ def propose(
 
 
 @app.command()
-def run(config: Config, verbose: Annotated[bool, typer.Option(help="log every step")] = False) -> None:
+def run(
+    config: Config,
+    verbose: Annotated[bool, typer.Option(help="log every step")] = False,
+    retain: Annotated[str, typer.Option(help="traces: store or regenerate; left out: the file's")] = "",
+) -> None:
     """Serve until interrupted."""
     from worker.agent import build_worker  # torch and transformers take seconds to load
 
@@ -127,7 +132,10 @@ def run(config: Config, verbose: Annotated[bool, typer.Option(help="log every st
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
     try:
-        agent = build_worker(_load(config))
+        settings = _load(config)
+        if retain:
+            settings = replace(settings, serving=replace(settings.serving, retain=retain))
+        agent = build_worker(settings)
     except (WorkerError, ContractsError, ModelFolderError, OSError) as error:
         raise _stop(error) from error
     try:

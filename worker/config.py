@@ -12,6 +12,8 @@ from worker.errors import ConfigError
 
 T = TypeVar("T")
 
+RETAIN = ("store", "regenerate")
+
 
 @dataclass(frozen=True)
 class Contracts:
@@ -66,11 +68,20 @@ class Serving:
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
     recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
+    retain: str = "store"  # traces; or "regenerate": compute them again when they are asked for (worker.retain)
+    regenerate_checked: float = 1.0  # the share of requests whose trace is computed again before it is dropped
+    regenerated_bytes: int = 512 * 2**20  # of traces kept after they were computed again
     stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
     max_message_bytes: int = 64 * 2**20
     max_body_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.retain not in RETAIN:
+            raise ConfigError(f"serving.retain: expected one of {', '.join(RETAIN)}, came {self.retain!r}")
+        if not 0 <= self.regenerate_checked <= 1:
+            raise ConfigError(f"serving.regenerate_checked: expected 0 .. 1, came {self.regenerate_checked}")
 
 
 @dataclass(frozen=True)

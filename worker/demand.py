@@ -13,11 +13,9 @@ from contracts.events import DemandAnswered, DemandLapsed, DemandOpened
 from verifier.commit import OutputsTree, RequestsTree, StageTree, make_outputs
 from verifier.demand import Demand, Demanded, Wanted, answer_tokens, answer_trace
 from verifier.referee.codec import Model, Opening
-from verifier.shape import ModelShape
-from verifier.trace import RequestTrace
 from worker.errors import UnknownJob, WorkerError
 from worker.job import JobFolder
-from worker.recorder import trace_path
+from worker.retain import Traces
 
 log = logging.getLogger("plumb.worker.demand")
 
@@ -28,10 +26,10 @@ OVER = ("WrongState", "TooLate")  # answered already, or lost: nothing is left t
 class Answerer:
     """Answers demands on stages that `folder_of` has the files of."""
 
-    def __init__(self, chain: Chain, model: Model, shape: ModelShape, folder_of: Callable[[bytes], JobFolder]) -> None:
+    def __init__(self, chain: Chain, model: Model, traces: Traces, folder_of: Callable[[bytes], JobFolder]) -> None:
         self.chain = chain
         self.model = model
-        self.shape = shape
+        self.traces = traces
         self.folder_of = folder_of
         self._open: dict[bytes, Demanded] = {}
         self._task: asyncio.Task[None] | None = None
@@ -79,7 +77,7 @@ class Answerer:
         if demand.kind == Wanted.OUTPUT:
             outputs = make_outputs(state.tokens, folder.load_requests())
             return answer_tokens(demand, OutputsTree(outputs).record_opening(r), outputs[r].tokens)
-        trace = RequestTrace.load(trace_path(folder.path, r), self.shape)
+        trace = self.traces.load(folder, r)
         return answer_trace(demand, StageTree(state.nodes).opening(r), trace, self.model)
 
     def answer(self, id: bytes, demanded: Demanded) -> None:

@@ -66,6 +66,16 @@ class OutOfRange(JobFailed):
         self.column = column
 
 
+class NotRepeated(WorkerError):
+    """A trace that was dropped comes out differently now that it is needed."""
+
+    def __init__(self, job: bytes, request: int, expected: bytes, actual: bytes) -> None:
+        super().__init__(
+            f"job 0x{job.hex()}, request {request}: expected tensors with root 0x{expected.hex()}, computed again they "
+            f"have 0x{actual.hex()}: serve with the settings, the libraries and the machine that served it"
+        )
+
+
 class UnpinnedCertificate(WorkerError):
     def __init__(self, sender: str, expected: bytes, actual: bytes) -> None:
         super().__init__(f"{sender}: expected the certificate with SHA-256 {expected.hex()}, came {actual.hex()}")

@@ -8,7 +8,7 @@ waits.
 import json
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ class Recorder:
         *,
         queue_bytes: int = 256 * 2**20,
         alone: bool = False,
+        drops: Callable[[int, RequestTrace], bool] = lambda request, trace: False,
     ) -> None:
         """queue_bytes: of tensors that wait to be recorded, if there is more than one microbatch; alone: the pipeline
-        has one stage, so nothing is handed on.
+        has one stage, so nothing is handed on; drops: whether a request's trace need not be stored.
         """
         self._shape = shape
         self._first_layer = first_layer
@@ -86,6 +87,7 @@ class Recorder:
         self._requests = requests
         self._folder = folder
         self._alone = alone
+        self._drops = drops
         self._dtype = int(shape.served_dtype)
         self._ledger = Ledger()
         self._nodes: dict[int, TraceNode] = {}
@@ -202,8 +204,9 @@ class Recorder:
         arrays, roots = self._ledger.take(request)
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
         self._nodes[request] = TraceNode(positions, trace.tensors_root)
-        trace.save(trace_path(self._folder, request))
-        _roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
+        if not self._drops(request, trace):
+            trace.save(trace_path(self._folder, request))
+        roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
 
 
 def trace_path(folder: Path, request: int) -> Path:
@@ -212,9 +215,9 @@ def trace_path(folder: Path, request: int) -> Path:
 
 def load_roots(folder: Path, request: int) -> dict[str, bytes]:
     """Roots of the tensors of a stored trace, by key."""
-    table = json.loads(_roots_path(folder, request).read_text())
+    table = json.loads(roots_path(folder, request).read_text())
     return {key: bytes.fromhex(root) for key, root in table.items()}
 
 
-def _roots_path(folder: Path, request: int) -> Path:
+def roots_path(folder: Path, request: int) -> Path:
     return folder / f"{request}.roots.json"

@@ -15,12 +15,11 @@ from verifier.game import Game, HandoffProof, NothingWrong, Segment, may_flag
 from verifier.program import Kind
 from verifier.referee.codec import Model
 from verifier.tolerance import Profile
-from verifier.trace import RequestTrace
 from verifier.weights import Weights
 from worker.errors import WorkerError
 from worker.handoff import prove_row, prove_token
 from worker.job import JobFolder
-from worker.recorder import trace_path
+from worker.retain import Traces
 
 log = logging.getLogger("plumb.worker.respond")
 
@@ -37,6 +36,7 @@ class Responder(Player):
         model: Model,
         weights: Weights,
         profile: Profile,
+        traces: Traces,
         folder_of: Callable[[bytes], JobFolder],
     ) -> None:
         super().__init__(chain, self.case, side_is_worker=True)
@@ -44,6 +44,7 @@ class Responder(Player):
         self.model = model
         self.weights = weights
         self.profile = profile
+        self.traces = traces
         self.folder_of = folder_of
         self._log = GameLog()
         self._cases: dict[tuple[Segment, int], Case] = {}
@@ -87,7 +88,7 @@ class Responder(Player):
         case = self._cases.get(piece)
         if case is None:
             folder = self.folder_of(game.segment.job)
-            trace = RequestTrace.load(trace_path(folder.path, game.segment.request), self.weights.shape)
+            trace = self.traces.load(folder, game.segment.request)
             case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token, game.sampling)
             self._cases[piece] = case
         return case
@@ -103,9 +104,7 @@ class Responder(Player):
             index = segment.position - len(folder.load_requests()[segment.request].prompt)
             place, record, siblings = prove_token(dict(enumerate(state.tokens)), segment.request, index)
         elif kind in (Kind.LINK, Kind.LENGTH):
-            requests = range(len(state.nodes))
-            traces = [RequestTrace.load(trace_path(folder.path, r), self.weights.shape) for r in requests]
-            rows = [trace.arrays[f"{trace.first_layer}.h"] for trace in traces]
+            rows = [self.traces.inputs(folder, r) for r in range(len(state.nodes))]
             block = segment.unit if kind is Kind.LINK else 0
             if segment.position >= len(rows[segment.request]):
                 raise NothingWrong(f"{segment}: we hold {len(rows[segment.request])} positions")

@@ -33,6 +33,7 @@ from worker.job import JobFolder, JobState, Phase
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
 from worker.recorder import Recorder, Summary
+from worker.retain import Retention
 from worker.sampler import Draw
 from worker.scheduler import Scheduler, stopped
 from worker.stage import Stage
@@ -194,6 +195,9 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
+        retained = {}
+        if self._serving.retain == "regenerate":
+            retained["drops"] = Retention(self._stage, self.folder.path, self._serving.regenerate_checked).drops
         return self._recorder_class(
             self._stage.shape,
             self._stage.first_layer,
@@ -202,6 +206,7 @@ class Run:
             self.folder.path,
             queue_bytes=self._serving.recorder_bytes,
             alone=self.state.stages == 1,
+            **retained,
         )
 
     async def _begin(self, attempt: int) -> None:

@@ -15,11 +15,11 @@ from contracts.client import ContractsError
 from contracts.client import Stage as PipelineStage
 from contracts.wire import WireError, parse_requests, request_json
 from verifier.commit import make_outputs
-from verifier.trace import RequestTrace, tensor_keys
+from verifier.trace import tensor_keys
 from worker.agent import Agent
 from worker.errors import Refused, UnknownJob, WorkerError
 from worker.job import JobFolder, JobState, Phase
-from worker.recorder import load_roots, trace_path
+from worker.recorder import load_roots
 
 log = logging.getLogger("plumb.worker.server")
 
@@ -156,7 +156,7 @@ def create_app(agent: Agent) -> FastAPI:
             raise Refused(f"expected a request below {len(state.nodes)}, came {request}")
         if tensor not in tensor_keys(agent.stage.shape, config.first_layer, config.end_layer):
             raise Refused(f"tensor {tensor!r} is not of this stage")
-        array = RequestTrace.load(trace_path(folder.path, request), agent.stage.shape).arrays[tensor]
+        array = agent.traces.load(folder, request).arrays[tensor]
         if not 0 <= first < len(array) or (count is not None and count < 1):
             raise Refused(f"expected rows within {len(array)}, came {first} and {count}")
         most = max(1, ANSWER_BYTES // (array.shape[1] * array.itemsize))

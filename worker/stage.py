@@ -4,6 +4,7 @@ Everything the trace holds is taken during that forward: layer inputs here, q, k
 outputs of attention and MLP in hooks. There is no second forward.
 """
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 
 from verifier.weights import Weights
 from worker.batch import Batch
-from worker.cache import Cache, alike
+from worker.cache import Cache, Places
 from worker.sampler import Draw, choose_all
 
 ATTENTION = "plumb"
@@ -38,12 +39,12 @@ Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests that attend together: their rows in the microbatch, [n, new positions], the slots of all positions they
-    see, [n, positions], and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
+    """Requests that attend together: their rows in the microbatch, [n, new positions], where all positions are that
+    they see, and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    places: Places
     mask: torch.Tensor | None
 
 
@@ -55,17 +56,25 @@ class Forward:
         self.batch = batch
         self.cache = cache
         self.captured: Captured = {}
-        self.slots = cache.extend(batch)
+        cache.extend(batch)
+        self.plan()
+        self.slots = cache.rows(batch)
+
+    def plan(self) -> None:
+        """Who attends with whom; may move what the cache holds."""
+        stage, batch, cache = self.stage, self.batch, self.cache
         spans = {piece.request: span for piece, span in batch.spans()}
         self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
         self.groups: list[Group] = []
-        for pieces in alike([piece for piece in batch.pieces if piece.count == 1]):
+        for pieces, places in cache.places([piece for piece in batch.pieces if piece.count == 1]):
             rows = torch.tensor([[spans[piece.request].start] for piece in pieces], device=stage.device)
             ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
             mask = None
-            if pieces[0].end != pieces[-1].end:
-                mask = (torch.arange(pieces[0].end, device=stage.device) < ends[:, None])[:, None, None]
-            self.groups.append(Group(rows, cache.slots(pieces), mask))
+            if int(ends.min()) < places.longest:
+                seen = torch.arange(places.longest, device=stage.device) < ends[:, None]
+                mask = torch.zeros(seen.shape, dtype=stage.dtype, device=stage.device).masked_fill(~seen, -torch.inf)
+                mask = mask[:, None, None]
+            self.groups.append(Group(rows, places, mask))
         for piece in batch.pieces:
             if piece.count > 1 and piece.first:
                 # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
@@ -73,7 +82,7 @@ class Forward:
                 seen = torch.ones(piece.count, piece.end, dtype=torch.bool, device=stage.device).tril(piece.first)
                 span = spans[piece.request]
                 rows = torch.arange(span.start, span.stop, device=stage.device)[None]
-                self.groups.append(Group(rows, cache.slots([piece]), seen))
+                self.groups.append(Group(rows, cache.slots(piece), seen))
 
 
 class Widened(nn.Module):
@@ -107,11 +116,11 @@ class Stage:
     """Layers first_layer .. end_layer-1 of the model in `folder`, weights memory-mapped there and in the model's own
     dtype.
 
-    `observe` sees every tensor of the trace where it arises and returns what the forward goes on with. Not for two
-    threads at once.
+    `observe` sees every tensor of the trace where it arises and returns what the forward goes on with. Threads may
+    share a stage, each with caches of its own.
     """
 
-    _running: "Forward"  # the MLP's hook has no other way to its forward: transformers calls the MLP without keywords
+    forward_class: type[Forward] = Forward
 
     def __init__(
         self,
@@ -133,6 +142,8 @@ class Stage:
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
         self.widened = widened and self.dtype is not torch.float32
+        # Rationale: the MLP's hook has no other way to its forward: transformers calls the MLP without keywords.
+        self._running = threading.local()
 
         config_class, layer_class, norm_class, rotary_class = FAMILIES[self.weights.config["architectures"][0]]
         config = config_class.from_pretrained(folder, local_files_only=True)
@@ -178,9 +189,13 @@ class Stage:
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, Captured]:
-        """[rows, hidden] -> (the same shape after the last own layer, what the trace holds). Extends `cache`."""
-        context = self._running = Forward(self, batch, cache)
-        positions = torch.from_numpy(batch.positions()).to(self.device)[None]
+        """[rows, hidden] -> (the same shape after the last own layer, what the trace holds). Extends `cache`. Rows
+        beyond those of the batch are padding.
+        """
+        context = self._running.forward = self.forward_class(self, batch, cache)
+        positions = torch.zeros(1, len(hidden), dtype=torch.int64)
+        positions[0, : batch.rows] = torch.from_numpy(batch.positions())
+        positions = positions.to(self.device)
         hidden = hidden.to(self.device)[None]
         rotary = self.rotary(hidden, position_ids=positions)
         for index, layer in self.layers.items():
@@ -224,9 +239,9 @@ class Stage:
         """New rows, [1, heads, rows, head size] after RoPE -> [1, rows, heads, head size]; each request attends to its
         own positions only.
         """
-        query = self._observed(context, f"{layer}.q", query)
-        key = self._observed(context, f"{layer}.k", key)
-        value = self._observed(context, f"{layer}.v", value)
+        query = self.observe_heads(context, f"{layer}.q", query)
+        key = self.observe_heads(context, f"{layer}.k", key)
+        value = self.observe_heads(context, f"{layer}.v", value)
         context.cache.write(layer, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         attended = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
         for _, rows in context.whole:
@@ -241,7 +256,7 @@ class Stage:
             attended[rows] = part[0].transpose(0, 1)
         flat = query[0].transpose(0, 1)
         for group in context.groups:
-            keys, values = context.cache.read(layer, group.slots)
+            keys, values = context.cache.read(layer, group.places)
             n, count = group.rows.shape
             taken = flat[group.rows.reshape(-1)]
             if count == 1:  # the heads that share keys are rows over the same keys: nothing is copied for them
@@ -258,7 +273,7 @@ class Stage:
             attended[group.rows.reshape(-1)] = part
         return attended[None]
 
-    def _observed(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
+    def observe_heads(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:
         """`observe` for a tensor kept by heads, [1, heads, rows, head size]: rows of [head, head size] in the trace."""
         count, size = heads.shape[1], heads.shape[3]
         rows = self.observe(context, key, heads[0].transpose(0, 1).reshape(-1, count * size))
@@ -284,7 +299,7 @@ class Stage:
             return (hidden[None], *output[1:])
 
         def after_mlp(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            return self.observe(self._running, f"{index}.mlp_out", output[0])[None]
+            return self.observe(self._running.forward, f"{index}.mlp_out", output[0])[None]
 
         attention: Any = layer.self_attn
         attention.register_forward_hook(after_attention, with_kwargs=True)

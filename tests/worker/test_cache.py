@@ -1,4 +1,4 @@
-"""Pages, block tables and padding."""
+"""Pages, block tables, runs and padding."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.batch import Batch, Piece
-from worker.cache import PADDING, PAGE, Cache, alike
+from worker.cache import PADDING, PAGE, TOGETHER, Cache, View, alike
 
 
 def made() -> Cache:
@@ -18,24 +18,76 @@ def rows(request: int, first: int, count: int) -> torch.Tensor:
     return torch.tensor([[[request + 0.001 * t] * 4] * 2 for t in range(first, first + count)])
 
 
+def put(cache: Cache, pieces: list[Piece]) -> list[tuple[list[Piece], View]]:
+    """What Stage does at one layer. Where the single rows are read."""
+    batch = Batch(tuple(pieces))
+    cache.extend(batch)
+    places = cache.places([piece for piece in pieces if piece.count == 1])
+    new = torch.cat([rows(p.request, p.first, p.count) for p in pieces])
+    cache.write(0, cache.rows(batch), new, -new)
+    for piece in pieces:
+        cache.advance(piece.request, piece.count)
+    return places
+
+
 def test_every_position_is_read_back_whatever_came_between() -> None:
     dice, cache = random.Random(5), made()
     lengths = {request: 0 for request in range(5)}
     for _ in range(60):
         pieces = [Piece(r, lengths[r], dice.randint(1, 20)) for r in dice.sample(sorted(lengths), 3)]
-        slots = cache.extend(Batch(tuple(pieces)))
-        new = torch.cat([rows(p.request, p.first, p.count) for p in pieces])
-        cache.write(0, slots, new, -new)
+        put(cache, pieces)
         for piece in pieces:
             lengths[piece.request] = piece.end
-            keys, values = cache.read(0, cache.slots([piece]))
+            keys, values = cache.read(0, cache.slots(piece))
             expected = rows(piece.request, 0, piece.end).transpose(0, 1)[None]
             assert torch.equal(keys, expected) and torch.equal(values, -expected)
         if dice.random() < 0.2:
             gone = dice.choice(sorted(lengths))
             cache.drop(gone)
             lengths[gone] = 0
-    assert cache.pages == sum(-(-length // PAGE) for length in lengths.values())
+    for request in lengths:
+        cache.drop(request)
+    assert cache.pages == 0
+
+
+def test_runs_hold_what_was_written_while_requests_come_and_go() -> None:
+    dice, cache = random.Random(6), made()
+    cache.extend(Batch((Piece(99, 0, 1),)))
+    lengths: dict[int, int] = {}
+    for step in range(150):
+        if len(lengths) < 20:
+            lengths[step] = dice.choice([dice.randint(2, 90), 40])
+            put(cache, [Piece(step, 0, lengths[step])])
+        chosen = sorted(lengths) if step % 3 else dice.sample(sorted(lengths), 1 + len(lengths) // 2)
+        places = put(cache, [Piece(r, lengths[r], 1) for r in chosen])
+        assert sorted(piece.request for group, _ in places for piece in group) == sorted(chosen)
+        for group, view in places:
+            keys, values = cache.read(0, view)
+            assert keys.isfinite().all() and values.isfinite().all()
+            for i, piece in enumerate(group):
+                lengths[piece.request] = piece.end
+                expected = rows(piece.request, 0, piece.end).transpose(0, 1)
+                assert torch.equal(keys[i, :, : piece.end], expected)
+                assert torch.equal(values[i, :, : piece.end], -expected)
+        if step % 4 == 0:
+            gone = dice.choice(sorted(lengths))
+            del lengths[gone]
+            cache.drop(gone)
+    assert 0 < cache.padding <= PADDING
+
+
+def test_a_run_moves_only_when_it_is_outgrown_or_left() -> None:
+    cache = made()
+    for request in range(4):
+        put(cache, [Piece(request, 0, 10)])
+    runs = set()
+    for t in range(10, 10 + 2 * PAGE):
+        ((_, view),) = put(cache, [Piece(request, t, 1) for request in range(4)])
+        runs.add(view.run)
+    assert len(runs) == 1
+    cache.drop(2)
+    ((group, view),) = put(cache, [Piece(request, 10 + 2 * PAGE, 1) for request in (0, 1, 3)])
+    assert view.run not in runs and view.run.requests == tuple(piece.request for piece in group) == (0, 1, 3)
 
 
 def test_pages_of_an_ended_request_are_used_again() -> None:
@@ -53,12 +105,11 @@ def test_padding_stays_within_its_bound(seed: int) -> None:
     pieces = [Piece(r, dice.randint(1, 2000) - 1, 1) for r in range(dice.randint(1, 60))]
     for piece in pieces:
         cache.extend(Batch((Piece(piece.request, 0, piece.end),)))
-    groups = alike(pieces)
+    groups = [group for group, _ in cache.places(pieces)]
     assert sorted(piece.request for group in groups for piece in group) == list(range(len(pieces)))
-    for group in groups:
-        cache.slots(group)
     assert 0 <= cache.padding <= PADDING
 
 
 def test_requests_of_one_length_are_read_together() -> None:
-    assert len(alike([Piece(r, 40 + r % 3, 1) for r in range(30)])) == 1
+    sizes = [len(group) for group in alike([Piece(r, 40 + r % 3, 1) for r in range(30)])]
+    assert sizes == [TOGETHER, TOGETHER, TOGETHER, 30 - 3 * TOGETHER]

@@ -106,6 +106,12 @@ def test_only_the_staked_account_itself_is_given_stake_back(stage: Path) -> None
         assert expected in answer.stderr
 
 
+def test_an_unknown_way_to_retain_is_refused(stage: Path) -> None:
+    answer = plumb("run", stage, "--retain", "forget")
+    assert answer.exit_code == 1
+    assert "serving.retain: expected one of store, regenerate, came 'forget'" in answer.stderr
+
+
 def test_no_negative_amount(stage: Path) -> None:
     answer = plumb("unstake", stage, "--", "-1")
     told = re.sub(r"[\s│]+", " ", answer.stderr)  # without the frame around it
