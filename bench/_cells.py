@@ -8,7 +8,7 @@ position with the prompt's: they are the history that attention reads, and exact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from bench._served import Result
-from verifier.audit import Auditor, Stage, Verdict, audit_stop
+from verifier.audit import Audit, Auditor, Span, Stage, Verdict, audit_stop
 from verifier.commit import LIMITED, Output
 from verifier.referee.codec import Model
 from verifier.reference import real
@@ -57,17 +57,33 @@ class Judged:
 
 def judge(auditor: Auditor, result: Result) -> Judged:
     """All segments of one request that was served by one stage."""
-    shape, stage = auditor.shape, result.stage(auditor.weights)
-    ratio = np.zeros((shape.layers, stage.trace.positions))
-    found: list[Verdict] = []
+    return judge_all(auditor, [result])[0]
+
+
+def judge_all(auditor: Auditor, results: Sequence[Result]) -> list[Judged]:
+    """All segments of every request, each matrix read once for all of them."""
+    shape, stages = auditor.shape, [result.stage(auditor.weights) for result in results]
+    ratios = [np.zeros((shape.layers, stage.trace.positions)) for stage in stages]
+    found: list[list[Verdict]] = [[] for _ in results]
+
+    def saw(r: int, layer: int, audit: Audit) -> None:
+        rows = ratios[r][layer, : len(audit.ratios)]
+        np.maximum(rows, audit.ratios.max(axis=1), out=rows)
+        found[r] += audit.suspicions()
+
+    spans = [Span.whole(stage, r) for r, stage in enumerate(stages)]
     for layer in range(shape.layers):
-        for audit in auditor.layer(stage, result.index, layer):
-            ratio[layer] = np.maximum(ratio[layer], audit.ratios.max(axis=1))
-            found += audit.suspicions()
-        link = auditor.link(stage, result.index, layer)
-        if link is not None:
-            ratio[layer, : len(link.ratios)] = np.maximum(ratio[layer, : len(link.ratios)], link.ratios.max(axis=1))
-            found += link.suspicions()
+        for audit in auditor.sweep(layer, spans):
+            saw(audit.request, layer, replace(audit, request=results[audit.request].index))
+        for r, (stage, result) in enumerate(zip(stages, results, strict=True)):
+            link = auditor.link(stage, result.index, layer)
+            if link is not None:
+                saw(r, layer, link)
+    return [_completed(auditor, *parts) for parts in zip(results, stages, ratios, found, strict=True)]
+
+
+def _completed(auditor: Auditor, result: Result, stage: Stage, ratio: Floats, found: list[Verdict]) -> Judged:
+    """With the embeddings, the tokens and the count."""
     embedded = auditor.embed(stage, result.index, result.fed).ratios.max(axis=1)
     ratio[0, : len(embedded)] = np.maximum(ratio[0, : len(embedded)], embedded)
     prompt = np.zeros(ratio.shape[1], dtype=np.bool_)
@@ -76,7 +92,8 @@ def judge(auditor: Auditor, result: Result) -> Judged:
         ratio[-1, verdict.position] = max(ratio[-1, verdict.position], verdict.ratio)
         found += [verdict] if verdict.suspicious else []
     output = Output(0, len(result.tokens), LIMITED, result.tokens)
-    stopped = audit_stop(0, result.index, result.request, output, stage.trace.positions, shape.vocabulary)
+    vocabulary = auditor.shape.vocabulary
+    stopped = audit_stop(0, result.index, result.request, output, stage.trace.positions, vocabulary)
     return Judged(ratio, prompt, found, stopped is not None, stage)
 
 

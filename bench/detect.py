@@ -3,15 +3,21 @@
 `plumb bench detect --report FILE`. Options: model (a folder; default the demo's, made if it is not there), dtypes,
 requests, prompt, output (tokens), trials (audits of eight cells), settings (full or quick), sequences (of calibration;
 0: as many as `plumb model calibrate` serves), honest (sequences of each honest setting), toploc (false: without it),
-only (attacks whose name holds this text).
+only (attacks whose name holds this text), processes (that work at a time).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +26,22 @@ import torch
 
 from bench import BenchError
 from bench._attacks import DRAWN, Attack, attacks
-from bench._cells import Judged, confirmed, judge, peaks, row, wilson
+from bench._cells import Judged, confirmed, judge_all, peaks, row, wilson
 from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
 from challenger.judge import SCREEN_MARGINS
-from deploy.calibrate import Measured, calibrate, lengths, sample
-from deploy.serving import SETTINGS, available, serve_all
-from verifier.audit import Auditor, Stage
+from deploy.calibrate import FILE_NAME as CALIBRATION
+from deploy.calibrate import calibrate, lengths, sample
+from deploy.serving import PATIENT, SETTINGS, available, serve_all
+from verifier.audit import Auditor, Stage, Verdict
 from verifier.commit import Request
 from verifier.execution import Execution
+from verifier.referee.codec import Model
 from verifier.referee.floats import Dtype
 from verifier.safetensors_file import write
 from verifier.sources import ServedTensors
+from verifier.tolerance import Profile
 from verifier.vectors import to_bits as rounded
 from verifier.weights import Weights, identify
 from worker.sampler import Draw, choose_all
@@ -47,48 +56,80 @@ NAMES = {"bfloat16": Dtype.BFLOAT16, "float16": Dtype.FLOAT16, "float32": Dtype.
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What `run` was asked for, as each process is told it. place: of the models, one folder a dtype."""
+
+    place: Path
+    settings: str
+    sequences: int
+    honest: int
+    requests: int
+    prompt: int
+    output: int
+    trials: int
+    only: str
+
+
+@dataclass(frozen=True)
 class Court:
-    """One model in one dtype, calibrated, and those who judge its jobs."""
+    """One model in one dtype, calibrated, and who judges its jobs. screen: the measured margin of what tokens alone
+    tell, in token margins.
+    """
 
     dtype: str
     weights: Weights
-    measured: Measured
+    profile: Profile
+    screen: float
     trials: int
 
-    @property
+    @classmethod
+    def open(cls, plan: Plan, dtype: str) -> Court:
+        weights = Weights.open(plan.place / dtype)
+        logits = json.loads((weights.folder / CALIBRATION).read_text(encoding="utf-8"))["logits"]
+        screen = logits["screen"]["threshold"] / logits["token"]["threshold"]
+        return cls(dtype, weights, Profile.load(weights.folder, weights.shape), screen, plan.trials)
+
+    @cached_property
     def auditor(self) -> Auditor:
-        return Auditor(self.weights, self.measured.profile)
+        return Auditor(self.weights, self.profile)
+
+    @cached_property
+    def model(self) -> Model:
+        return identify(self.weights, self.profile)
 
 
 def run(
     model: str = "",
     dtypes: str = "bfloat16,float16,float32",
-    requests: int = 8,
+    requests: int = 6,
     prompt: int = 64,
-    output: int = 64,
-    trials: int = 2000,
+    output: int = 32,
+    trials: int = 1000,
     settings: str = "full",
     sequences: int = 0,
-    honest: int = 6,
+    honest: int = 2,
     toploc: bool = True,
     only: str = "",
+    processes: int = 2,
 ) -> dict[str, Any]:
-    unknown = set(dtypes.split(",")) - set(NAMES)
+    chosen = dtypes.split(",")
+    unknown = set(chosen) - set(NAMES)
     if unknown:
         raise BenchError(f"expected dtypes of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
+    if settings not in SETTINGS:
+        raise BenchError(f"expected settings of {', '.join(SETTINGS)}, got {settings}")
     source = _source(model)
-    python = install() if toploc and "bfloat16" in dtypes else None
-    rows: list[dict[str, Any]] = []
-    models = {}
-    for dtype in dtypes.split(","):
-        folder = variant(source, NAMES[dtype], PLACE / dtype)
-        measured = calibrate(folder, sequences=sequences, settings=settings)
-        measured.save(folder)
-        court = Court(dtype, Weights.open(folder), measured, trials)
-        models[dtype] = _told(court)
-        rows += honest_rows(court, settings, honest)
-        rows += attack_rows(court, requests, prompt, output, only, python if dtype == "bfloat16" else None)
-    false = sum(row["false_alarms"] for row in rows if row["kind"] == "honest")
+    python = install() if toploc and "bfloat16" in chosen else None
+    plan = Plan(PLACE, settings, sequences, honest, requests, prompt, output, trials, only)
+    models: dict[str, Any] = {}
+    parts = []
+    with _processes(processes) as pool:
+        measuring = {dtype: pool.submit(measure, plan, source, dtype) for dtype in chosen}
+        for dtype, measured in measuring.items():
+            models[dtype] = measured.result()
+            parts.append(pool.submit(honest_rows, plan, dtype))
+            parts.append(pool.submit(attack_rows, plan, dtype, python if dtype == "bfloat16" else None))
+        rows = [row for part in parts for row in part.result()]
     errors = [row for row in rows if "weight_error" in row]
     always, never = ([row["weight_error"] for row in errors if row["rate_8"] == rate] for rate in (1, 0))
     return {
@@ -97,9 +138,37 @@ def run(
         "largest_weight_error_never_seen": max(never, default=None),
         "models": models,
         "honest_cells": sum(row["cells"] for row in rows if row["kind"] == "honest"),
-        "false_alarms": false,
+        "false_alarms": sum(row["false_alarms"] for row in rows if row["kind"] == "honest"),
         "results": rows,
     }
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[Executor]:
+    """Each starts afresh, with one thread unless a setting asks for more, and with threads that sleep while they wait.
+
+    What is measured does not depend on `count`.
+    """
+    kept = dict(os.environ)
+    os.environ.update(PATIENT, OMP_NUM_THREADS="1")
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def measure(plan: Plan, source: Path, dtype: str) -> dict[str, Any]:
+    """Makes the model of one dtype, calibrates it and tells how."""
+    folder = variant(source, NAMES[dtype], plan.place / dtype)
+    start = time.process_time()
+    measured = calibrate(folder, sequences=plan.sequences, settings=plan.settings)
+    seconds = time.process_time() - start
+    measured.save(folder)
+    shape = measured.profile.shape
+    dimensions = {"hidden": shape.hidden, "kv_width": shape.kv_width, "layers": shape.layers, "heads": shape.heads}
+    return dimensions | {"calibration": measured.told(), "calibration_cpu_seconds": seconds}
 
 
 def variant(source: Path, dtype: Dtype, folder: Path) -> Path:
@@ -121,32 +190,30 @@ def variant(source: Path, dtype: Dtype, folder: Path) -> Path:
     return folder
 
 
-def honest_rows(court: Court, settings: str, sequences: int) -> list[dict[str, Any]]:
+def honest_rows(plan: Plan, dtype: str) -> list[dict[str, Any]]:
     """Every honest setting on fresh text; each position's token is chosen, greedily and drawn in turn, and judged."""
-    shape, auditor, model = court.weights.shape, court.auditor, identify(court.weights, court.measured.profile)
-    here, _ = available(SETTINGS[settings])
+    court = Court.open(plan, dtype)
+    shape, auditor = court.weights.shape, court.auditor
+    here, _ = available(SETTINGS[plan.settings])
     stage = Worker(court.weights.folder, 0, shape.layers, weights=court.weights)
-    texts = sample(stage, lengths(sequences, 96, shape.max_positions - 1), FRESH)
+    texts = sample(stage, lengths(plan.honest, 96, shape.max_positions - 1), FRESH)
     out = []
     for run in serve_all(court.weights.folder, court.weights, texts, here):
-        judged, false, suspicions = [], 0, 0
+        results = []
         for r, (text, arrays, logits) in enumerate(zip(texts, run.traces, run.logits, strict=True)):
             drawn: dict[str, Any] = {} if r % 2 else DRAWN
             asked = Request((text[0],), len(text), **drawn)
             draws = [Draw(asked, r, position) for position in range(len(text))]
             tokens = tuple(choose_all(logits.double().numpy(), draws))
-            judged.append(judge(auditor, Result(r, asked, tokens, arrays, tuple(text))))
-            suspicions += len(judged[-1].suspicions)
-            false += len(confirmed(auditor, model, judged[-1]))
-        found = row("honest", run.setting.name, court.dtype, judged, court.trials)
-        largest = max(float(j.ratio.max()) for j in judged)
-        out.append(found | {"false_alarms": false, "suspicions": suspicions, "largest_ratio": largest})
+            results.append(Result(r, asked, tokens, arrays, tuple(text)))
+        judged = judge_all(auditor, results)
+        out.append(row("honest", run.setting.name, dtype, judged, plan.trials) | _alarms(court, judged))
     return out
 
 
-def attack_rows(
-    court: Court, requests: int, prompt: int, output: int, only: str, python: Path | None
-) -> list[dict[str, Any]]:
+def attack_rows(plan: Plan, dtype: str, python: Path | None) -> list[dict[str, Any]]:
+    """Every attack on the same prompts. python: of TOPLOC's environment, if it is to look at the same tensors."""
+    court, requests, prompt, output = Court.open(plan, dtype), plan.requests, plan.prompt, plan.output
     weights, auditor = court.weights, court.auditor
     random = np.random.default_rng(FRESH)
     shape = weights.shape
@@ -160,14 +227,15 @@ def attack_rows(
     earlier = Server(weights).run(requests_like(random.integers(0, shape.vocabulary, prompts.shape), output))
     others = tuned(weights)
     rows, compared = [], {}
+    screened = _Screen(court)
     honest = [Attack("nobody cheats, greedy", Cheat), Attack("nobody cheats, drawn", Cheat, drawn=True)]
-    for attack in [*honest, *(one for one in attacks(weights, others, earlier) if only in one.name)]:
+    for attack in [*honest, *(one for one in attacks(weights, others, earlier) if plan.only in one.name)]:
         results = Server(weights, attack.cheat()).run(drawn if attack.drawn else greedy)
-        judged = [judge(auditor, result) for result in results]
+        judged = judge_all(auditor, results)
         kind = "honest" if attack in honest else "attack"
-        found = row(kind, attack.name, court.dtype, judged, court.trials) | _screened(court, results)
+        found = row(kind, attack.name, dtype, judged, plan.trials) | screened.rates(results)
         if kind == "honest":
-            found["false_alarms"] = sum(int(j.own.sum()) for j in judged)
+            found |= _alarms(court, judged)
         else:
             found["canonical"] = _weakest_holds(court, judged)
             found |= {"weight_error": _error(weights, attack)} if "weights" in attack.name else {}
@@ -184,6 +252,16 @@ def attack_rows(
     return rows
 
 
+def _alarms(court: Court, judged: Sequence[Judged]) -> dict[str, Any]:
+    """Of honest serving: cells that the audit calls wrong, what the law confirms of it, and the farthest piece."""
+    return {
+        "false_alarms": sum(int(j.own.sum()) for j in judged),
+        "false_convictions": sum(len(confirmed(court.auditor, court.model, j)) for j in judged),
+        "suspicions": sum(len(j.suspicions) for j in judged),
+        "largest_ratio": max(float(j.ratio.max()) for j in judged),
+    }
+
+
 def by_peak(court: Court, attack: Attack, results: Sequence[Result], judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """A KV cache's rows by how peaked the attention of a cell is, and by its position."""
     peak = [peaks(court.auditor, result) for result in results]
@@ -198,16 +276,24 @@ def by_peak(court: Court, attack: Attack, results: Sequence[Result], judged: Seq
     return [row("attack", f"{attack.name}, {n}", court.dtype, judged, court.trials, a) for n, a in parts.items()]
 
 
-def _screened(court: Court, results: Sequence[Result]) -> dict[str, Any]:
+class _Screen:
     """What the tokens alone tell, as a watchtower's `tokens` looks at them, and within the margin that was measured."""
-    worst = []
-    for result in results:
-        own = Stage(0, cast(ServedTensors, Execution(court.weights, result.fed)))
-        worst.append(max(v.ratio for v in court.auditor.chosen(own, result.index, result.request, result.tokens)))
-    measured = court.measured.screen.threshold / court.measured.calibration.logits(court.measured.margin).threshold
-    hits, close = (sum(ratio > limit for ratio in worst) for limit in (SCREEN_MARGINS, measured))
-    rates = {"rate_tokens": hits / len(worst), "rate_tokens_measured": close / len(worst)}
-    return rates | {"ci95_tokens": wilson(hits, len(worst)), "ci95_tokens_measured": wilson(close, len(worst))}
+
+    def __init__(self, court: Court) -> None:
+        self.court = court
+        self.executed: dict[tuple[int, ...], Stage] = {}  # mild attacks serve the model's own tokens
+
+    def rates(self, results: Sequence[Result]) -> dict[str, Any]:
+        worst = [max(v.ratio for v in self._chosen(result)) for result in results]
+        hits, close = (sum(ratio > limit for ratio in worst) for limit in (SCREEN_MARGINS, self.court.screen))
+        rates = {"rate_tokens": hits / len(worst), "rate_tokens_measured": close / len(worst)}
+        return rates | {"ci95_tokens": wilson(hits, len(worst)), "ci95_tokens_measured": wilson(close, len(worst))}
+
+    def _chosen(self, result: Result) -> list[Verdict]:
+        fed = tuple(result.fed)
+        if fed not in self.executed:
+            self.executed[fed] = Stage(0, cast(ServedTensors, Execution(self.court.weights, fed)))
+        return self.court.auditor.chosen(self.executed[fed], result.index, result.request, result.tokens)
 
 
 def _weakest_holds(court: Court, judged: Sequence[Judged]) -> bool | None:
@@ -216,7 +302,7 @@ def _weakest_holds(court: Court, judged: Sequence[Judged]) -> bool | None:
     if not found:
         return None
     verdict, there = min(found, key=lambda pair: pair[0].ratio)
-    return court.auditor.confirm(identify(court.weights, court.measured.profile), verdict, [there.stage])
+    return court.auditor.confirm(court.model, verdict, [there.stage])
 
 
 def _error(weights: Weights, attack: Attack) -> float:
@@ -246,9 +332,3 @@ def _source(model: str) -> Path:
     if not (folder / "config.json").exists():
         raise BenchError(f"expected a model's folder, got {folder}")
     return folder
-
-
-def _told(court: Court) -> dict[str, Any]:
-    shape = court.weights.shape
-    dimensions = {"hidden": shape.hidden, "kv_width": shape.kv_width, "layers": shape.layers, "heads": shape.heads}
-    return dimensions | {"calibration": court.measured.told()}

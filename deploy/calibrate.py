@@ -30,7 +30,7 @@ from worker.sampler import ONE, Draw
 from worker.stage import Stage
 
 FILE_NAME = "calibration.json"
-FORMAT = "plumb-calibration-1"
+FORMAT = "plumb-calibration-2"
 SEQUENCES = 16
 LENGTH = 96  # positions of a sequence, where the model allows so many
 LONG = 4  # times as long: the last sequence
@@ -69,7 +69,8 @@ class Measured:
                 "verdicts": row.pieces,
                 "quantiles": quantiles,
                 "worst_at": dict(zip(("layer", "unit", "observation"), row.worst, strict=True)),
-                "floor_share": row.share,
+                "usual": {"least": row.usual[0], "largest": row.usual[1]},
+                "floor_shares": list(row.shares),
                 "tail_scale": row.scale,
                 "margin": row.margin,
                 "threshold": row.threshold,

@@ -71,10 +71,12 @@ def measure(folder: Path, margin: float = MARGIN, settings: str = "quick") -> No
 
     found = serve_and_measure(folder, margin, settings=settings, progress=lambda name: console.print(f"  {name}"))
     path = found.save(folder)
-    table = Table("tensor", "pieces", "median", "99.9 %", "worst", "margin", "threshold")
+    table = Table("tensor", "pieces", "median", "99.9 %", "worst", "margin", "tolerances")
+    table.caption = "median, 99.9 % and worst in usual honest distances of each head or block"
     for kind, row in found.calibration.report(margin).items():
-        numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0])
-        told = (*(f"{number:.5f}" for number in numbers), f"{row.margin:.2f}", f"{row.threshold:.5f}")
+        numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0], row.margin)
+        least, largest = (row.threshold * usual for usual in row.usual)
+        told = (*(f"{number:.2f}" for number in numbers), f"{least:.5f} to {largest:.5f}")
         table.add_row(kind.name.lower(), str(row.pieces), *told)
     console.print(table)
     if found.absent:

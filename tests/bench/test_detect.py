@@ -27,8 +27,9 @@ from bench._attacks import (
     nf4,
     small_floats,
 )
-from bench._cells import Judged, judge, peaks, row, sampled, wilson
+from bench._cells import Judged, judge, judge_all, peaks, row, sampled, wilson
 from bench._served import Cheat, Result, Server, requests_like
+from bench.detect import Plan
 from tests.end_to_end import random_model
 from verifier.audit import Auditor
 from verifier.program import Kind
@@ -163,5 +164,40 @@ def test_a_finer_dtype_holds_what_the_source_could_not(auditor: Auditor, tmp_pat
 def test_what_the_bench_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="expected dtypes of bfloat16, float16, float32, got int8"):
         detect.run(dtypes="int8")
+    with pytest.raises(BenchError, match="expected settings of quick, full, got slow"):
+        detect.run(settings="slow")
     with pytest.raises(BenchError, match="expected a model's folder"):
         detect.run(model=str(tmp_path), toploc=False)
+
+
+def test_many_requests_at_once_are_judged_as_each_alone(auditor: Auditor) -> None:
+    results = [
+        *serve(auditor, Quantised(integers(8)), **DRAWN),
+        *serve(auditor, OtherPrompt(4, auditor.shape.vocabulary)),
+    ]
+    for result, together in zip(results, judge_all(auditor, results), strict=True):
+        alone = judge(auditor, result)
+        assert np.allclose(together.ratio, alone.ratio, rtol=1e-6) and (together.prompt == alone.prompt).all()
+        assert [v.request for v in together.suspicions] == [result.index] * len(alone.suspicions)
+
+
+def test_each_part_of_the_matrix_reads_what_calibration_wrote(auditor: Auditor, tmp_path: Path) -> None:
+    plan = Plan(tmp_path, "quick", sequences=1, honest=1, requests=2, prompt=12, output=4, trials=50, only="int4 w")
+    told = detect.measure(plan, auditor.weights.folder, "float32")
+    assert told["calibration"]["positions"] == 2 + 384 and told["hidden"] == 256 and told["calibration_cpu_seconds"] > 0
+    rows = detect.honest_rows(plan, "float32")
+    assert [row["name"] for row in rows] == told["calibration"]["settings"]
+    for row in rows:
+        assert (row["kind"], row["dtype"], row["cells"]) == ("honest", "float32", 2 * (2 + 384))
+        assert row["false_alarms"] == row["false_convictions"] == row["rate_1"] == row["rate_full"] == 0
+        assert 0.4 < row["largest_ratio"] < 0.97
+    greedy, drawn, int4 = detect.attack_rows(plan, "float32", None)
+    assert greedy["false_alarms"] == drawn["false_alarms"] == 0 and greedy["rate_tokens"] == 0
+    assert (int4["kind"], int4["cells"], int4["rate_1"], int4["rate_8"], int4["canonical"]) == (
+        "attack",
+        60,
+        1,
+        1,
+        True,
+    )
+    assert 0.05 < int4["weight_error"] < 0.2

@@ -78,8 +78,10 @@ def test_a_cell_beyond_its_bounds_is_refused(cell: ProfileCell) -> None:
 # ---- calibration
 
 
-def seen(shape: ModelShape, noise: float, positions: int = 20, seed: int = 0) -> Calibration:
-    """Every tensor of every layer, normal, with relative noise; the first unit of each is a tenth as large."""
+def seen(shape: ModelShape, noise: float, positions: int = 20, seed: int = 0, growth: float = 1.0) -> Calibration:
+    """Every tensor of every layer, normal, with relative noise, `growth` times as much in each layer as in the one
+    before; the first unit of each is a tenth as large.
+    """
     calibration, generator = Calibration(), np.random.default_rng(seed)
     widths = {Kind.Q: shape.query_width, Kind.K: shape.kv_width, Kind.V: shape.kv_width}
     for kind in TOLERATED:
@@ -87,7 +89,7 @@ def seen(shape: ModelShape, noise: float, positions: int = 20, seed: int = 0) ->
             columns = shape.head_dim if kind in widths else 256
             standard = generator.normal(size=(positions, widths.get(kind, shape.hidden)))
             standard[:, :columns] *= 0.1
-            error = noise * generator.normal(size=standard.shape)
+            error = noise * growth**layer * generator.normal(size=standard.shape)
             calibration.add_tensor(kind, layer, columns, standard + error, standard)
     logits = generator.normal(size=(positions, shape.vocabulary))
     calibration.add_logits(logits + 0.01 * generator.uniform(-1, 1, size=logits.shape), logits)
@@ -117,26 +119,27 @@ def test_a_small_sample_foresees_what_a_large_one_shows(draw: str) -> None:
     assert values[2000:].max() < bound(values[:2000], 1.0).threshold < 5
 
 
-def test_the_floor_is_the_share_that_gathers_honest_distances() -> None:
+def test_the_floor_is_the_share_that_leaves_the_least_room() -> None:
     """Noise in proportion to each row wants little floor, noise that is the same for all rows wants much."""
-    for proportional, share in ((True, SHARES[0]), (False, SHARES[-1])):
+    for proportional, share in ((True, SHARES[0]), (False, SHARES[2])):
         calibration, generator = Calibration(), np.random.default_rng(1)
         rows = generator.normal(size=(400, 256)) * generator.uniform(0.5, 2, size=(400, 1))
         size = np.abs(rows).mean(axis=1, keepdims=True) if proportional else 1.0
         calibration.add(Kind.MLP, 0, 0, rows + 0.003 * size * generator.normal(size=rows.shape), rows)
-        assert calibration.report(1.25)[Kind.MLP].share == share
+        assert calibration.report(1.25)[Kind.MLP].shares == (share,)
 
 
 def test_thresholds_stand_just_above_the_honest_worst() -> None:
     calibration = seen(SHAPE, 0.003)
     profile, report = calibration.profile(SHAPE, margin=1.3), calibration.report(margin=1.3)
     for kind in TOLERATED:
-        cell = profile.cell(kind, 1, 0)
-        assert cell.num / cell.den == pytest.approx(report[kind].threshold, abs=1e-8)
-        assert cell.num / cell.den == pytest.approx(report[kind].margin * report[kind].quantiles[1.0], abs=1e-8)
+        cell, (least, largest), threshold = profile.cell(kind, 1, 0), report[kind].usual, report[kind].threshold
+        assert threshold * least <= cell.num / cell.den <= threshold * largest + 1e-8
+        assert threshold == pytest.approx(report[kind].margin * report[kind].quantiles[1.0])
         assert 1.3 <= report[kind].margin < 4  # twenty positions leave much unseen
         # noise of 0.003 over the root of size and floor: 1.7 times a strong unit, half a weak one's tensor
-        assert 0.0015 < report[kind].quantiles[0.5] < 0.006
+        assert 0.0015 < least <= largest < 0.006
+        assert 0.5 < report[kind].quantiles[0.5] < 1 < report[kind].quantiles[1.0]
     assert report[Kind.Q].pieces == 20 * SHAPE.layers * SHAPE.heads
     assert profile.margin / Q30 == pytest.approx(calibration.logits(1.3).threshold, rel=1e-6)
     assert 0.015 < calibration.logit_spread <= 0.02
@@ -144,11 +147,22 @@ def test_thresholds_stand_just_above_the_honest_worst() -> None:
 
 def test_floors_lie_between_the_units_size_and_the_tensors() -> None:
     calibration = seen(SHAPE, 0.003, positions=400)
-    profile, root = calibration.profile(SHAPE), calibration.report()[Kind.Q].share ** 0.5
+    profile, root = calibration.profile(SHAPE), calibration.report()[Kind.Q].shares[0] ** 0.5
     weak, strong = (profile.cell(Kind.Q, 0, unit).floor / Q30 / root for unit in (0, 1))
     # by hand: mean squares 0.01 for one head of four, else 1, so the tensor's is 0.7525
     assert weak == pytest.approx((0.5 * 0.01 + 0.5 * 0.7525) ** 0.5, rel=0.05)
     assert strong == pytest.approx((0.5 * 1 + 0.5 * 0.7525) ** 0.5, rel=0.05)
+
+
+def test_each_unit_is_as_wide_as_its_own_noise() -> None:
+    """A layer four times as noisy: its tolerances are four times as wide, and the quiet one's are none the wider."""
+    quiet, mixed = (seen(SHAPE, 0.002, positions=400, growth=growth).profile(SHAPE) for growth in (1.0, 4.0))
+    for kind in TOLERATED:
+        for unit in (0, 1):
+            widths = [cell.num / cell.den for cell in (mixed.cell(kind, layer, unit) for layer in (0, 1))]
+            assert widths[1] / widths[0] == pytest.approx(4, rel=0.1)
+            before = quiet.cell(kind, 0, unit)
+            assert widths[0] == pytest.approx(before.num / before.den, rel=0.05)
 
 
 def test_a_perfect_sample_still_leaves_room_for_rounding() -> None:
