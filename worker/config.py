@@ -66,7 +66,10 @@ class Serving:
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     cache_positions: int = 65_536  # positions of all requests in flight together
     recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
-    stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
+    beat_seconds: float = 1.0  # between two heartbeats to the successor
+    silence_seconds: float = 5.0  # without anything of the predecessor, after which the attempt is given up
+    slow_seconds: float = 30.0  # that a stage may hold a microbatch, with those before it, until it is computed
+    stall_seconds: float = 60.0  # without a token, or with a message that isn't taken, after which it is given up too
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
     max_message_bytes: int = 64 * 2**20

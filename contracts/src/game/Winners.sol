@@ -8,6 +8,7 @@ struct Winner {
     uint32 gasUnits;
 }
 
+/// @dev Rationale: bounds `release`; with 64 stages and 8 winners each it stays below 2^24 gas, the limit of one transaction (EIP-7825).
 uint256 constant MAX_WINNERS = 8;
 
 /// @title Winners: who is paid from a convicted lock, at most eight
