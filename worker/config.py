@@ -55,6 +55,7 @@ class Policy:
     min_clock_seconds: int = 5
     min_grace_seconds: int = 1
     min_serving_seconds: int = 5  # from acceptance to commitBy
+    replaceable: bool = True  # whether we consent in advance that a spare takes our place once the ring stands still
 
 
 @dataclass(frozen=True)

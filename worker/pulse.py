@@ -6,6 +6,7 @@ not computed. Silence for `silence_seconds`, or a microbatch held for `slow_seco
 
 from collections import deque
 
+from worker.config import Serving
 from worker.errors import Stalled
 
 
@@ -14,11 +15,9 @@ class Pulse:
     attempt yet.
     """
 
-    def __init__(self, predecessor: str, beat_seconds: float, silence_seconds: float, slow_seconds: float) -> None:
+    def __init__(self, predecessor: str, serving: Serving) -> None:
         self._predecessor = predecessor
-        self._beat_seconds = beat_seconds
-        self._silence_seconds = silence_seconds
-        self._slow_seconds = slow_seconds
+        self._serving = serving
         self._heard: float | None = None
         self._judged: float | None = None
         self._waiting = 0  # messages of the predecessor for which there is no room yet
@@ -44,17 +43,17 @@ class Pulse:
 
     def judge(self, now: float) -> None:
         """Raises Stalled."""
-        late = self._judged is not None and now - self._judged > 2 * self._beat_seconds
+        late = self._judged is not None and now - self._judged > 2 * self._serving.beat_seconds
         self._judged = now
         if self._last:  # the Finish of a stage that dies now comes when it is back: its trace is final
             return
-        if self._told_seconds > self._slow_seconds:
+        if self._told_seconds > self._serving.slow_seconds:
             raise Stalled(self._predecessor, f"has had a microbatch for {self._told_seconds:.1f} s")
         if self._heard is None or self._waiting:
             return
         if late:  # it was ourselves who had no time to listen
             self._heard = now
-        elif now - self._heard > self._silence_seconds:
+        elif now - self._heard > self._serving.silence_seconds:
             raise Stalled(self._predecessor, f"silent for {now - self._heard:.1f} s")
 
     # ---- of ourselves

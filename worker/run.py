@@ -89,9 +89,11 @@ class Run:
         self._final = False  # sealed, or failed for good
         self._broken = False  # this attempt is given up, the next may come
         self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
-        self._kept = [list(tokens) for tokens in kept] or [[] for _ in requests]  # of stage 0
+        self._kept = [list(tokens) for tokens in kept] or [[] for _ in requests]  # of earlier attempts
+        self._tokens: list[list[int]] = [[] for _ in requests]
         self._sending = asyncio.Lock()  # numbers are given in the order of sending
         self._moved = time.monotonic()  # since when no rows were computed
+        self._held_until = 0.0
         self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
         self.finished.add_done_callback(retrieved)
         self._reset(max(state.attempt, self._first_attempt))
@@ -123,15 +125,19 @@ class Run:
     @property
     def tokens(self) -> list[list[int]]:
         """Each request's so far, at stage 0 and the last; what another attempt may begin with."""
-        return [list(tokens) for tokens in (self._kept if self.state.stage == 0 else self._tokens)]
+        return [max(pair, key=len) for pair in zip(self._kept, self._tokens, strict=True)]
 
     def held_seconds(self) -> float:
         """For how long the oldest microbatch has been here without having been computed."""
         return self._pulse.held_seconds(time.monotonic())
 
-    def idle_seconds(self) -> float:
+    def rest_seconds(self) -> float:
         """For how long no microbatch was computed here."""
         return time.monotonic() - self._moved
+
+    def hold(self, seconds: float) -> None:
+        """Nothing is sealed before: the job may be moved to another ring."""
+        self._held_until = time.monotonic() + seconds
 
     async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
         """One message of the predecessor. Raises BadMessage to have it dropped; returns once the message is queued."""
@@ -178,14 +184,14 @@ class Run:
         self._sequence = 0
         self._broken = False
         self._own_seconds = 0.0  # a microbatch here, smoothed
-        serving = self._serving
-        self._pulse = Pulse(self._predecessor, serving.beat_seconds, serving.silence_seconds, serving.slow_seconds)
+        self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
         self._inbox = asyncio.Queue(INBOX)
         self._cache = self._stage.cache()
         self._positions = [0] * len(self.requests)
         self._ended: set[int] = set()
-        self._tokens: list[list[int]] = [[] for _ in self.requests]
+        self._kept = self.tokens
+        self._tokens = [[] for _ in self.requests]
         if self._successor is not None:
             self._successor.drop(self.folder.job, attempt)
 
@@ -337,7 +343,8 @@ class Run:
         if scheduler.diverged:
             raise Diverged("an earlier attempt's tokens are not all what this one's rows yield")
         self._tokens = scheduler.outputs
-        await self._seal(await self._summary(), None)
+        assert self._recorder is not None
+        await self._seal(await asyncio.to_thread(self._recorder.finish), None)
         if self._successor is not None:
             await self._await_finish()
         self._finish()
@@ -437,7 +444,8 @@ class Run:
                 raise BadMessage(self._predecessor, what)
             if count < least:
                 raise BadMessage(self._predecessor, f"finished, but request {r} has only {count} positions")
-        summary = await self._summary()
+        assert self._recorder is not None
+        summary = await asyncio.to_thread(self._recorder.finish)
         assert summary.received is not None
         received = await asyncio.to_thread(self._judge_handoff, finish, *summary.received)
         await self._seal(summary, received)
@@ -525,12 +533,9 @@ class Run:
             assert self._successor is not None
             await self._successor.send(number)
 
-    async def _summary(self) -> Summary:
-        assert self._recorder is not None
-        return await asyncio.to_thread(self._recorder.finish)
-
     async def _seal(self, summary: Summary, received: Handoff | None) -> None:
         """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
+        await asyncio.sleep(self._held_until - time.monotonic())
         self._cache = self._stage.cache()
         tokens = tuple(tuple(ids) for ids in self._tokens) if self._stage.is_last or self.state.stage == 0 else ()
         sent = None

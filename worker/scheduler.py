@@ -23,6 +23,12 @@ def stopped(request: Request, tokens: Sequence[int]) -> bool:
     return len(tokens) >= request.limit or (len(tokens) > 0 and tokens[-1] in request.stops)
 
 
+def unfinished(request: Request, tokens: Sequence[int]) -> list[int]:
+    """As many of `tokens` as leave the request something to choose: what another attempt may begin with."""
+    end = next((i for i, token in enumerate(tokens) if token in request.stops), len(tokens))
+    return list(tokens[: min(end, request.limit - 1)])
+
+
 @dataclass
 class _Progress:
     request: Request
@@ -62,14 +68,12 @@ class Scheduler:
         cache_positions: int,
         kept: Sequence[Sequence[int]] = (),
     ) -> None:
-        """kept: a request's tokens of earlier attempts, none of them its last."""
+        """kept: each request's tokens of earlier attempts."""
         if min(max_rows, cache_positions) < 1:
             raise ValueError(f"expected positive bounds, came {max_rows}, {cache_positions}")
         self._progress = [_Progress(request) for request in requests]
         for progress, tokens in zip(self._progress, kept or [()] * len(requests), strict=True):
-            if len(tokens) >= progress.request.limit or set(tokens) & set(progress.request.stops):
-                raise ValueError(f"expected tokens of a request that goes on, came {len(tokens)}")
-            progress.tokens = list(tokens)
+            progress.tokens = unfinished(progress.request, tokens)
         self._max_rows = max_rows
         self._pace = pace
         self._room = cache_positions
@@ -91,10 +95,7 @@ class Scheduler:
     @property
     def kept(self) -> list[list[int]]:
         """Tokens for another attempt to begin with. The last of a request is left out: its row yields it again."""
-        return [
-            progress.tokens[:-1] if stopped(progress.request, progress.tokens) else list(progress.tokens)
-            for progress in self._progress
-        ]
+        return [unfinished(progress.request, progress.tokens) for progress in self._progress]
 
     @property
     def in_flight(self) -> int:
