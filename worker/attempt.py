@@ -10,7 +10,7 @@ import torch
 from verifier.commit import Request
 from worker import ring_pb2 as pb
 from worker.batch import Batch, Token
-from worker.errors import BadMessage, JobFailed
+from worker.errors import BadHandoff, BadMessage, JobFailed
 from worker.handoff import Handoff
 
 
@@ -63,6 +63,22 @@ def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positio
             raise BadMessage(sender, f"request {piece.request}: expected position {first}, came {piece.first}")
         if piece.end > end:
             raise BadMessage(sender, f"request {piece.request}: expected at most {end} positions, came {piece.end}")
+
+
+def judge_handoff(
+    notary: Notary, job: bytes, sender: int, name: str, finish: pb.Finish, root: bytes, leaves: int
+) -> Handoff:
+    """Raises BadHandoff unless stage `sender`, called `name`, signed exactly what came from it: (root, leaves)."""
+    if (finish.root, finish.leaves) != (root, leaves):
+        raise BadHandoff(
+            name,
+            f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
+            f"what it sent has 0x{root.hex()} of {leaves}",
+        )
+    handoff = Handoff(finish.root, finish.leaves, finish.signature)
+    if not notary.verify_handoff(job, sender, handoff):
+        raise BadHandoff(name, "its hand-off is not signed with its key")
+    return handoff
 
 
 def cancelled() -> bool:

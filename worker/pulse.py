@@ -43,7 +43,7 @@ class Pulse:
 
     def judge(self, now: float) -> None:
         """Raises Stalled."""
-        late = self._judged is not None and now - self._judged > 2 * self._serving.beat_seconds
+        late = self._judged is not None and now - self._judged > self._serving.silence_seconds / 2
         self._judged = now
         if self._last:  # the Finish of a stage that dies now comes when it is back: its trace is final
             return

@@ -24,7 +24,7 @@ import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
-from worker.attempt import Notary, Sender, Step, cancelled, check_pieces, failure_of, retrieved
+from worker.attempt import Notary, Sender, Step, cancelled, check_pieces, failure_of, judge_handoff, retrieved
 from worker.batch import Batch, Token, sampling
 from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
 from worker.config import Serving
@@ -156,12 +156,11 @@ class Run:
             await self._begin(envelope.attempt)
         if self._broken or envelope.sequence < self._expected:
             return  # given up already; or sent again after a lost connection
-        if envelope.sequence > self._expected:
-            if self._expected == 0 and body != "abort":  # we lost what came before, by a restart
+        if envelope.sequence > self._expected and body != "abort":
+            if self._expected == 0:  # we lost what came before, by a restart
                 await self._break(JobFailed("this stage restarted in the middle of an attempt"))
                 return
-            if body != "abort":
-                raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+            raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
         if body == "beat":
             self._pulse.beat(envelope.beat.held_ms / 1e3, envelope.beat.last, time.monotonic())
             return
@@ -243,7 +242,6 @@ class Run:
             self._inbox.get_nowait()
 
     def _fail(self, error: Exception) -> None:
-        """For good."""
         self._final = True
         self._save(self.state.to(Phase.FAILED, reason=str(error)))
         if not self.finished.done():
@@ -269,6 +267,8 @@ class Run:
             if self._successor is not None:
                 self._successor.reset()
             self._recorder = self._record()
+            kept = sum(map(len, self._kept))
+            log.info("job %s attempt %d begins with %d tokens", self.folder.job.hex()[:8], self._attempt, kept)
             try:
                 await self._drive()
                 return
@@ -284,10 +284,9 @@ class Run:
                 if self.state.phase is Phase.SEALED or failures >= self._serving.attempts:
                     self._fail(failure)
                     return
-                if not isinstance(failure, Diverged):
-                    await asyncio.sleep(min(2.0, 0.2 * 2**failures))
-                    if self._ready is not None:
-                        await self._ready()
+                await asyncio.sleep(min(2.0, 0.2 * 2**failures))
+                if self._ready is not None:
+                    await self._ready()
 
     async def _drive(self) -> None:
         """Rows go out and tokens come back at the same time: nothing here waits for a round to end."""
@@ -528,10 +527,10 @@ class Run:
     async def _send_beat(self, last: bool = False) -> None:
         held_ms = int(1e3 * self.held_seconds())
         async with self._sending:
-            number = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
-            number.beat.CopyFrom(pb.Beat(held_ms=held_ms, last=last))
+            beat = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
+            beat.beat.CopyFrom(pb.Beat(held_ms=held_ms, last=last))
             assert self._successor is not None
-            await self._successor.send(number)
+            await self._successor.send(beat)
 
     async def _seal(self, summary: Summary, received: Handoff | None) -> None:
         """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
@@ -572,18 +571,8 @@ class Run:
         return envelope
 
     def _judge_handoff(self, finish: pb.Finish, root: bytes, leaves: int) -> Handoff:
-        """Raises BadHandoff unless the predecessor signed exactly what came from it: (root, leaves)."""
-        if (finish.root, finish.leaves) != (root, leaves):
-            raise BadHandoff(
-                self._predecessor,
-                f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
-                f"what it sent has 0x{root.hex()} of {leaves}",
-            )
-        handoff = Handoff(finish.root, finish.leaves, finish.signature)
         sender = (self.state.stage - 1) % self.state.stages
-        if not self._notary.verify_handoff(self.folder.job, sender, handoff):
-            raise BadHandoff(self._predecessor, "its hand-off is not signed with its key")
-        return handoff
+        return judge_handoff(self._notary, self.folder.job, sender, self._predecessor, finish, root, leaves)
 
     def _finish(self) -> None:
         self._save(self.state.to(Phase.FINISHED))
