@@ -30,7 +30,7 @@ from contracts.errors import (
 from contracts.events import EVENTS, Event
 from contracts.keys import load_account, save_account
 from contracts.providers import check_rpc_url
-from contracts.records import Acceptance, Claim, Job, Stage, Status, Worker
+from contracts.records import Acceptance, Claim, Consent, Job, Stage, Status, Worker
 from contracts.signing import challenge_id, demand_id, game_hash, model_id
 from contracts.transport import Receipt, Transport
 
@@ -42,6 +42,7 @@ __all__ = [
     "ChainError",
     "ChainUnreachable",
     "Claim",
+    "Consent",
     "ContractsError",
     "Event",
     "Job",
@@ -205,6 +206,9 @@ class Chain:
     ) -> bytes:
         return signing.sign(self._signer(key), self._commit(job, stage, model, root, outputs, tokens))
 
+    def sign_move(self, job: bytes, pipeline: bytes, until: int, key: LocalAccount | None = None) -> bytes:
+        return signing.sign(self._signer(key), self._move(job, pipeline, until))
+
     def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int, key: LocalAccount | None = None) -> bytes:
         return signing.sign(self._signer(key), self._handoff(job, stage, root, leaves))
 
@@ -216,6 +220,9 @@ class Chain:
     def recover_accept(self, job: bytes, stage: int, model: bytes, signature: bytes) -> str | None:
         return signing.recover(self._accept(job, stage, model), signature)
 
+    def recover_move(self, job: bytes, pipeline: bytes, until: int, signature: bytes) -> str | None:
+        return signing.recover(self._move(job, pipeline, until), signature)
+
     def recover_commit(
         self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int, signature: bytes
     ) -> str | None:
@@ -226,6 +233,9 @@ class Chain:
 
     def _accept(self, job: bytes, stage: int, model: bytes) -> SignableMessage:
         return signing.accept_message(self.chain_id, self.escrow.address, job, stage, model)
+
+    def _move(self, job: bytes, pipeline: bytes, until: int) -> SignableMessage:
+        return signing.move_message(self.chain_id, self.escrow.address, job, pipeline, until)
 
     def _commit(
         self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int

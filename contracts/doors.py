@@ -10,7 +10,7 @@ from typing import Any
 from web3.types import TxReceipt
 
 from contracts.abi import functions
-from contracts.records import Acceptance, Brief, Claim, Job, Stage, Status, Worker
+from contracts.records import Acceptance, Brief, Claim, Consent, Job, Stage, Status, Worker
 from contracts.signing import challenge_id, demand_id, job_id, model_id, pipeline_id
 from contracts.transport import Transport
 from verifier.demand import Demand, Demanded
@@ -142,6 +142,10 @@ class EscrowDoor(Door):
 
     def accept(self, job: bytes, acceptances: Sequence[Acceptance]) -> TxReceipt:
         return self._send("accept", job, acceptances)
+
+    def move(self, job: bytes, pipeline: bytes, consents: Sequence[Consent]) -> TxReceipt:
+        """consents: of the stages of the job's pipeline, in their order, then of those who are new."""
+        return self._send("move", job, pipeline, consents)
 
     def commit(self, job: bytes, claims: Sequence[Claim]) -> TxReceipt:
         return self._send("commit", job, claims)

@@ -102,6 +102,14 @@ class JobAccepted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobMoved(Event):
+    """The job goes on with another pipeline."""
+
+    id: bytes
+    pipeline: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageCommitted(Event):
     id: bytes
     stage: int

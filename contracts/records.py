@@ -73,6 +73,14 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
+class Consent:
+    """One worker's to a job's move to another pipeline, until then, unix seconds."""
+
+    until: int
+    signature: bytes
+
+
+@dataclass(frozen=True)
 class Claim:
     stage: int
     root: bytes

@@ -24,6 +24,7 @@ _DOMAIN = [
 _TYPES: dict[str, list[tuple[str, str]]] = {
     "Join": [("pipeline", "bytes32")],
     "Accept": [("job", "bytes32"), ("stage", "uint8"), ("model", "bytes32")],
+    "Move": [("job", "bytes32"), ("pipeline", "bytes32"), ("until", "uint64")],
     "Commit": [
         ("job", "bytes32"),
         ("stage", "uint8"),
@@ -93,6 +94,10 @@ def join_message(chain_id: int, workers: str, pipeline: bytes) -> SignableMessag
 
 def accept_message(chain_id: int, escrow: str, job: bytes, stage: int, model: bytes) -> SignableMessage:
     return typed_message(chain_id, escrow, "Accept", {"job": job, "stage": stage, "model": model})
+
+
+def move_message(chain_id: int, escrow: str, job: bytes, pipeline: bytes, until: int) -> SignableMessage:
+    return typed_message(chain_id, escrow, "Move", {"job": job, "pipeline": pipeline, "until": until})
 
 
 def commit_message(

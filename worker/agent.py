@@ -10,7 +10,18 @@ import torch
 import uvicorn
 from eth_account.signers.local import LocalAccount
 
-from contracts.client import Addresses, Chain, Claim, ContractsError, Job, Stage, Status, load_account, model_id
+from contracts.client import (
+    Addresses,
+    Chain,
+    Claim,
+    Consent,
+    ContractsError,
+    Job,
+    Stage,
+    Status,
+    load_account,
+    model_id,
+)
 from contracts.events import (
     DemandAnswered,
     DemandLapsed,
@@ -20,11 +31,13 @@ from contracts.events import (
     GameMoved,
     JobAccepted,
     JobCommitted,
+    JobMoved,
     JobOpened,
     JobPaid,
     JobRefunded,
     JobReleased,
     JobVoided,
+    PipelineCreated,
 )
 from verifier.commit import Request
 from verifier.tolerance import Profile
@@ -44,6 +57,7 @@ from worker.repeat import RepeatableStage
 from worker.respond import Responder
 from worker.retain import Traces
 from worker.settle import Settler, stage_name
+from worker.spare import Spare, place
 from worker.stage import Stage as ModelStage
 
 log = logging.getLogger("plumb.worker.agent")
@@ -84,7 +98,9 @@ class Agent:
         self._key = key
         self._max_message_bytes = config.serving.max_message_bytes
         self._engagements: dict[bytes, Engagement] = {}
-        self._pipelines: dict[bytes, tuple[Stage, ...]] = {}
+        self._spares: dict[bytes, Spare] = {}
+        self._pipelines: dict[bytes, tuple[Stage, ...]] = {}  # ours, and those of jobs
+        self._rings: dict[bytes, int] = {}  # how often a job has moved
         self._next_block = config.chain.start_block
         self._event_lock = asyncio.Lock()
 
@@ -124,8 +140,8 @@ class Agent:
             await asyncio.gather(watch, return_exceptions=True)
             await self.responder.stop()
             await self.answerer.stop()
-            for engagement in self._engagements.values():
-                await engagement.stop()
+            for job in (*self._engagements.values(), *self._spares.values()):
+                await job.stop()
             await self.links.close()
             await self.ring.stop()
             await self.peers.close()
@@ -139,6 +155,8 @@ class Agent:
                 for engagement in list(self._engagements.values()):
                     if not engagement.closed:
                         engagement.advance(now)
+                for spare in list(self._spares.values()):
+                    spare.advance(now)
                 self.responder.tick(now)
                 self.answerer.tick(now)
             except ContractsError as error:
@@ -160,8 +178,13 @@ class Agent:
 
     async def _event(self, event: Event) -> None:
         match event:
+            case PipelineCreated(id=id, stages=stages):
+                if any(stage.worker == self.account for stage in stages):
+                    self._pipelines[id] = stages
             case JobOpened(id=id, job=job):
                 await self._opened(id, job)
+            case JobMoved(id=id, pipeline=pipeline):
+                await self._moved(id, pipeline)
             case GameMoved() | GameEnded():
                 self.responder.feed(event)
             case DemandOpened():
@@ -169,10 +192,10 @@ class Agent:
             case DemandAnswered() | DemandLapsed():
                 self.answerer.closed(event)
             case JobAccepted() | JobCommitted() | JobPaid() | JobVoided() | JobRefunded() | JobReleased():
-                engagement = self._engagements.get(event.id)
-                if engagement is None:
+                found = self._engagements.get(event.id) or self._spares.get(event.id)
+                if found is None:
                     return
-                engagement.status = {
+                found.status = {
                     JobAccepted: Status.ACCEPTED,
                     JobCommitted: Status.COMMITTED,
                     JobPaid: Status.PAID,
@@ -180,14 +203,16 @@ class Agent:
                     JobRefunded: Status.REFUNDED,
                     JobReleased: Status.REFUNDED,  # as far as this worker is concerned: nothing is left to do
                 }[type(event)]
-                if isinstance(event, JobCommitted):
-                    engagement.window_end = event.window_end
+                if isinstance(found, Spare):
+                    if found.status is not Status.ACCEPTED:
+                        await self._spares.pop(event.id).stop()
+                elif isinstance(event, JobCommitted):
+                    found.window_end = event.window_end
 
     async def _opened(self, id: bytes, job: Job) -> None:
-        if job.pipeline not in self._pipelines:
-            self._pipelines[job.pipeline] = await asyncio.to_thread(self.chain.workers.pipeline_stages, job.pipeline)
-        stages = self._pipelines[job.pipeline]
-        if not any(stage.worker.lower() == self.account.lower() for stage in stages):
+        stages = await self._stages(job.pipeline)
+        if not any(stage.worker == self.account for stage in stages):
+            self._offer(id, job, stages)
             return
         try:
             index = own_stage(stages, self.account, self.config.first_layer, self.config.end_layer)
@@ -196,6 +221,40 @@ class Agent:
             return
         self._engagements[id] = Engagement(self, id, job, stages, index)
         log.info("job %s opened on our pipeline, we are stage %d of %d", id.hex()[:8], index, len(stages))
+
+    async def _stages(self, pipeline: bytes) -> tuple[Stage, ...]:
+        if pipeline not in self._pipelines:
+            self._pipelines[pipeline] = await asyncio.to_thread(self.chain.workers.pipeline_stages, pipeline)
+        return self._pipelines[pipeline]
+
+    def _offer(self, id: bytes, job: Job, stages: tuple[Stage, ...]) -> None:
+        """Watches over a job that is not ours, if a pipeline of ours may relieve its own."""
+        for relief, ours in self._pipelines.items():
+            index = place(stages, ours)
+            if index is not None and ours[index].worker == self.account:
+                self._spares[id] = Spare(self, id, job, stages, relief, index)
+                log.info("job %s: we are a spare for %s", id.hex()[:8], stage_name(index, stages[index]))
+                return
+
+    async def _moved(self, id: bytes, pipeline: bytes) -> None:
+        """A job goes on with another pipeline: we come, stay or leave, or become a spare for it."""
+        stages = await self._stages(pipeline)
+        engagement, spare = self._engagements.get(id), self._spares.pop(id, None)
+        self._rings[id] = rings = self._rings.get(id, 0) + 1
+        index = next((i for i, stage in enumerate(stages) if stage.worker == self.account), None)
+        if engagement is not None:
+            await engagement.moved(stages, rings, index)
+        elif index is not None and spare is not None:
+            log.warning("job %s: we are its stage %d from now on", id.hex()[:8], index)
+            engagement = self._engagements[id] = Engagement(self, id, spare.job, stages, index, rings)
+            engagement.status = Status.ACCEPTED
+            engagement.advance(await asyncio.to_thread(self.now))
+        elif spare is not None:
+            self._offer(id, spare.job, stages)
+            if id in self._spares:
+                self._spares[id].status = Status.ACCEPTED
+        if spare is not None and spare.task is not asyncio.current_task():
+            await spare.stop()
 
     # ------------------------------------------------------------------------------------------------- asked by others
 
@@ -216,6 +275,16 @@ class Agent:
         engagement = await self.engagement(job)
         return engagement.index, await engagement.accept()
 
+    async def consent(self, job: bytes, pipeline: bytes) -> Consent:
+        """Ours to the job's move to `pipeline`. Raises Refused."""
+        engagement = await self.engagement(job)
+        return await engagement.consent(pipeline, await self._stages(pipeline))
+
+    def held_seconds(self, job: bytes) -> float:
+        """For how long we have had a microbatch of the job that is not computed."""
+        engagement = self._engagements.get(job)
+        return engagement.run.held_seconds() if engagement is not None and engagement.run is not None else 0.0
+
     async def claim(self, job: bytes) -> Claim:
         return await (await self.engagement(job)).claim()
 
@@ -232,8 +301,9 @@ class Agent:
             engagement = await self.engagement(envelope.job)
         except UnknownJob as error:
             raise BadMessage(peer.name, str(error)) from error
-        before = (engagement.index - 1) % len(engagement.stages)
-        expected = engagement.stages[before]
+        if peer.account != engagement.predecessor[1].worker:
+            await self.follow()  # the job may have moved
+        before, expected = engagement.predecessor
         if peer.account != expected.worker:
             raise BadMessage(
                 peer.name,

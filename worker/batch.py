@@ -54,8 +54,12 @@ class Token:
     token: int
 
 
-def sampling(batch: Batch, prompt_counts: Sequence[int]) -> list[tuple[Piece, int]]:
-    """(piece, row within the microbatch) of every piece that reaches the end of its prompt: its last row yields a
-    token.
+def sampling(batch: Batch, prompt_counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(request, position, row within the microbatch) of every row that yields a token: a prompt's last and all behind
+    it, be they fed back one by one or, after a broken attempt, several at once.
     """
-    return [(piece, span.stop - 1) for piece, span in batch.spans() if piece.end >= prompt_counts[piece.request]]
+    return [
+        (piece.request, position, span.start + position - piece.first)
+        for piece, span in batch.spans()
+        for position in range(max(piece.first, prompt_counts[piece.request] - 1), piece.end)
+    ]

@@ -57,6 +57,7 @@ class Policy:
     min_clock_seconds: int = 5
     min_grace_seconds: int = 1
     min_serving_seconds: int = 5  # from acceptance to commitBy
+    replaceable: bool = True  # whether we consent in advance that a spare takes our place once the ring stands still
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ class Serving:
     retain: str = "store"  # traces; or "regenerate": compute them again when they are asked for (worker.retain)
     regenerate_checked: float = 1.0  # the share of requests whose trace is computed again before it is dropped
     regenerated_bytes: int = 512 * 2**20  # of traces kept after they were computed again
-    stall_seconds: float = 60.0  # silence of a peer after which the attempt is given up
+    beat_seconds: float = 1.0  # between two heartbeats to the successor
+    silence_seconds: float = 5.0  # without anything of the predecessor, after which the attempt is given up
+    slow_seconds: float = 30.0  # that a stage may hold a microbatch, with those before it, until it is computed
+    stall_seconds: float = 60.0  # without a token, or with a message that isn't taken, after which it is given up too
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
     max_message_bytes: int = 64 * 2**20

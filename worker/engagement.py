@@ -6,14 +6,16 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
+from contracts.client import Acceptance, Claim, Consent, ContractsError, Job, Stage, Status
 from verifier.commit import Request
 from worker.admission import check_requests, check_terms
-from worker.channel import Peer
+from worker.channel import Link, Peer
 from worker.errors import JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
 from worker.job import JobState, Phase
-from worker.run import Run
+from worker.run import ATTEMPTS, Run
+from worker.scheduler import unfinished
 from worker.settle import deadline, stage_name
+from worker.spare import place
 
 if TYPE_CHECKING:
     from worker.agent import Agent
@@ -21,22 +23,29 @@ if TYPE_CHECKING:
 log = logging.getLogger("plumb.worker.engagement")
 
 RETRY_SECONDS = 1.0  # between attempts to reach a peer or the chain
+CONSENT_SECONDS = 30  # that a consent to another's replacement lasts, on the chain
 COLLECT_SECONDS = 0.2  # between two questions for a claim
 
 
 class Engagement:
     """`status` and `window_end` follow the chain's events; `advance` does what they ask for."""
 
-    def __init__(self, agent: "Agent", id: bytes, job: Job, stages: tuple[Stage, ...], index: int) -> None:
+    def __init__(
+        self, agent: "Agent", id: bytes, job: Job, stages: tuple[Stage, ...], index: int, rings: int = 0
+    ) -> None:
+        """rings: how many pipelines served the job before."""
         self.agent = agent
         self.id = id
         self.job = job
         self.stages = stages
         self.index = index
+        self.rings = rings
         self.status = Status.OPEN
         self.window_end = 0
         self.folder = agent.folder(id)
         self.run: Run | None = None
+        self._kept: list[list[int]] = []  # tokens of an earlier ring
+        self._link: Link | None = None
         self._lock = asyncio.Lock()  # of accepting: prompts are fetched and judged once
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._due_after: float = 0.0
@@ -52,6 +61,16 @@ class Engagement:
     @property
     def closed(self) -> bool:
         return self.state.phase is Phase.CLOSED
+
+    @property
+    def predecessor(self) -> tuple[int, Stage]:
+        before = (self.index - 1) % len(self.stages)
+        return before, self.stages[before]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Each request's so far, at stage 0 and the last."""
+        return self.run.tokens if self.run is not None else self._kept
 
     def advance(self, now: int) -> None:
         """Starts whatever is due; `now` in unix seconds of the chain."""
@@ -136,13 +155,14 @@ class Engagement:
         requests = await asyncio.to_thread(self.folder.load_requests)
         await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         n = len(self.stages)
-        before = (self.index - 1) % n
-        link = None
+        before, sender = self.predecessor
         if n > 1:
             peer, _ = await self._neighbour(before)
             agent.ring.admit(peer)
             peer, address = await self._neighbour((self.index + 1) % n)
-            link = agent.links.to(peer, address)
+            self._link = agent.links.to(peer, address)
+        if self.index == 0 and not any(self._kept) and (self.rings or self.state.attempt):
+            self._kept = await self._told_tokens(requests)
         if self.state.phase in (Phase.OPEN, Phase.SIGNED):
             await asyncio.to_thread(self._save, self.state.to(Phase.SERVING))
         self.run = Run(
@@ -153,10 +173,13 @@ class Engagement:
             agent.config.serving,
             agent.notary,
             agent.compute,
-            link,
-            stage_name(before, self.stages[before]),
+            self._link,
+            stage_name(before, sender),
             agent.recorder_class,
             self._noted,
+            ready=self._ready,
+            kept=self._kept,
+            rings=self.rings,
         )
         self.run.start()
         try:
@@ -170,6 +193,89 @@ class Engagement:
         else:
             await asyncio.sleep(agent.config.serving.claim_seconds)
         await self._post([claim])
+
+    async def _told_tokens(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Stage 0, without memory of earlier attempts: what the last stage has of them, as far as a request goes on.
+
+        It may tell what it likes: it chooses every token again.
+        """
+        last = len(self.stages) - 1
+        name = stage_name(last, self.stages[last])
+        try:
+            url, _ = await asyncio.to_thread(self.agent.peers.locate, last, self.stages[last])
+            told = await self.agent.peers.tokens(name, url, self.id)
+        except (PeerFault, ContractsError) as error:
+            log.warning("job %s: its tokens so far are lost: %s", self.name, error)
+            return []
+        if len(told) != len(requests):
+            return []
+        return [unfinished(request, tokens) for request, tokens in zip(requests, told, strict=True)]
+
+    async def _ready(self) -> None:
+        """Stage 0: returns once every other stage answers and gets on with its work."""
+        agent = self.agent
+        others = list(enumerate(self.stages))[1:]
+        while True:
+            try:
+                for index, stage in others:
+                    url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
+                    await agent.peers.well(stage_name(index, stage), url, self.id, agent.config.serving)
+                return
+            except (PeerFault, ContractsError) as error:
+                log.warning("job %s: the ring waits: %s", self.name, error)
+            await asyncio.sleep(agent.config.serving.beat_seconds)
+
+    # ---------------------------------------------------------------------------------------------------------- moving
+
+    async def consent(self, pipeline: bytes, stages: tuple[Stage, ...]) -> Consent:
+        """Ours to the job's move to `pipeline`. Raises Refused.
+
+        SAFETY: a trace that is final can't be served again, and a job that is being served needs no other worker. What
+        we sign for another's place is over soon; until then we seal nothing.
+        """
+        agent, serving = self.agent, self.agent.config.serving
+        index = place(self.stages, stages)
+        if index is None:
+            raise Refused("expected a pipeline that differs from the job's in one worker")
+        if self.status is not Status.ACCEPTED or self.state.phase not in (Phase.SIGNED, Phase.SERVING):
+            raise Refused(f"expected a job that is being served, it is {self.status.name.lower()}, {self.state.phase}")
+        if index == self.index:
+            if not agent.config.policy.replaceable:
+                raise Refused("we are not to be replaced")
+            until = self.job.commit_by
+        else:
+            if stages[self.index] != self.stages[self.index]:
+                raise Refused("expected our own share as it was")
+            idle = serving.silence_seconds if self.run is None else self.run.rest_seconds()
+            if idle < serving.silence_seconds:
+                raise Refused(f"expected a ring that stands still, it moved {idle:.1f} s ago")
+            if self.run is not None:
+                self.run.hold(2 * CONSENT_SECONDS)
+            until = min(self.job.commit_by, await asyncio.to_thread(agent.now) + CONSENT_SECONDS)
+        return await asyncio.to_thread(agent.notary.sign_move, self.id, pipeline, until)
+
+    async def moved(self, stages: tuple[Stage, ...], rings: int, index: int | None) -> None:
+        """The job goes on with another pipeline, in which we are stage `index`; None: without us."""
+        serving = self._tasks.pop("serving", None)
+        if serving is not None:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+        if self.run is not None:
+            self._kept = self.run.tokens
+            await self.run.close("the job goes on with another pipeline")
+            self.run = None
+        if self._link is not None:
+            self._link.drop(self.id, (rings + 1) * ATTEMPTS)
+            self._link = None
+        self.stages, self.rings = stages, rings
+        if index is None:
+            log.warning("job %s: another worker has taken our place", self.name)
+            await asyncio.to_thread(
+                self._save, self.state.to(Phase.CLOSED, reason="another worker has taken our place")
+            )
+        else:
+            self.index = index
+            self.advance(await asyncio.to_thread(self.agent.now))
 
     async def receive(self, peer: Peer, envelope: Any) -> None:
         """A message of `peer` under this job; waits until we are in the ring ourselves. Raises BadMessage."""

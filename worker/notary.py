@@ -2,7 +2,7 @@
 
 from eth_account.signers.local import LocalAccount
 
-from contracts.client import Chain, Claim, Stage
+from contracts.client import Chain, Claim, Consent, Stage
 from worker.handoff import Handoff
 
 
@@ -25,6 +25,9 @@ class Notary:
     def sign_accept(self, job: bytes, stage: int, model: bytes) -> bytes:
         return self._chain.sign_accept(job, stage, model, self._signer)
 
+    def sign_move(self, job: bytes, pipeline: bytes, until: int) -> Consent:
+        return Consent(until, self._chain.sign_move(job, pipeline, until, self._signer))
+
     def sign_claim(self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int) -> Claim:
         return Claim(
             stage,
@@ -39,6 +42,10 @@ class Notary:
 
     def verify_accept(self, job: bytes, stage: int, model: bytes, signature: bytes) -> bool:
         return self._chain.recover_accept(job, stage, model, signature) == self._signers[job, stage]
+
+    def verify_move(self, job: bytes, stage: int, pipeline: bytes, consent: Consent) -> bool:
+        recovered = self._chain.recover_move(job, pipeline, consent.until, consent.signature)
+        return recovered == self._signers[job, stage]
 
     def verify_claim(self, job: bytes, model: bytes, claim: Claim) -> bool:
         recovered = self._chain.recover_commit(

@@ -1,18 +1,23 @@
 """The other workers, as the chain names them: their HTTP endpoints, and their pinned certificates."""
 
+import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from contracts.client import Chain, Claim, Stage
+from contracts.client import Chain, Claim, Consent, Stage
 from contracts.wire import WireError, parse_requests
 from verifier.commit import Request
 from worker import tls
 from worker.channel import Link, Peer
+from worker.config import Serving
 from worker.errors import PeerFault
+from worker.job import Phase
 from worker.settle import stage_name
 
 log = logging.getLogger("plumb.worker.peers")
@@ -73,6 +78,35 @@ class Peers:
             name, await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/accept", SMALL_ANSWER_BYTES), "signature"
         )
 
+    async def consent(self, name: str, url: str, job: bytes, pipeline: bytes, patience_seconds: float) -> Consent:
+        """To the job's move to `pipeline`; PeerFault with its reason if it refuses."""
+        where = f"{url}/jobs/{job.hex()}/move/{pipeline.hex()}"
+        async with _patience(name, patience_seconds):
+            body = await self._ask(name, "POST", where, SMALL_ANSWER_BYTES)
+        until = body.get("until")
+        if type(until) is not int or not 0 <= until < 2**64:
+            raise PeerFault(name, f"expected unix seconds, came {str(until)[:80]!r}")
+        return Consent(until, _hex(name, body, "signature"))
+
+    async def well(self, name: str, url: str, job: bytes, serving: Serving) -> None:
+        """Returns if it answers at once and gets on with its work. Raises PeerFault."""
+        async with _patience(name, serving.silence_seconds):
+            body = await self._ask(name, "GET", f"{url}/jobs/{job.hex()}", SMALL_ANSWER_BYTES)
+        held, phase = body.get("held_seconds"), body.get("phase")
+        if type(held) is not float or held > serving.slow_seconds:
+            raise PeerFault(name, f"has had a microbatch for {str(held)[:20]} s")
+        if phase == Phase.FAILED:
+            raise PeerFault(name, f"has failed: {str(body.get('reason'))[:500]}")
+
+    async def tokens(self, name: str, url: str, job: bytes) -> list[list[int]]:
+        """What it has of each request's output."""
+        tokens = (await self._ask(name, "GET", f"{url}/jobs/{job.hex()}/tokens", self._max_body_bytes)).get("tokens")
+        if not isinstance(tokens, list) or not all(isinstance(ids, list) for ids in tokens):
+            raise PeerFault(name, "expected lists of tokens")
+        if not all(type(token) is int for ids in tokens for token in ids):
+            raise PeerFault(name, "expected tokens that are whole numbers")
+        return tokens
+
     async def claim(self, name: str, url: str, job: bytes, index: int) -> Claim:
         body = await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/commit", SMALL_ANSWER_BYTES)
         tokens = body.get("tokens")
@@ -105,6 +139,15 @@ class Peers:
             reason = _object(name, f"{method} {url}: status {status}", body).get("error")
             raise PeerFault(name, f"refuses: {str(reason)[:500]}")
         return body
+
+
+@asynccontextmanager
+async def _patience(name: str, seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise PeerFault(name, f"no answer within {seconds:g} s") from None
 
 
 class Links:

@@ -80,8 +80,16 @@ class Abort(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
+class Beat(_message.Message):
+    __slots__ = ("held_ms", "last")
+    HELD_MS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    held_ms: int
+    last: bool
+    def __init__(self, held_ms: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
 class Envelope(_message.Message):
-    __slots__ = ("job", "attempt", "sequence", "rows", "tokens", "finish", "abort")
+    __slots__ = ("job", "attempt", "sequence", "rows", "tokens", "finish", "abort", "beat")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +97,7 @@ class Envelope(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
     job: bytes
     attempt: int
     sequence: int
@@ -96,7 +105,8 @@ class Envelope(_message.Message):
     tokens: Tokens
     finish: Finish
     abort: Abort
-    def __init__(self, job: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[int] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    beat: Beat
+    def __init__(self, job: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[int] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("job", "attempt", "sequence")

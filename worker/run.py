@@ -2,7 +2,8 @@
 
 Stage 0 drives: it schedules, the rows travel down the pipeline, the tokens come back from the last stage. When the
 batch is complete a Finish goes round once; each stage seals its trace, signs what it handed on, and checks what its
-predecessor signed. An attempt that breaks is dropped by all and stage 0 begins the next.
+predecessor signed. An attempt that breaks is dropped by all. Stage 0 begins the next, in which the tokens that it has
+are prefilled with the prompts: keys, values and traces of all stages are made anew, and a lost stage leaves no gap.
 
 INVARIANT: a stage signs one hand-off a job. Once sealed it takes no further attempt: rows of two attempts may differ,
 and two signatures would let the receiver show the one it did not commit to.
@@ -14,16 +15,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import asynccontextmanager
 
 import numpy as np
 import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
+from worker.attempt import Notary, Sender, Step, cancelled, check_pieces, failure_of, judge_handoff, retrieved
 from worker.batch import Batch, Token, sampling
 from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
 from worker.config import Serving
@@ -32,51 +33,17 @@ from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
+from worker.pulse import Pulse
 from worker.recorder import Recorder, Summary
 from worker.retain import Retention
 from worker.sampler import Draw
-from worker.scheduler import Scheduler, stopped
+from worker.scheduler import Diverged, Scheduler, stopped
 from worker.stage import Stage
 
 log = logging.getLogger("plumb.worker.run")
 
 INBOX = 8  # messages taken from the predecessor before it has to wait
-
-
-class Notary(Protocol):
-    """Signs our hand-offs and judges the predecessor's; the chain's EIP-712 domain is in it."""
-
-    def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> bytes: ...
-
-    def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool: ...
-
-
-class Sender(Protocol):
-    """As channel.Link."""
-
-    async def send(self, envelope: pb.Envelope) -> None: ...
-
-    def drop(self, job: bytes, attempt: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """One microbatch after this stage. Tokens only at the last; seconds by the monotonic clock, `busy` and `slowest`
-    with the stages before.
-    """
-
-    batch: Batch
-    ended: Sequence[int]
-    hidden: torch.Tensor
-    tokens: list[Token]
-    began_seconds: float
-    busy_seconds: float
-    slowest_seconds: float
-
-    def times(self) -> pb.Times:
-        return pb.Times(busy=int(1e6 * self.busy_seconds), slowest=int(1e6 * self.slowest_seconds))
+ATTEMPTS = 1000  # whose numbers a ring may use up; those that fail are bounded by Serving.attempts
 
 
 class Run:
@@ -95,9 +62,14 @@ class Run:
         predecessor: str,
         recorder_class: type[Recorder] = Recorder,
         on_state: Callable[[JobState], None] = lambda state: None,
+        *,
+        ready: Callable[[], Awaitable[None]] | None = None,
+        kept: Sequence[Sequence[int]] = (),
+        rings: int = 0,
     ) -> None:
         """successor: None if the pipeline is this stage alone; predecessor: its name for errors; compute: one thread,
-        shared by all jobs.
+        shared by all jobs; ready: returns once all stages answer, asked by stage 0 before it tries again; kept: each
+        request's tokens of earlier attempts; rings: how many served this job before.
         """
         self.folder = folder
         self.state = state
@@ -111,16 +83,21 @@ class Run:
         self._recorder_class = recorder_class
         self._on_state = on_state
         self._recorder: Recorder | None = None
-        self._attempt = state.attempt
+        self._ready = ready
+        self._first_attempt = rings * ATTEMPTS  # numbers of earlier rings lie below, so their messages count no more
         self._task: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[pb.Envelope] = asyncio.Queue(INBOX)
         self._final = False  # sealed, or failed for good
         self._broken = False  # this attempt is given up, the next may come
         self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
-        self._expected = 0  # sequence of the predecessor's next message
+        self._kept = [list(tokens) for tokens in kept] or [[] for _ in requests]  # of earlier attempts
+        self._tokens: list[list[int]] = [[] for _ in requests]
+        self._sending = asyncio.Lock()  # numbers are given in the order of sending
+        self._moved = time.monotonic()  # since when no rows were computed
+        self._held_until = 0.0
         self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
-        self.finished.add_done_callback(_retrieved)
-        self._reset(state.attempt)
+        self.finished.add_done_callback(retrieved)
+        self._reset(max(state.attempt, self._first_attempt))
         if state.phase is Phase.FINISHED:
             self.finished.set_result(state)
             self._final = True
@@ -146,6 +123,23 @@ class Run:
         if not self.finished.done():
             self.finished.set_exception(JobFailed(reason))
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Each request's so far, at stage 0 and the last; what another attempt may begin with."""
+        return [max(pair, key=len) for pair in zip(self._kept, self._tokens, strict=True)]
+
+    def held_seconds(self) -> float:
+        """For how long the oldest microbatch has been here without having been computed."""
+        return self._pulse.held_seconds(time.monotonic())
+
+    def rest_seconds(self) -> float:
+        """For how long no microbatch was computed here."""
+        return time.monotonic() - self._moved
+
+    def hold(self, seconds: float) -> None:
+        """Nothing is sealed before: the job may be moved to another ring."""
+        self._held_until = time.monotonic() + seconds
+
     async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
         """One message of the predecessor. Raises BadMessage to have it dropped; returns once the message is queued."""
         body = envelope.WhichOneof("body")
@@ -158,26 +152,31 @@ class Run:
         if envelope.attempt > self._attempt:
             if self.state.stage == 0:
                 raise BadMessage(peer.name, f"attempt {envelope.attempt}, but stage 0 is at {self._attempt}")
-            if envelope.attempt > self._serving.attempts:
-                raise BadMessage(peer.name, f"attempt {envelope.attempt} of at most {self._serving.attempts}")
+            if envelope.attempt > self._first_attempt + ATTEMPTS:
+                raise BadMessage(peer.name, f"attempt {envelope.attempt} of at most {self._first_attempt + ATTEMPTS}")
             await self._begin(envelope.attempt)
         if self._broken or envelope.sequence < self._expected:
             return  # given up already; or sent again after a lost connection
-        if envelope.sequence > self._expected:
-            if self._expected == 0 and body != "abort":  # we lost what came before, by a restart
+        if envelope.sequence > self._expected and body != "abort":
+            if self._expected == 0:  # we lost what came before, by a restart
                 await self._break(JobFailed("this stage restarted in the middle of an attempt"))
                 return
-            if body != "abort":
-                raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+            raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+        if body == "beat":
+            self._pulse.beat(envelope.beat.held_ms / 1e3, envelope.beat.last, time.monotonic())
+            return
         self._expected = envelope.sequence + 1
         allowed = ("tokens", "finish", "abort") if self.state.stage == 0 else ("rows", "finish", "abort")
-        try:
-            if body not in allowed:
-                raise BadMessage(peer.name, f"expected one of {allowed}, came {body}")
-            await self._inbox.put(envelope)
-        except BadMessage as error:
+        if body not in allowed:
+            error = BadMessage(peer.name, f"expected one of {allowed}, came {body}")
             await self._break(error)
-            raise
+            raise error
+        pulse = self._pulse
+        pulse.came(time.monotonic())
+        try:
+            await self._inbox.put(envelope)
+        finally:
+            pulse.queued(time.monotonic())
 
     def _reset(self, attempt: int) -> None:
         self._attempt = attempt
@@ -185,12 +184,14 @@ class Run:
         self._sequence = 0
         self._broken = False
         self._own_seconds = 0.0  # a microbatch here, smoothed
+        self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
         self._inbox = asyncio.Queue(INBOX)
         self._cache = self._stage.cache()
         self._positions = [0] * len(self.requests)
         self._ended: set[int] = set()
-        self._tokens: list[list[int]] = [[] for _ in self.requests]
+        self._kept = self.tokens
+        self._tokens = [[] for _ in self.requests]
         if self._successor is not None:
             self._successor.drop(self.folder.job, attempt)
 
@@ -229,11 +230,13 @@ class Run:
             self._recorder.close()
         self._broken = True
         self._drain()
-        if self._successor is not None and self.state.stage != 0:
-            envelope = self._envelope()
-            envelope.abort.reason = str(error)[:500]
+        if self.state.stage == 0:  # who drives finds it in place of what was to come
+            self._inbox.put_nowait(pb.Envelope(abort=pb.Abort(reason=str(error)[:500])))
+        elif self._successor is not None:
             try:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(5), self._sending:
+                    envelope = self._envelope()
+                    envelope.abort.reason = str(error)[:500]
                     await self._successor.send(envelope)
             except (JobFailed, TimeoutError) as failure:
                 log.warning("job %s: the successor could not be told: %s", self.folder.job.hex()[:8], failure)
@@ -244,7 +247,6 @@ class Run:
             self._inbox.get_nowait()
 
     def _fail(self, error: Exception) -> None:
-        """For good."""
         self._final = True
         self._save(self.state.to(Phase.FAILED, reason=str(error)))
         if not self.finished.done():
@@ -263,27 +265,33 @@ class Run:
     # --------------------------------------------------------------------------------------------------------- stage 0
 
     async def _drive_attempts(self) -> None:
+        failures = 0
         while True:
             self._reset(self._attempt + 1)
             self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
             if self._successor is not None:
                 self._successor.reset()
             self._recorder = self._record()
+            kept = sum(map(len, self._kept))
+            log.info("job %s attempt %d begins with %d tokens", self.folder.job.hex()[:8], self._attempt, kept)
             try:
                 await self._drive()
                 return
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                if _cancelled():
+                if cancelled():
                     raise asyncio.CancelledError from error
-                failure = _failure(error)
+                failure = failure_of(error)
                 log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, failure)
                 self._recorder.close()
-                if self.state.phase is Phase.SEALED or self._attempt >= self._serving.attempts:
+                failures += not isinstance(failure, Diverged)
+                if self.state.phase is Phase.SEALED or failures >= self._serving.attempts:
                     self._fail(failure)
                     return
-                await asyncio.sleep(min(2.0, 0.2 * 2**self._attempt))
+                await asyncio.sleep(min(2.0, 0.2 * 2**failures))
+                if self._ready is not None:
+                    await self._ready()
 
     async def _drive(self) -> None:
         """Rows go out and tokens come back at the same time: nothing here waits for a round to end."""
@@ -293,6 +301,7 @@ class Run:
             max_rows=self._serving.max_rows,
             pace=self.pace,
             cache_positions=self._serving.cache_positions,
+            kept=self._kept,
         )
         began: deque[float] = deque()  # of the microbatches in flight
         sent, came = asyncio.Semaphore(0), asyncio.Event()
@@ -316,24 +325,30 @@ class Run:
                 came.set()
 
         pipe = Pipe(self._compute, deliver)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(pipe.run())
-            if self._successor is not None:
-                group.create_task(collect())
-            while not scheduler.done:
-                came.clear()
-                batch = scheduler.next()
-                if batch is None:
-                    await came.wait()
-                    continue
-                ended = scheduler.ended()
-                self._ended.update(ended)
-                ids = np.array(scheduler.token_ids(batch), np.int64)
-                await pipe.put(self._step(batch, ended, lambda ids=ids: self._stage.embed(ids)))  # type: ignore[misc]
-                sent.release()
-            await pipe.end()
+        try:
+            async with self._beating() as group:
+                group.create_task(pipe.run())
+                if self._successor is not None:
+                    group.create_task(collect())
+                while not scheduler.done:
+                    came.clear()
+                    batch = scheduler.next()
+                    if batch is None:
+                        await came.wait()
+                        continue
+                    ended = scheduler.ended()
+                    self._ended.update(ended)
+                    ids = np.array(scheduler.token_ids(batch), np.int64)
+                    await pipe.put(self._step(batch, ended, lambda ids=ids: self._stage.embed(ids)))  # type: ignore[misc]
+                    sent.release()
+                await pipe.end()
+        finally:
+            self._kept = scheduler.kept
+        if scheduler.diverged:
+            raise Diverged("an earlier attempt's tokens are not all what this one's rows yield")
         self._tokens = scheduler.outputs
-        await self._seal(await self._summary(), None)
+        assert self._recorder is not None
+        await self._seal(await asyncio.to_thread(self._recorder.finish), None)
         if self._successor is not None:
             await self._await_finish()
         self._finish()
@@ -373,7 +388,7 @@ class Run:
     async def _listen(self) -> None:
         try:
             pipe = Pipe(self._compute, self._hand_on)
-            async with asyncio.TaskGroup() as group:
+            async with self._beating() as group:
                 group.create_task(pipe.run())
                 while True:
                     envelope = await self._inbox.get()
@@ -389,9 +404,9 @@ class Run:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            if _cancelled():
+            if cancelled():
                 raise asyncio.CancelledError from error
-            failure = _failure(error)
+            failure = failure_of(error)
             await self._break(failure)
             if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
                 self._fail(failure)
@@ -399,7 +414,7 @@ class Run:
     def _received_rows(self, rows: pb.Rows) -> Callable[[], Step]:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
-        self._check_pieces(batch)
+        check_pieces(self._predecessor, batch, self.requests, self._positions)
         for r in rows.ended:
             if r >= len(self.requests):
                 raise BadMessage(self._predecessor, f"ended: expected a request below {len(self.requests)}, came {r}")
@@ -413,40 +428,28 @@ class Run:
             await self._send_rows(step)
             return
         assert self._recorder is not None
-        self._recorder.tokens(step.tokens)
+        tokens = []
         for token in step.tokens:
-            self._tokens[token.request].append(token.token)
-        envelope = self._envelope()
-        envelope.tokens.tokens.extend(pb.Token(request=t.request, index=t.index, token=t.token) for t in step.tokens)
-        envelope.tokens.times.CopyFrom(step.times())
-        await self._send(envelope)
-
-    def _check_pieces(self, batch: Batch) -> None:
-        """Rows follow one another, and end where the request does. Raises BadMessage."""
-        for piece in batch.pieces:
-            if piece.request >= len(self.requests):
-                raise BadMessage(
-                    self._predecessor, f"expected a request below {len(self.requests)}, came {piece.request}"
-                )
-            request = self.requests[piece.request]
-            if piece.first != self._positions[piece.request]:
-                raise BadMessage(
-                    self._predecessor,
-                    f"request {piece.request}: expected position {self._positions[piece.request]}, came {piece.first}",
-                )
-            tokens = self._tokens[piece.request]
-            end = len(request.prompt) + (len(tokens) if self._stage.is_last else request.limit - 1)
-            if piece.end > end or (self._stage.is_last and stopped(request, tokens)):
-                raise BadMessage(
-                    self._predecessor, f"request {piece.request}: expected at most {end} positions, came {piece.end}"
-                )
+            known = self._tokens[token.request]
+            if not stopped(
+                self.requests[token.request], known
+            ):  # else it was fed tokens beyond its end: see _received_finish
+                known.append(token.token)
+                tokens.append(token)
+        self._recorder.tokens(tokens)
+        said = (pb.Token(request=t.request, index=t.index, token=t.token) for t in tokens)
+        await self._send(pb.Envelope(tokens=pb.Tokens(tokens=said, times=step.times())))
 
     async def _received_finish(self, finish: pb.Finish) -> None:
         for r, (request, count) in enumerate(zip(self.requests, self._positions, strict=True)):
-            complete = stopped(request, self._tokens[r]) if self._stage.is_last else count >= len(request.prompt)
-            if not complete:
+            tokens, least = self._tokens[r], len(request.prompt)
+            if self._stage.is_last and not (stopped(request, tokens) and count == least + len(tokens) - 1):
+                what = f"finished, but request {r} has {count} positions and {len(tokens)} tokens"
+                raise BadMessage(self._predecessor, what)
+            if count < least:
                 raise BadMessage(self._predecessor, f"finished, but request {r} has only {count} positions")
-        summary = await self._summary()
+        assert self._recorder is not None
+        summary = await asyncio.to_thread(self._recorder.finish)
         assert summary.received is not None
         received = await asyncio.to_thread(self._judge_handoff, finish, *summary.received)
         await self._seal(summary, received)
@@ -462,10 +465,12 @@ class Run:
         assert recorder is not None
         counts = [len(request.prompt) for request in self.requests]
         sampled = sampling(batch, counts) if stage.is_last else []
-        draws = [Draw(self.requests[piece.request], piece.request, piece.end - 1) for piece, _ in sampled]
+        draws = [Draw(self.requests[request], request, position) for request, position, _ in sampled]
         busy, slowest = (before.busy / 1e6, before.slowest / 1e6) if before is not None else (0.0, 0.0)
         for piece in batch.pieces:
             self._positions[piece.request] = piece.end
+        pulse = self._pulse
+        pulse.took(time.monotonic())
 
         def work() -> Step:
             began = time.perf_counter()
@@ -473,12 +478,14 @@ class Run:
                 cache.drop(request)
                 recorder.ended(request)
             out, captured = stage.forward(hidden(), batch, cache)
-            ids = stage.tokens(out[[row for _, row in sampled]], draws) if sampled else []
+            ids = stage.tokens(out[[row for _, _, row in sampled]], draws) if sampled else []
             recorder.rows(batch, captured, None if stage.is_last else out)
             tokens = [
-                Token(piece.request, piece.end - counts[piece.request], token)
-                for (piece, _), token in zip(sampled, ids, strict=True)
+                Token(request, position + 1 - counts[request], token)
+                for (request, position, _), token in zip(sampled, ids, strict=True)
             ]
+            pulse.computed()
+            self._moved = time.monotonic()
             own = time.perf_counter() - began
             # Rationale: smoothed here and not at stage 0: the largest of many times that vary is no stage's time, and
             # would make the ring too small.
@@ -488,28 +495,51 @@ class Run:
         return work
 
     async def _send_rows(self, step: Step) -> None:
-        envelope = self._envelope()
-        pieces = step.batch.pieces
-        envelope.rows.pieces.extend(pb.Piece(request=p.request, first=p.first, count=p.count) for p in pieces)
-        envelope.rows.hidden.CopyFrom(pack_tensor(step.hidden, int(self._stage.shape.served_dtype)))
-        envelope.rows.ended.extend(step.ended)
-        envelope.rows.times.CopyFrom(step.times())
-        await self._send(envelope)
+        pieces = (pb.Piece(request=p.request, first=p.first, count=p.count) for p in step.batch.pieces)
+        hidden = pack_tensor(step.hidden, int(self._stage.shape.served_dtype))
+        rows = pb.Rows(pieces=pieces, hidden=hidden, ended=step.ended, times=step.times())
+        await self._send(pb.Envelope(rows=rows))
 
     async def _send(self, envelope: pb.Envelope) -> None:
+        """Numbers the message, unless it has its number, and sends it. Raises Stalled."""
         assert self._successor is not None
         try:
-            async with asyncio.timeout(self._serving.stall_seconds):
+            async with asyncio.timeout(self._serving.stall_seconds), self._sending:
+                if not envelope.job:
+                    envelope.MergeFrom(self._envelope())
                 await self._successor.send(envelope)
         except TimeoutError:
             raise Stalled("the successor", f"took no message for {self._serving.stall_seconds:g} s") from None
 
-    async def _summary(self) -> Summary:
-        assert self._recorder is not None
-        return await asyncio.to_thread(self._recorder.finish)
+    @asynccontextmanager
+    async def _beating(self) -> AsyncIterator[asyncio.TaskGroup]:
+        """A group of tasks that lasts as long as neighbours tell each other that they live."""
+        async with asyncio.TaskGroup() as group:
+            beats = group.create_task(self._beat())
+            yield group
+            # Sealing takes its time: what is final can wait for a stage that comes back.
+            if self._successor is not None:
+                await self._send_beat(last=True)
+            beats.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self._pulse.judge(time.monotonic())
+            if self._successor is not None and not self._sending.locked():
+                await self._send_beat()
+            await asyncio.sleep(self._serving.beat_seconds)
+
+    async def _send_beat(self, last: bool = False) -> None:
+        held_ms = int(1e3 * self.held_seconds())
+        async with self._sending:
+            beat = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
+            beat.beat.CopyFrom(pb.Beat(held_ms=held_ms, last=last))
+            assert self._successor is not None
+            await self._successor.send(beat)
 
     async def _seal(self, summary: Summary, received: Handoff | None) -> None:
         """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
+        await asyncio.sleep(self._held_until - time.monotonic())
         self._cache = self._stage.cache()
         tokens = tuple(tuple(ids) for ids in self._tokens) if self._stage.is_last or self.state.stage == 0 else ()
         sent = None
@@ -546,18 +576,8 @@ class Run:
         return envelope
 
     def _judge_handoff(self, finish: pb.Finish, root: bytes, leaves: int) -> Handoff:
-        """Raises BadHandoff unless the predecessor signed exactly what came from it: (root, leaves)."""
-        if (finish.root, finish.leaves) != (root, leaves):
-            raise BadHandoff(
-                self._predecessor,
-                f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
-                f"what it sent has 0x{root.hex()} of {leaves}",
-            )
-        handoff = Handoff(finish.root, finish.leaves, finish.signature)
         sender = (self.state.stage - 1) % self.state.stages
-        if not self._notary.verify_handoff(self.folder.job, sender, handoff):
-            raise BadHandoff(self._predecessor, "its hand-off is not signed with its key")
-        return handoff
+        return judge_handoff(self._notary, self.folder.job, sender, self._predecessor, finish, root, leaves)
 
     def _finish(self) -> None:
         self._save(self.state.to(Phase.FINISHED))
@@ -576,22 +596,3 @@ class Run:
         except JobFailed as error:
             if self.state.phase is Phase.SEALED:
                 self._fail(error)
-
-
-def _cancelled() -> bool:
-    """Whether this task is to end: from a TaskGroup that is cancelled as one of its tasks fails, the failure comes."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _failure(error: Exception) -> JobFailed:
-    """What went wrong first, if several tasks failed."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
-
-
-def _retrieved(future: asyncio.Future[Any]) -> None:
-    """Marks a failure as seen: it is in the job's state, whoever awaits it or not."""
-    if not future.cancelled():
-        future.exception()

@@ -14,17 +14,29 @@ class UnexpectedToken(JobFailed):
     """A token for which no row was in flight."""
 
 
+class Diverged(JobFailed):
+    """Tokens of an earlier attempt are not what the rows of this one yield: another attempt keeps fewer."""
+
+
 def stopped(request: Request, tokens: Sequence[int]) -> bool:
     """Whether `tokens`, the output so far, is complete: the limit is reached, or the last one is a stop id."""
     return len(tokens) >= request.limit or (len(tokens) > 0 and tokens[-1] in request.stops)
+
+
+def unfinished(request: Request, tokens: Sequence[int]) -> list[int]:
+    """As many of `tokens` as leave the request something to choose: what another attempt may begin with."""
+    end = next((i for i, token in enumerate(tokens) if token in request.stops), len(tokens))
+    return list(tokens[: min(end, request.limit - 1)])
 
 
 @dataclass
 class _Progress:
     request: Request
     sent: int = 0  # rows handed out
-    waiting: bool = False  # a row that will yield a token is in flight
+    waiting: bool = False  # a row that will yield a new token is in flight
     tokens: list[int] = field(default_factory=list)
+    confirmed: int = 0  # of the tokens: yielded in this attempt
+    diverged: bool = False
 
     @property
     def known(self) -> int:
@@ -41,12 +53,27 @@ class Scheduler:
 
     `max_rows` bounds one microbatch, `pace` how many are in flight, `cache_positions` the sum of what the
     admitted requests may grow to (one request is always admitted, however long).
+
+    Tokens of a broken attempt are fed as if they were of the prompt. The last stage chooses them again all the same,
+    from this attempt's rows: what is committed is what one trace yields. Where it chooses another, `diverged` is
+    true, nothing more is generated, and `kept` is what the next attempt may feed.
     """
 
-    def __init__(self, requests: Sequence[Request], *, max_rows: int, pace: Pace, cache_positions: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_rows: int,
+        pace: Pace,
+        cache_positions: int,
+        kept: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """kept: each request's tokens of earlier attempts."""
         if min(max_rows, cache_positions) < 1:
             raise ValueError(f"expected positive bounds, came {max_rows}, {cache_positions}")
         self._progress = [_Progress(request) for request in requests]
+        for progress, tokens in zip(self._progress, kept or [()] * len(requests), strict=True):
+            progress.tokens = unfinished(progress.request, tokens)
         self._max_rows = max_rows
         self._pace = pace
         self._room = cache_positions
@@ -57,7 +84,18 @@ class Scheduler:
 
     @property
     def done(self) -> bool:
+        if self.diverged:
+            return self._in_flight == 0 and not any(self._unsure(r) for r in self._active)
         return not self._unadmitted and not self._active and self._in_flight == 0
+
+    @property
+    def diverged(self) -> bool:
+        return any(progress.diverged for progress in self._progress)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Tokens for another attempt to begin with. The last of a request is left out: its row yields it again."""
+        return [unfinished(progress.request, progress.tokens) for progress in self._progress]
 
     @property
     def in_flight(self) -> int:
@@ -80,12 +118,11 @@ class Scheduler:
         """The next microbatch; None while enough are in flight or no row is ready."""
         if self._in_flight >= self._pace.microbatches:
             return None
-        self._admit()
-        # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
-        # each takes its share of the requests.
-        share = -(-len(self._active) // self._pace.groups)
-        ready = [r for r in self._active if not self._progress[r].waiting][:share]
-        ready.sort(key=lambda r: not self._progress[r].tokens)  # single rows first, prompts share what is left
+        if self.diverged:
+            ready = [r for r in self._active if self._unsure(r)]
+        else:
+            self._admit()
+            ready = self._ready()
         pieces: list[Piece] = []
         rows = 0
         for r in ready:
@@ -105,6 +142,19 @@ class Scheduler:
         self._in_flight += 1
         return Batch(tuple(pieces))
 
+    def _ready(self) -> list[int]:
+        # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
+        # each takes its share of the requests.
+        share = -(-len(self._active) // self._pace.groups)
+        ready = [r for r in self._active if not self._progress[r].waiting][:share]
+        # Single rows first, prompts share what is left.
+        return sorted(ready, key=lambda r: self._progress[r].known - self._progress[r].sent > 1)
+
+    def _unsure(self, r: int) -> bool:
+        """Whether rows are to be sent whose tokens an earlier attempt chose."""
+        progress = self._progress[r]
+        return not progress.diverged and progress.sent < progress.known and progress.confirmed < len(progress.tokens)
+
     def token_ids(self, batch: Batch) -> list[int]:
         """The ids that the rows of `batch` embed."""
         return [self._progress[p.request].token_at(t) for p in batch.pieces for t in range(p.first, p.end)]
@@ -115,15 +165,29 @@ class Scheduler:
             raise UnexpectedToken("tokens came back with no microbatch in flight")
         for token in tokens:
             progress = self._progress[token.request] if 0 <= token.request < len(self._progress) else None
-            if progress is None or not progress.waiting or token.index != len(progress.tokens):
+            if progress is None:
+                raise UnexpectedToken(f"request {token.request}: there is none")
+            if progress.diverged:
+                continue
+            if token.index != progress.confirmed or len(progress.request.prompt) + token.index > progress.sent:
                 raise UnexpectedToken(f"request {token.request}: token {token.index} was not asked for")
-            progress.tokens.append(token.token)
-            progress.waiting = False
-            if stopped(progress.request, progress.tokens):
-                self._active.remove(token.request)
-                self._ended.append(token.request)
-                self._room += _reserve(progress.request)
+            self._chosen(token, progress)
         self._in_flight -= 1
+
+    def _chosen(self, token: Token, progress: _Progress) -> None:
+        """The next token of a request, in this attempt."""
+        progress.confirmed += 1
+        if token.index < len(progress.tokens):
+            if token.token != progress.tokens[token.index]:
+                progress.tokens = progress.tokens[: token.index]
+                progress.diverged = True
+            return
+        progress.tokens.append(token.token)
+        progress.waiting = False
+        if stopped(progress.request, progress.tokens):
+            self._active.remove(token.request)
+            self._ended.append(token.request)
+            self._room += _reserve(progress.request)
 
     def _admit(self) -> None:
         while self._unadmitted:

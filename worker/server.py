@@ -96,6 +96,16 @@ def create_app(agent: Agent) -> FastAPI:
         stage, signature = await agent.accept(_bytes32(job))
         return {"stage": stage, "signature": signature.hex()}
 
+    @app.post("/jobs/{job}/move/{pipeline}")
+    async def move(job: str, pipeline: str) -> dict[str, Any]:
+        consent = await agent.consent(_bytes32(job), _bytes32(pipeline))
+        return {"until": consent.until, "signature": consent.signature.hex()}
+
+    @app.get("/jobs/{job}/tokens")
+    async def tokens(job: str) -> dict[str, Any]:
+        """Of each request so far, at stage 0 and the last: nothing is committed to yet."""
+        return {"tokens": (await agent.engagement(_bytes32(job))).tokens}
+
     @app.post("/jobs/{job}/commit")
     async def commit(job: str) -> dict[str, Any]:
         claim = await agent.claim(_bytes32(job))
@@ -109,8 +119,10 @@ def create_app(agent: Agent) -> FastAPI:
 
     @app.get("/jobs/{job}")
     async def status(job: str) -> dict[str, Any]:
-        state = agent.folder(_bytes32(job)).load_state()
+        id = _bytes32(job)
+        state = agent.folder(id).load_state()
         return {
+            "held_seconds": agent.held_seconds(id),
             "phase": str(state.phase),
             "stage": state.stage,
             "stages": state.stages,

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from contracts.client import Acceptance, Chain, ChainError, Claim, Job, Stage, Status
+from contracts.client import Acceptance, Chain, ChainError, Claim, Consent, Job, Stage, Status
 from verifier.commit import Request, make_outputs, outputs_root, total_tokens
 from worker.job import JobState
 from worker.notary import Notary
@@ -60,6 +60,9 @@ class Settler:
 
     def accept(self, job: bytes, acceptances: Sequence[Acceptance]) -> None:
         self._try("accept", job, lambda: self.chain.escrow.accept(job, acceptances))
+
+    def move(self, job: bytes, pipeline: bytes, consents: Sequence[Consent]) -> None:
+        self._try("move", job, lambda: self.chain.escrow.move(job, pipeline, consents))
 
     def commit(self, job: bytes, claims: Sequence[Claim]) -> None:
         """Posts those claims that the chain does not have yet."""

@@ -6,9 +6,11 @@ import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 
-import {Acceptance, Brief, Claim, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
+import {Acceptance, Brief, Claim, Consent, IEscrow, Job, Status} from "./interfaces/IEscrow.sol";
 import {IWorkers, Stage} from "./interfaces/IWorkers.sol";
 import {Counts} from "./game/Counts.sol";
+import {_all, _bit, _contains} from "./game/Sets.sol";
+import {Terms} from "./game/Terms.sol";
 import {MAX_WINNERS, Winner, Winners} from "./game/Winners.sol";
 
 /// @title See IEscrow
@@ -19,6 +21,7 @@ contract Escrow is IEscrow, EIP712 {
     using Counts for uint64;
 
     bytes32 public constant ACCEPT_TYPEHASH = keccak256("Accept(bytes32 job,uint8 stage,bytes32 model)");
+    bytes32 public constant MOVE_TYPEHASH = keccak256("Move(bytes32 job,bytes32 pipeline,uint64 until)");
     bytes32 public constant COMMIT_TYPEHASH =
         keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
 
@@ -30,12 +33,6 @@ contract Escrow is IEscrow, EIP712 {
     /// @notice A lock must be worth so often the posting of one layer's k and v.
     // Rationale: whoever convicts alone gets at least a quarter of the lock, so a demander of all that ATTEND reads ends no poorer.
     uint256 public constant HISTORY_LOCKS = 4;
-    uint256 public constant MIN_WINDOW_SECONDS = 20;
-    uint256 public constant MAX_WINDOW_SECONDS = 30 days;
-    uint256 public constant MIN_CLOCK_SECONDS = 5;
-    uint256 public constant MAX_CLOCK_SECONDS = 7 days;
-    /// @notice Furthest commitBy. Rationale: no mistyped deadline may hold money for ever.
-    uint256 public constant MAX_TERM_SECONDS = 365 days;
     uint256 public constant NO_SHOW_BPS = 100;
     address public constant BURN_ADDRESS = 0x000000000000000000000000000000000000dEaD;
     uint8 private constant NOBODY = 255;
@@ -90,7 +87,7 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function open(Job calldata job_) external returns (bytes32 id) {
-        uint256 maximum = _requireValid(job_);
+        uint256 maximum = Terms.requireValid(job_);
         id = keccak256(abi.encode(block.chainid, address(this), msg.sender, job_));
         Record storage record = _records[id];
         if (record.status != Status.None) revert JobExists(id);
@@ -133,6 +130,35 @@ contract Escrow is IEscrow, EIP712 {
         if (locked == _all(count)) {
             record.status = Status.Accepted;
             emit JobAccepted(id);
+        }
+    }
+
+    /// @inheritdoc IEscrow
+    /// @dev As `accept`, a repeated call changes nothing.
+    /// SAFETY: whoever leaves has signed that too, so nobody has gained a power over anybody's place in a job.
+    function move(bytes32 id, bytes32 pipeline, Consent[] calldata consents) external {
+        Record storage record = _records[id];
+        bytes32 before = record.job.pipeline;
+        if (pipeline == before) return;
+        if (record.status != Status.Accepted) revert WrongStatus(id, Status.Accepted, record.status);
+        if (block.timestamp > record.job.commitBy) revert TooLate(record.job.commitBy);
+        if (workers.pipelineModel(pipeline) != record.job.model) revert InvalidJob("pipeline");
+        Stage[] memory from = workers.pipelineStages(before);
+        Stage[] memory to = workers.pipelineStages(pipeline);
+        if (to.length != from.length) revert InvalidJob("stages");
+
+        record.job.pipeline = pipeline;
+        emit JobMoved(id, pipeline);
+        uint256 used = from.length; // consents of those who come follow those of all who were there
+        for (uint8 i; i < from.length; ++i) {
+            _requireConsent(id, pipeline, from[i].worker, i, consents, i);
+            if (to[i].worker == from[i].worker) continue;
+            _requireConsent(id, pipeline, to[i].worker, i, consents, used++);
+            record.committedSet &= ~_bit(i); // what the one who leaves may have committed to is nobody's any more
+            delete record.roots[i];
+            emit StageAccepted(id, i, to[i].worker);
+            workers.unlock(from[i].worker, record.job.lock);
+            workers.lock(to[i].worker, record.job.lock);
         }
     }
 
@@ -404,7 +430,7 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function leastLock(Job calldata job_) external view returns (uint256) {
-        return _leastLock(job_, _maximumPrice(job_));
+        return _leastLock(job_, Terms.maximumPrice(job_));
     }
 
     /// @notice Whether `stage` has accepted and its lock is still held for this job.
@@ -519,10 +545,6 @@ contract Escrow is IEscrow, EIP712 {
             uint256(record.job.promptPrice) * record.job.promptTokens + uint256(record.job.tokenPrice) * record.tokens;
     }
 
-    function _maximumPrice(Job memory job_) private pure returns (uint256) {
-        return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
-    }
-
     function _maximumPriceOf(Record storage record) private view returns (uint256) {
         Job storage job_ = record.job;
         return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
@@ -533,26 +555,6 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     // ---- rules ----
-
-    /// @return maximum the price that is escrowed
-    function _requireValid(Job calldata job_) private view returns (uint256 maximum) {
-        if (job_.requestsRoot == 0) revert InvalidJob("requestsRoot");
-        if (job_.requests == 0) revert InvalidJob("requests");
-        // Every request has at least one prompt token and a limit of at least one.
-        if (job_.promptTokens < job_.requests) revert InvalidJob("promptTokens");
-        if (job_.maxTokens < job_.requests) revert InvalidJob("maxTokens");
-        // Games of a job without a gas rate would cost no bond.
-        if (job_.gasRate == 0) revert InvalidJob("gasRate");
-        maximum = _maximumPrice(job_);
-        if (maximum > type(uint128).max) revert InvalidJob("price");
-        if (job_.acceptBy < block.timestamp) revert InvalidJob("acceptBy");
-        if (job_.commitBy <= job_.acceptBy || job_.commitBy > block.timestamp + MAX_TERM_SECONDS) {
-            revert InvalidJob("commitBy");
-        }
-        if (job_.window < MIN_WINDOW_SECONDS || job_.window > MAX_WINDOW_SECONDS) revert InvalidJob("window");
-        if (job_.clock < MIN_CLOCK_SECONDS || job_.clock > MAX_CLOCK_SECONDS) revert InvalidJob("clock");
-        if (job_.grace == 0 || job_.grace > job_.clock) revert InvalidJob("grace");
-    }
 
     function _leastLock(Job calldata job_, uint256 maximum) private view returns (uint256 least) {
         least = 2 * (maximum + GAME_GAS * job_.gasRate);
@@ -569,6 +571,21 @@ contract Escrow is IEscrow, EIP712 {
         if (signer != workers.signerOf(account)) revert BadSignature(stage);
     }
 
+    function _requireConsent(
+        bytes32 id,
+        bytes32 pipeline,
+        address account,
+        uint8 stage,
+        Consent[] calldata consents,
+        uint256 index
+    ) private view {
+        if (index >= consents.length) revert BadSignature(stage);
+        uint64 until = consents[index].until;
+        if (block.timestamp > until) revert TooLate(until);
+        bytes32 structHash = keccak256(abi.encode(MOVE_TYPEHASH, id, pipeline, until));
+        _requireSigned(account, stage, structHash, consents[index].signature);
+    }
+
     function _requireInWindow(bytes32 id, Record storage record, uint8 stage) private view {
         Status actual = record.status;
         if (actual != Status.Committed && actual != Status.Void) revert WrongStatus(id, Status.Committed, actual);
@@ -580,19 +597,5 @@ contract Escrow is IEscrow, EIP712 {
         if (block.timestamp <= record.windowEnd) revert TooEarly(record.windowEnd + 1);
         uint256 waiting = record.openGames.total() + record.openDemands;
         if (waiting != 0) revert GamesOpen(waiting);
-    }
-
-    // ---- sets of at most 64 stages ----
-
-    function _bit(uint256 stage) private pure returns (uint64) {
-        return uint64(1) << uint64(stage);
-    }
-
-    function _all(uint256 count) private pure returns (uint64) {
-        return type(uint64).max >> (64 - count);
-    }
-
-    function _contains(uint64 set, uint256 stage) private pure returns (bool) {
-        return stage < 64 && set >> stage & 1 == 1;
     }
 }

@@ -57,6 +57,7 @@ class Village:
     model: Path
     home: Path
     players: list[Player] = field(default_factory=list)
+    serving: dict[str, Any] = field(default_factory=dict)  # of the workers, besides what suits one machine
 
     def __enter__(self) -> Village:
         nursery.warm()
@@ -114,7 +115,7 @@ class Village:
             "url": f"http://{http}",
             "grpc": grpc,
             "chain": {"rpc": self.devnet.url, "poll_seconds": 0.5, "addresses": asdict(self.addresses)},
-            "serving": {"threads": 1, "claim_seconds": 2.0},
+            "serving": {"threads": 1, "claim_seconds": 2.0, **self.serving},
         }
         path = folder / "stage.toml"
         path.write_text(_toml(config), encoding="utf-8")

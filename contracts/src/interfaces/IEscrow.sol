@@ -47,6 +47,12 @@ struct Acceptance {
     bytes signature;
 }
 
+/// @notice Signed by one worker: a job may move to another pipeline until then, unix seconds.
+struct Consent {
+    uint64 until;
+    bytes signature;
+}
+
 /// @notice What one stage commits to. Outputs and tokens belong to the last stage; the others leave them zero.
 struct Claim {
     uint8 stage;
@@ -61,6 +67,7 @@ interface IEscrow {
     event JobOpened(bytes32 indexed id, address indexed requester, bytes32 indexed pipeline, Job job);
     event StageAccepted(bytes32 indexed id, uint8 stage, address worker);
     event JobAccepted(bytes32 indexed id);
+    event JobMoved(bytes32 indexed id, bytes32 pipeline);
     event StageCommitted(bytes32 indexed id, uint8 stage, bytes32 root);
     event JobCommitted(bytes32 indexed id, bytes32 outputs, uint64 tokens, uint64 windowEnd);
     event StageConvicted(bytes32 indexed id, uint8 stage, address challenger);
@@ -91,6 +98,9 @@ interface IEscrow {
 
     function open(Job calldata job) external returns (bytes32 id);
     function accept(bytes32 id, Acceptance[] calldata acceptances) external; // already accepted stages are passed over
+    /// @notice An accepted job goes on with another pipeline of its model and length, with the consents of all stages of its own,
+    /// in their order, and then of the workers who are new at their stage. Their locks take the place of those they stand in for.
+    function move(bytes32 id, bytes32 pipeline, Consent[] calldata consents) external;
     function commit(bytes32 id, Claim[] calldata claims) external; // already committed stages are passed over
     function settle(bytes32 id) external; // Committed -> Paid, after the window, no game open
     function expire(bytes32 id) external; // Open or Accepted -> Refunded, after its deadline

@@ -1,0 +1,100 @@
+"""What an attempt at a job is made of: whom a stage sends to, who signs for it, a microbatch on its way."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from verifier.commit import Request
+from worker import ring_pb2 as pb
+from worker.batch import Batch, Token
+from worker.errors import BadHandoff, BadMessage, JobFailed
+from worker.handoff import Handoff
+
+
+class Notary(Protocol):
+    """Signs our hand-offs and judges the predecessor's; the chain's EIP-712 domain is in it."""
+
+    def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> bytes: ...
+
+    def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool: ...
+
+
+class Sender(Protocol):
+    """As channel.Link."""
+
+    async def send(self, envelope: pb.Envelope) -> None: ...
+
+    def drop(self, job: bytes, attempt: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One microbatch after this stage. Tokens only at the last; seconds by the monotonic clock, `busy` and `slowest`
+    with the stages before.
+    """
+
+    batch: Batch
+    ended: Sequence[int]
+    hidden: torch.Tensor
+    tokens: list[Token]
+    began_seconds: float
+    busy_seconds: float
+    slowest_seconds: float
+
+    def times(self) -> pb.Times:
+        return pb.Times(busy=int(1e6 * self.busy_seconds), slowest=int(1e6 * self.slowest_seconds))
+
+
+def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positions: Sequence[int]) -> None:
+    """Rows follow one another, from `positions`, and end where their request may. Raises BadMessage naming the sender.
+
+    Whether the last stage had chosen the tokens that are fed is not known before they are computed: see the Finish.
+    """
+    for piece in batch.pieces:
+        if piece.request >= len(requests):
+            raise BadMessage(sender, f"expected a request below {len(requests)}, came {piece.request}")
+        first, end = positions[piece.request], len(requests[piece.request].prompt) + requests[piece.request].limit - 1
+        if piece.first != first:
+            raise BadMessage(sender, f"request {piece.request}: expected position {first}, came {piece.first}")
+        if piece.end > end:
+            raise BadMessage(sender, f"request {piece.request}: expected at most {end} positions, came {piece.end}")
+
+
+def judge_handoff(
+    notary: Notary, job: bytes, sender: int, name: str, finish: pb.Finish, root: bytes, leaves: int
+) -> Handoff:
+    """Raises BadHandoff unless stage `sender`, called `name`, signed exactly what came from it: (root, leaves)."""
+    if (finish.root, finish.leaves) != (root, leaves):
+        raise BadHandoff(
+            name,
+            f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
+            f"what it sent has 0x{root.hex()} of {leaves}",
+        )
+    handoff = Handoff(finish.root, finish.leaves, finish.signature)
+    if not notary.verify_handoff(job, sender, handoff):
+        raise BadHandoff(name, "its hand-off is not signed with its key")
+    return handoff
+
+
+def cancelled() -> bool:
+    """Whether this task is to end: from a TaskGroup that is cancelled as one of its tasks fails, the failure comes."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def failure_of(error: Exception) -> JobFailed:
+    """What went wrong first, if several tasks failed."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
+
+
+def retrieved(future: asyncio.Future[Any]) -> None:
+    """Marks a failure as seen: it is in the job's state, whoever awaits it or not."""
+    if not future.cancelled():
+        future.exception()
