@@ -70,6 +70,7 @@ class Street:
             end.set()
         for thread in self._threads:
             thread.join()
+        self._http.close()
         self.hall.__exit__()
         self.devnet.stop()
 

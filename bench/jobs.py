@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from bench._watched import Street, become
-from bench.kill import _LOADED
+from bench.kill import LOADED
 from challenger.store import LIVE, GameState, JobState, Store
 from contracts.events import GameMoved
 
@@ -27,7 +27,7 @@ def run(jobs: int = 500, wrong: int = 25, least_seconds: int = 240, most_seconds
     """least_seconds, most_seconds: of the jobs' windows, drawn evenly. Returns {"results": a row a job, "summary"}."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LOADED)
+    context.set_forkserver_preload(LOADED)
     chance = random.Random(2)
     guilty = set(chance.sample(range(jobs), wrong))
     started = time.monotonic()

@@ -27,14 +27,14 @@ PLAYING_SECONDS = 4.0  # once all jobs are audited
 CLOCK_SECONDS = 900  # a watchtower that is killed faster than it can think loses by its clock: not what is measured
 NEWBORN = 0.1  # of them are killed while they start
 FINISH_SECONDS = 300.0
-_LOADED = ["bench._warm", "bench._watched", "alembic.command", "sqlalchemy.dialects.sqlite"]
+LOADED = ["bench._warm", "bench._watched", "alembic.command", "sqlalchemy.dialects.sqlite"]
 
 
 def run(kills: int = 200, games: int = GAMES, seed: int = 1, block_seconds: int = 1) -> dict[str, Any]:
     """Returns {"results": one row a kill, "summary"}. Raises BenchError where a game did not end as it has to."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LOADED)
+    context.set_forkserver_preload(LOADED)
     chance = random.Random(seed)
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -45,7 +45,7 @@ def run(kills: int = 200, games: int = GAMES, seed: int = 1, block_seconds: int 
         store = Store(config.database_url)
         street.defend()
         while len(rows) < kills:
-            awake, tower = _awake(street), _start(context, street)
+            awake, tower = _awake(street), start(context, street)
             newborn = chance.random() < NEWBORN
             while not newborn and _awake(street) == awake and tower.exitcode is None:
                 time.sleep(0.02)
@@ -53,7 +53,7 @@ def run(kills: int = 200, games: int = GAMES, seed: int = 1, block_seconds: int 
             tower.join(delay)
             if tower.exitcode is not None:
                 raise RuntimeError(f"expected a watchtower that lives, it ended with status {tower.exitcode}")
-            os.kill(_pid(tower), signal.SIGKILL)
+            os.kill(pid(tower), signal.SIGKILL)
             tower.join()
             states = Counter(str(game.state) for game in store.games(*GameState))
             waiting = len(store.jobs(JobState.WATCHED))
@@ -70,10 +70,10 @@ def run(kills: int = 200, games: int = GAMES, seed: int = 1, block_seconds: int 
             print(f"  {rows[-1]}", flush=True)
             if _over(store, jobs):
                 jobs += street.commit([street.wrong] * games, clock=CLOCK_SECONDS)
-        _finish(context, street, store, lambda: _over(store, jobs))
+        finish(context, street, store, lambda: _over(store, jobs))
         street.devnet.pass_seconds(street.window + 1)
-        _finish(context, street, store, lambda: not store.games(*LIVE, GameState.WON))
-        summary = _verdict(street, store, jobs, before)
+        finish(context, street, store, lambda: not store.games(*LIVE, GameState.WON))
+        summary = outcome(street, store, jobs, before)
         store.close()
     summary["kills"], summary["seconds"] = len(rows), round(time.monotonic() - started, 1)
     summary["kills_with_a_transaction_in_flight"] = sum(bool(row["in_flight"]) for row in rows)
@@ -91,7 +91,7 @@ def _over(store: Store, jobs: list[bytes]) -> bool:
     return all(games) and not any(game.state in LIVE for each in games for game in each)
 
 
-def _verdict(street: Street, store: Store, jobs: list[bytes], before: int) -> dict[str, Any]:
+def outcome(street: Street, store: Store, jobs: list[bytes], before: int) -> dict[str, Any]:
     """What the chain says happened."""
     events = list(street.bank.events(street.first_block))
     watchtower = street.account
@@ -117,24 +117,24 @@ def _verdict(street: Street, store: Store, jobs: list[bytes], before: int) -> di
     }
 
 
-def _start(context: ForkServerContext, street: Street) -> ForkServerProcess:
+def start(context: ForkServerContext, street: Street) -> ForkServerProcess:
     process = context.Process(target=become, args=(str(street.config_file), str(street.log)), daemon=True)
     process.start()
     return process
 
 
-def _pid(process: ForkServerProcess) -> int:
+def pid(process: ForkServerProcess) -> int:
     assert process.pid is not None
     return process.pid
 
 
-def _finish(context: ForkServerContext, street: Street, store: Store, done: Callable[[], bool]) -> None:
+def finish(context: ForkServerContext, street: Street, store: Store, done: Callable[[], bool]) -> None:
     """Lets a watchtower live until it is done."""
-    tower, end = _start(context, street), time.monotonic() + FINISH_SECONDS
+    tower, end = start(context, street), time.monotonic() + FINISH_SECONDS
     while not done():
         if time.monotonic() > end or tower.exitcode is not None:
             told = street.log.read_text(encoding="utf-8")[-2000:]
             raise RuntimeError(f"expected the games to end, they stand at {store.games(*LIVE)}; log: {told}")
         time.sleep(0.2)
-    os.kill(_pid(tower), signal.SIGKILL)
+    os.kill(pid(tower), signal.SIGKILL)
     tower.join()

@@ -71,7 +71,7 @@ class Agent:
         self._faults: dict[str, int] = {}
         self._fleets: dict[bytes, Fleet] = {}  # by model
         self._seeds: dict[bytes, bytes] = {}  # SAFETY: secret, and made after the commitment was seen
-        self._collecting = threading.Lock()
+        self.purse = threading.Lock()  # whoever moves what the contracts owe us, or counts on it
 
     @classmethod
     def build(cls, config: Config, chain: Chain) -> Agent:
@@ -300,13 +300,21 @@ class Agent:
         """Brings what is missing of a job to disk. Raises Unavailable, ContractsError."""
         self.fetcher.fetch(read_facts(self.chain, id), judge.weights.shape, seconds)
 
-    def release(self, job: bytes) -> None:
-        """Has a void job's locks shared out, unless somebody did."""
-        self.tolerant(lambda: self.chain.escrow.release(job), "AlreadyDone", "WrongStatus")
+    def release(self, job: bytes) -> bool:
+        """Has a void job's locks shared out, unless somebody did. Returns False while games about it are open, somebody
+        else's: the escrow waits for them.
+        """
+        try:
+            self.tolerant(lambda: self.chain.escrow.release(job), "AlreadyDone", "WrongStatus")
+        except ChainError as error:
+            if error.name != "GamesOpen":
+                raise
+            return False
+        return True
 
     def collect(self) -> None:
         """Draws what the contracts owe this account."""
-        with self._collecting:
+        with self.purse:
             for door in (self.chain.disputes, self.chain.demands, self.chain.escrow):
                 if door.credit(self.chain.account):
                     self.tolerant(door.withdraw, "NothingToWithdraw")

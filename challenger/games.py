@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from challenger.evidence import CorruptEvidence, Dossier, Unavailable
 from challenger.judge import Judge
 from challenger.plan import verdict_of
 from challenger.store import LIVE, GameRow, GameState
-from contracts.client import ChainError, ChainUnreachable, ContractsError
+from contracts.client import ChainUnreachable, ContractsError
 from contracts.play import NOBODY, Player
 from verifier.audit import Verdict
 from verifier.canonical import Case
@@ -120,12 +121,10 @@ class Games:
         agent.archive.doubt(segment.job)  # SAFETY: a bond is put on it now
         prepared, model = agent.charge_of(row), agent.judge_of(row).model
         self.fund(segment)
-        if prepared.steps:
-            evidence, steps = prepared.evidence, prepared.steps
-            return agent.tolerant(
-                lambda: disputes.challenge(segment, row.salt, model, evidence, steps), "CommitmentTooRecent"
-            )
-        return agent.tolerant(lambda: disputes.show(segment, row.salt, model, prepared.evidence), "CommitmentTooRecent")
+        evidence, steps = prepared.evidence, prepared.steps
+        if steps:
+            return self._bonded(lambda: disputes.challenge(segment, row.salt, model, evidence, steps))
+        return self._bonded(lambda: disputes.show(segment, row.salt, model, evidence))
 
     def share_out(self, row: GameRow, now: int) -> bool:
         """After the window, has the convicted stake shared out, unless somebody did, and draws our part."""
@@ -133,11 +132,7 @@ class Games:
         job = agent.store.job(row.job)
         if job is None or now <= job.window_end or now <= agent.chain.escrow.window_end(id):
             return False
-        try:
-            agent.release(id)
-        except ChainError as error:
-            if error.name != "GamesOpen":  # somebody else's; `release` waits for them
-                raise
+        if not agent.release(id):
             self._rest(row)
             return False
         agent.store.mark(row.id, GameState.CLOSED)
@@ -164,6 +159,18 @@ class Games:
         with self._funding:
             if chain.token.allowance(chain.account, chain.disputes.address) < bond:
                 chain.token.approve(chain.disputes.address, UNLIMITED)
+
+    def _bonded(self, send: Callable[[], object]) -> bool:
+        """Sends what takes a bond, and returns whether it was taken.
+
+        A bond that our credit in Disputes pays costs far less gas than one that is drawn. Where two count on the same
+        credit, or it is withdrawn meanwhile, the gas of one runs out: with credit they go one after the other.
+        """
+        agent, harmless = self.agent, "CommitmentTooRecent"
+        with agent.purse:
+            if agent.chain.disputes.credit(agent.chain.account):
+                return agent.tolerant(send, harmless)
+        return agent.tolerant(send, harmless)
 
     def forget(self, job: bytes) -> None:
         self._cases = {key: case for key, case in self._cases.items() if key[0].job != job}

@@ -17,7 +17,7 @@ from challenger.judge import Findings, Judge
 from challenger.plan import plan
 from challenger.posted import Posted
 from challenger.store import JobRow, JobState
-from contracts.client import ChainError, ChainUnreachable
+from contracts.client import ChainUnreachable
 
 if TYPE_CHECKING:
     from challenger.agent import Agent
@@ -101,11 +101,7 @@ class Withheld:
         agent, id = self.agent, bytes.fromhex(row.id)
         if now <= agent.chain.escrow.window_end(id):
             return False
-        try:
-            agent.release(id)
-        except ChainError as error:
-            if error.name != "GamesOpen":  # somebody else's; `release` waits for them
-                raise
+        if not agent.release(id):
             agent.desk.pause(id, REST_SECONDS)
             return False
         agent.store.judged(row.id, JobState.SUSPECT, {**row.receipt, "why": why})
