@@ -42,7 +42,7 @@ AT: dict[str, Any] = {"contract": "", "block": 1, "log_index": 0, "transaction":
 def moved(segment: Segment = SEGMENT, id: bytes = GAME) -> GameMoved:
     trace, nothing = Trace(bytes(32), 0, 0, 0), bytes(32)
     game = Game(
-        *(segment, "", "", 0, 0, 0, 0, nothing, nothing, 0, 0, trace, nothing, 0, nothing, Phase.STEPS, 0, b""),
+        *(segment, "", "", 0, 0, 0, 0, nothing, nothing, 0, 0, trace, nothing, 0, nothing, Phase.STEPS, 0),
         *(0, 0, 0, 0, nothing, True, 0, 0, 0, 0, 0),
     )
     return GameMoved(id=id, job=segment.job, mover="", game=game, list=b"", **AT)

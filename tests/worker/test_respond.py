@@ -75,7 +75,7 @@ class Prepared(Responder):
         self.disputes, self.answers, self.asked = Disputes(), answers, 0
         chain: Any = SimpleNamespace(disputes=self.disputes, block_timestamp=lambda: 1000)
         nothing: Any = None
-        super().__init__(chain, account, nothing, nothing, nothing, nothing)
+        super().__init__(chain, account, nothing, nothing, nothing, nothing, nothing)
 
     def answer(self, followed: Followed) -> Move | Proof | HandoffProof:
         self.asked += 1
