@@ -304,8 +304,8 @@ class Auditor:
         counts = np.array([min(columns, expected.shape[1] - first) for first in starts])
         scale = _squares(expected, columns) + counts * floors**2
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.sqrt(_squares(expected.sub_(seen), columns) / scale) * parts
-        ratios = np.nan_to_num(ratios, nan=RIGHT, posinf=WRONG)
+            far = np.sqrt(_squares(expected.sub_(seen), columns) / scale) * parts
+        ratios: Ratios = np.nan_to_num(far, nan=RIGHT, posinf=WRONG)
         if broken is not None:
             ratios[_squares(broken.double(), columns) > 0] = WRONG
         return ratios
