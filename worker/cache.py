@@ -19,7 +19,7 @@ PAGE = 16  # positions; what a request wastes is half of it on average
 
 PADDING = 0.15  # of the positions that one read takes: requests of like length are read together
 
-AHEAD = 2 * PAGE  # positions that a run has room for beyond its longest request: it is laid out once in so many steps
+AHEAD = 4 * PAGE  # positions that a run has room for beyond its longest request: it is laid out once in so many steps
 
 TOGETHER = 8  # requests of a run: few have to move when one of them ends
 
@@ -161,11 +161,12 @@ class Cache:
         old = torch.from_numpy(np.concatenate(held)).to(self._device)
         new = torch.from_numpy(np.concatenate([t[: len(h)] for t, h in zip(tables, held, strict=True)]))
         new = new.to(self._device)
+        rest = torch.from_numpy(np.concatenate([t[len(h) :] for t, h in zip(tables, held, strict=True)]))
+        rest = rest.to(self._device)
         for layer in self._pools:
             for pool in self._pool(layer):
-                rows = pool.index_select(0, old)
-                pool[base : base + len(pieces) * room] = 0.0  # what is masked must not be NaN
-                pool.index_copy_(0, new, rows)
+                pool.index_copy_(0, new, pool.index_select(0, old))
+                pool.index_fill_(0, rest, 0.0)  # what is masked must not be NaN
         for r, table in zip(run.requests, tables, strict=True):
             self._scatter(r)
             self._release(self._tables[r])

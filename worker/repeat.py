@@ -76,7 +76,7 @@ class RepeatableStage(Stage):
             return torch.cat(outs), {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def regenerate(self, inputs: Bits) -> dict[str, Bits]:
-        """What came of one request to the first own layer, [positions, hidden] -> its trace, [positions, width] each."""
+        """[positions, hidden], what came of a request to the first own layer -> its trace, by key."""
         _, captured = self.forward(
             from_bits(np.array(inputs), self.dtype), Batch((Piece(0, 0, len(inputs)),)), self.cache()
         )

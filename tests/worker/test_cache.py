@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.batch import Batch, Piece
-from worker.cache import PADDING, PAGE, TOGETHER, Cache, View, alike
+from worker.cache import AHEAD, PADDING, PAGE, TOGETHER, Cache, View, alike
 
 
 def made() -> Cache:
@@ -81,12 +81,12 @@ def test_a_run_moves_only_when_it_is_outgrown_or_left() -> None:
     for request in range(4):
         put(cache, [Piece(request, 0, 10)])
     runs = set()
-    for t in range(10, 10 + 2 * PAGE):
+    for t in range(10, 10 + AHEAD):
         ((_, view),) = put(cache, [Piece(request, t, 1) for request in range(4)])
         runs.add(view.run)
     assert len(runs) == 1
     cache.drop(2)
-    ((group, view),) = put(cache, [Piece(request, 10 + 2 * PAGE, 1) for request in (0, 1, 3)])
+    ((group, view),) = put(cache, [Piece(request, 10 + AHEAD, 1) for request in (0, 1, 3)])
     assert view.run not in runs and view.run.requests == tuple(piece.request for piece in group) == (0, 1, 3)
 
 
