@@ -140,8 +140,10 @@ class Agent:
             await asyncio.gather(watch, return_exceptions=True)
             await self.responder.stop()
             await self.answerer.stop()
-            for job in (*self._engagements.values(), *self._spares.values()):
-                await job.stop()
+            for engagement in self._engagements.values():
+                await engagement.stop()
+            for spare in self._spares.values():
+                await spare.stop()
             await self.links.close()
             await self.ring.stop()
             await self.peers.close()

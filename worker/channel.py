@@ -147,8 +147,10 @@ class Link:
         options = [
             ("grpc.ssl_target_name_override", PEER_NAME),
             ("grpc.max_send_message_length", self._limit + SLACK_BYTES),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            # The ring's own beats tell that a neighbour is gone (worker/pulse.py); these, that a connection is, so that
+            # another is made to a neighbour that is well.
+            ("grpc.keepalive_time_ms", 5_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.http2.max_pings_without_data", 0),  # a link may be idle for long, and should be known to live
         ]
         while True:
@@ -225,7 +227,7 @@ class Ring(ring_pb2_grpc.RingServicer):
             options=[
                 ("grpc.max_receive_message_length", self._limit + SLACK_BYTES),
                 ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_recv_interval_without_data_ms", 10_000),  # half of what peers keep to
+                ("grpc.http2.min_ping_recv_interval_without_data_ms", 2_500),  # half of what peers keep to
             ]
         )
         ring_pb2_grpc.add_RingServicer_to_server(self, self._server)

@@ -92,6 +92,8 @@ class Run:
         self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
         self._kept = [list(tokens) for tokens in kept] or [[] for _ in requests]  # of earlier attempts
         self._tokens: list[list[int]] = [[] for _ in requests]
+        self._pulse: Pulse
+        self._expected: int  # sequence of the predecessor's next message
         self._sending = asyncio.Lock()  # numbers are given in the order of sending
         self._moved = time.monotonic()  # since when no rows were computed
         self._held_until = 0.0
