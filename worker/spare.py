@@ -120,6 +120,7 @@ class Spare:
             try:
                 await self._take_over(consent)
                 await self.agent.follow()  # the move's event makes a stage of us
+                return
             except (Refused, PeerFault, ContractsError) as error:
                 log.warning("job %s: not taken over: %s", self.name, error)
 
