@@ -263,7 +263,7 @@ def test_more_positions_than_the_tokens_chosen_are_refused_at_the_finish(
             runs = wire(tmp_path, stages, requests, CALM, compute)
             runs[1]._successor = Dead()
             for sequence, body in enumerate(({"rows": rows}, {"finish": pb.Finish(root=bytes(32), leaves=1)})):
-                envelope = pb.Envelope(job=JOB, attempt=1, sequence=sequence, **body)  # type: ignore[arg-type]
+                envelope = pb.Envelope(job=JOB, attempt=1, sequence=sequence, **body)
                 await runs[1].receive(Peer("stage 0", "stage 0", b""), envelope)
             while "finished" not in caplog.text:
                 await asyncio.sleep(0.01)

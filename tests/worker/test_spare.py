@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from contracts.client import Consent, Stage, Status
+from contracts.events import Credited
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.worker.pipeline_in_process import Greedy, Tiny, within
@@ -75,7 +76,7 @@ def test_a_spare_serves_and_is_paid_in_a_dead_stages_place(village: Village, tin
         village.devnet.pass_seconds(WINDOW_SECONDS + 2)
         await village.reaches(id, Status.PAID)
         events = list(village.requester.events(0))
-        paid = {event.account for event in events if type(event).__name__ == "Credited"}
+        paid = {event.account for event in events if isinstance(event, Credited)}
         assert dev_account(1 + SPARE).address in paid and dev_account(2).address not in paid
         for index in (0, 2, SPARE):
             village.agents[index].server.should_exit = True
