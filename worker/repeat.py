@@ -40,7 +40,7 @@ class BandedForward(Forward):
     bands: list[Bands]
 
     def plan(self) -> None:
-        by_end: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)  # type: ignore[type-arg]
+        by_end: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
         for piece, span in self.batch.spans():
             for start in range(piece.first // BAND * BAND, piece.end, BAND):
                 rows = np.arange(start, start + BAND) - piece.first + span.start
