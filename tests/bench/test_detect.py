@@ -31,6 +31,7 @@ from bench._cells import Judged, judge, judge_all, peaks, row, sampled, wilson
 from bench._served import Cheat, Result, Server, requests_like
 from bench.detect import Plan
 from tests.end_to_end import random_model
+from tests.verifier import tiny
 from verifier.audit import Auditor
 from verifier.program import Kind
 from verifier.referee.floats import Dtype
@@ -181,16 +182,18 @@ def test_many_requests_at_once_are_judged_as_each_alone(auditor: Auditor) -> Non
         assert [v.request for v in together.suspicions] == [result.index] * len(alone.suspicions)
 
 
-def test_each_part_of_the_matrix_reads_what_calibration_wrote(auditor: Auditor, tmp_path: Path) -> None:
-    plan = Plan(tmp_path, "quick", sequences=1, honest=1, requests=2, prompt=12, output=4, trials=50, only="int4 w")
-    told = detect.measure(plan, auditor.weights.folder, "float32")
-    assert told["calibration"]["positions"] == 2 + 384 and told["hidden"] == 256 and told["calibration_cpu_seconds"] > 0
+def test_each_part_of_the_matrix_reads_what_calibration_wrote(tmp_path: Path) -> None:
+    config = random_model.config(Dtype.BFLOAT16, num_hidden_layers=2, max_position_embeddings=32)
+    source = tiny.make_weights(tmp_path / "source", config, 7).folder
+    plan = Plan(tmp_path, "quick", 1, honest=1, requests=2, prompt=12, output=4, trials=50, only="int4 weights, ")
+    told = detect.measure(plan, source, "float32")
+    assert told["calibration"]["positions"] == 2 + 31 and told["hidden"] == 256 and told["calibration_cpu_seconds"] > 0
     rows = detect.honest_rows(plan, "float32")
-    assert [row["name"] for row in rows] == told["calibration"]["settings"]
-    for row in rows:
-        assert (row["kind"], row["dtype"], row["cells"]) == ("honest", "float32", 2 * (2 + 384))
-        assert row["false_alarms"] == row["false_convictions"] == row["rate_1"] == row["rate_full"] == 0
-        assert 0.4 < row["largest_ratio"] < 0.97
+    assert [one["name"] for one in rows] == told["calibration"]["settings"]
+    for one in rows:
+        assert (one["kind"], one["dtype"], one["cells"]) == ("honest", "float32", 2 * (2 + 31))
+        assert one["false_alarms"] == one["false_convictions"] == one["rate_1"] == one["rate_full"] == 0
+        assert 0.1 < one["largest_ratio"] < 0.97
     greedy, drawn, int4 = detect.attack_rows(plan, "float32", None)
     assert greedy["false_alarms"] == drawn["false_alarms"] == 0 and greedy["rate_tokens"] == 0
     assert (int4["kind"], int4["cells"], int4["rate_1"], int4["rate_8"], int4["canonical"]) == (
