@@ -182,7 +182,7 @@ class Cache:
     def _pages(self, count: int) -> int:
         """The first of `count` free pages in a row, taken."""
         sums = np.concatenate([[0], np.cumsum(self._free)])
-        fits = np.flatnonzero(sums[count:] - sums[:-count] == count) if count < len(sums) else np.zeros(0, int)
+        fits = np.flatnonzero(sums[count:] - sums[:-count] == count)
         if len(fits):
             first = int(fits[0])
         else:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -40,7 +41,7 @@ class BandedForward(Forward):
     bands: list[Bands]
 
     def plan(self) -> None:
-        by_end: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
+        by_end: dict[int, list[tuple[npt.NDArray[np.int64], int]]] = defaultdict(list)
         for piece, span in self.batch.spans():
             for start in range(piece.first // BAND * BAND, piece.end, BAND):
                 rows = np.arange(start, start + BAND) - piece.first + span.start

@@ -198,7 +198,7 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
-        retained = {}
+        retained: dict[str, Any] = {}
         if self._serving.retain == "regenerate":
             retained["drops"] = Retention(self._stage, self.folder.path, self._serving.regenerate_checked).drops
         return self._recorder_class(
