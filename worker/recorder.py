@@ -76,10 +76,11 @@ class Recorder:
         *,
         queue_bytes: int = 256 * 2**20,
         alone: bool = False,
-        drops: Callable[[int, RequestTrace], bool] = lambda request, trace: False,
+        drops: Callable[[int, RequestTrace], bool] | None = None,
     ) -> None:
         """queue_bytes: of tensors that wait to be recorded, if there is more than one microbatch; alone: the pipeline
-        has one stage, so nothing is handed on; drops: whether a request's trace need not be stored.
+        has one stage, so nothing is handed on; drops: whether a request's trace
+        need not be stored.
         """
         self._shape = shape
         self._first_layer = first_layer
@@ -204,7 +205,7 @@ class Recorder:
         arrays, roots = self._ledger.take(request)
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
         self._nodes[request] = TraceNode(positions, trace.tensors_root)
-        if not self._drops(request, trace):
+        if self._drops is None or not self._drops(request, trace):
             trace.save(trace_path(self._folder, request))
         roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
 

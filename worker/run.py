@@ -198,9 +198,9 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
-        retained: dict[str, Any] = {}
+        retention = None
         if self._serving.retain == "regenerate":
-            retained["drops"] = Retention(self._stage, self.folder.path, self._serving.regenerate_checked).drops
+            retention = Retention(self._stage, self.folder.path, self._serving.regenerate_checked)
         return self._recorder_class(
             self._stage.shape,
             self._stage.first_layer,
@@ -209,7 +209,7 @@ class Run:
             self.folder.path,
             queue_bytes=self._serving.recorder_bytes,
             alone=self.state.stages == 1,
-            **retained,
+            drops=None if retention is None else retention.drops,
         )
 
     async def _begin(self, attempt: int) -> None:
