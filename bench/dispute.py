@@ -46,7 +46,7 @@ ALL = "all"
 TIGHT, LOOSE = (1, 1000, 1 << 10, 1 << 10), ((1 << 32) - 1, 1, 1 << 49, 1 << 49)  # num, den, floor, margin
 SERVED_TOKEN = 5
 DRAWN = {"temperature": 50_000, "top_k": 50, "top_p": 60_000, "seed": 7}  # usual parameters, all filters on
-CHOICE_BYTES = 4 + 32 + 3 * 32 + 448 + 128  # id, places, the state and the instruction: what a choice must carry
+CHOICE_BYTES = 4 + 32 + 3 * 32 + 384 + 128  # id, places, the state and the instruction: what a choice must carry
 BYTE_GAS = 16  # of a calldata byte that is not zero
 FIGURES = (
     *("moves", "gas_total", "gas_worker", "gas_challenger", "max_tx_gas", "max_calldata_bytes"),

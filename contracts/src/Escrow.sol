@@ -21,9 +21,10 @@ contract Escrow is IEscrow, EIP712 {
     using Counts for uint64;
 
     bytes32 public constant ACCEPT_TYPEHASH = keccak256("Accept(bytes32 job,uint8 stage,bytes32 model)");
-    bytes32 public constant MOVE_TYPEHASH = keccak256("Move(bytes32 job,bytes32 pipeline,uint64 until)");
-    bytes32 public constant COMMIT_TYPEHASH =
-        keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
+    bytes32 public constant MOVE_TYPEHASH = keccak256("Move(bytes32 job,bytes32 from,bytes32 pipeline,uint64 until)");
+    bytes32 public constant COMMIT_TYPEHASH = keccak256(
+        "Commit(bytes32 job,bytes32 pipeline,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)"
+    );
 
     /// @notice Gas that a job's lock must cover besides its price.
     // Rationale: twice and more what the dearest game takes (docs/protocol.md, "What a game costs").
@@ -135,13 +136,15 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     /// @dev As `accept`, a repeated call changes nothing.
-    /// SAFETY: whoever leaves has signed that too, so nobody has gained a power over anybody's place in a job.
+    /// SAFETY: whoever leaves has signed that too, so nobody has gained a power over anybody's place in a job. A claim rests on what the stage before
+    /// signed, so where one was made the pipeline stays, and a claim names the pipeline that it was made in.
     function move(bytes32 id, bytes32 pipeline, Consent[] calldata consents) external {
         Record storage record = _records[id];
         bytes32 before = record.job.pipeline;
         if (pipeline == before) return;
         if (record.status != Status.Accepted) revert WrongStatus(id, Status.Accepted, record.status);
         if (block.timestamp > record.job.commitBy) revert TooLate(record.job.commitBy);
+        if (record.committedSet != 0) revert AlreadyCommitted(id);
         if (workers.pipelineModel(pipeline) != record.job.model) revert InvalidJob("pipeline");
         Stage[] memory from = workers.pipelineStages(before);
         Stage[] memory to = workers.pipelineStages(pipeline);
@@ -151,11 +154,9 @@ contract Escrow is IEscrow, EIP712 {
         emit JobMoved(id, pipeline);
         uint256 used = from.length; // consents of those who come follow those of all who were there
         for (uint8 i; i < from.length; ++i) {
-            _requireConsent(id, pipeline, from[i].worker, i, consents, i);
+            _requireConsent(id, before, pipeline, from[i].worker, i, consents, i);
             if (to[i].worker == from[i].worker) continue;
-            _requireConsent(id, pipeline, to[i].worker, i, consents, used++);
-            record.committedSet &= ~_bit(i); // what the one who leaves may have committed to is nobody's any more
-            delete record.roots[i];
+            _requireConsent(id, before, pipeline, to[i].worker, i, consents, used++);
             emit StageAccepted(id, i, to[i].worker);
             workers.unlock(from[i].worker, record.job.lock);
             workers.lock(to[i].worker, record.job.lock);
@@ -466,7 +467,16 @@ contract Escrow is IEscrow, EIP712 {
             revert OutputsFromWrongStage(stage);
         }
         bytes32 structHash = keccak256(
-            abi.encode(COMMIT_TYPEHASH, id, stage, record.job.model, claim.root, claim.outputs, claim.tokens)
+            abi.encode(
+                COMMIT_TYPEHASH,
+                id,
+                record.job.pipeline,
+                stage,
+                record.job.model,
+                claim.root,
+                claim.outputs,
+                claim.tokens
+            )
         );
         _requireSigned(workers.pipelineStage(record.job.pipeline, stage).worker, stage, structHash, claim.signature);
 
@@ -573,6 +583,7 @@ contract Escrow is IEscrow, EIP712 {
 
     function _requireConsent(
         bytes32 id,
+        bytes32 before,
         bytes32 pipeline,
         address account,
         uint8 stage,
@@ -582,7 +593,7 @@ contract Escrow is IEscrow, EIP712 {
         if (index >= consents.length) revert BadSignature(stage);
         uint64 until = consents[index].until;
         if (block.timestamp > until) revert TooLate(until);
-        bytes32 structHash = keccak256(abi.encode(MOVE_TYPEHASH, id, pipeline, until));
+        bytes32 structHash = keccak256(abi.encode(MOVE_TYPEHASH, id, before, pipeline, until));
         _requireSigned(account, stage, structHash, consents[index].signature);
     }
 

@@ -116,6 +116,10 @@ abstract contract DisputesTable is Base {
         return Tree.fold(copy);
     }
 
+    function _read(bytes memory record) internal pure returns (bytes32[] memory) {
+        return Forest.readRoots(Codec.instruction(record), _steps());
+    }
+
     function _prove(bytes32[] memory leaves, uint256 index) internal pure returns (bytes32[] memory siblings) {
         bytes32[] memory level = leaves;
         bytes32[] memory found = new bytes32[](32);
@@ -674,9 +678,5 @@ contract DisputesMoveTest is DisputesTable {
     function _proof(uint256 record, uint64 pick, bytes memory list, uint256 size) internal view returns (Proof memory) {
         Move memory move = _quoting(record, pick, list, size, "");
         return Proof(model, move.record, pick, move.claim, move.siblings, _read(move.record), new Opening[](0));
-    }
-
-    function _read(bytes memory record) internal pure returns (bytes32[] memory) {
-        return Forest.readRoots(Codec.instruction(record), _steps());
     }
 }

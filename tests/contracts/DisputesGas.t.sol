@@ -40,9 +40,8 @@ contract DisputesGasTest is DisputesTable {
         game = _noted(CHALLENGER, id, game, move, "descend to chunks");
 
         referee.set(-5);
-        bytes32[] memory roots = abi.decode(abi.encodePacked(uint256(32), uint256(3), steps), (bytes32[]));
         Move memory told = _quoting(0, 3, new bytes(512), 16, "");
-        Proof memory proof = Proof(model, records[0], 3, told.claim, told.siblings, roots, new Opening[](0));
+        Proof memory proof = Proof(model, records[0], 3, told.claim, told.siblings, _read(records[0]), new Opening[](0));
         bytes memory state = Games.pack(game);
         vm.prank(WORKER);
         disputes.prove(id, state, proof);

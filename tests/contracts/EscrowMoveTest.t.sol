@@ -27,7 +27,7 @@ contract EscrowMoveTest is Market {
     }
 
     function test_move_theSpareIsLockedPaidAndCommitsInTheOthersPlace() public {
-        escrow.move(id, relief, _consents(relief));
+        _move();
 
         assertEq(escrow.job(id).pipeline, relief, "pipeline of the job");
         assertEq(escrow.brief(id, PLACE).pipeline, relief, "pipeline in a game's brief");
@@ -50,7 +50,7 @@ contract EscrowMoveTest is Market {
     }
 
     function test_move_aConvictionTakesTheLockOfTheSpare() public {
-        escrow.move(id, relief, _consents(relief));
+        _move();
         Claim[] memory claims = _claims(id, COUNT, 40);
         claims[PLACE] = _claim(id, PLACE, _root(PLACE), 0, 0, _key(SPARE));
         escrow.commit(id, claims);
@@ -63,7 +63,7 @@ contract EscrowMoveTest is Market {
     }
 
     function test_move_anAbsentSpareIsWhoPaysTheNoShowFee() public {
-        escrow.move(id, relief, _consents(relief));
+        _move();
         escrow.commit(id, _one(_claim(id, 0, _root(0), 0, 0, _key(0))));
         vm.warp(START + 201);
         escrow.expire(id);
@@ -71,17 +71,29 @@ contract EscrowMoveTest is Market {
         assertEq(workers.freeStake(_account(SPARE)), STAKE - 3, "half of the fee");
     }
 
-    function test_move_whatTheOneWhoLeavesCommittedIsForgotten() public {
-        escrow.commit(id, _one(_claim(id, PLACE, bytes32(uint256(666)), 0, 0, _key(PLACE))));
-        escrow.commit(id, _one(_claim(id, 0, _root(0), 0, 0, _key(0))));
+    /// @dev A receiver that has sealed and committed would lose the signature that it was handed with the sender who leaves.
+    function test_move_revertsOnceAnybodyHasCommitted() public {
+        escrow.commit(id, _one(_claim(id, PLACE + 1, _root(PLACE + 1), bytes32(uint256(0x2000)), 40, _key(PLACE + 1))));
+        vm.expectRevert(abi.encodeWithSelector(IEscrow.AlreadyCommitted.selector, id));
         escrow.move(id, relief, _consents(relief));
-        assertEq(escrow.root(id, PLACE), 0, "root of the stage that changed hands");
-        assertEq(escrow.root(id, 0), _root(0), "root of one who stayed");
-        Claim[] memory claims = _claims(id, COUNT, 40);
-        claims[PLACE] = _claim(id, PLACE, _root(5), 0, 0, _key(SPARE));
-        escrow.commit(id, claims);
-        assertEq(escrow.root(id, PLACE), _root(5), "root of the spare");
-        assertTrue(escrow.status(id) == Status.Committed, "committed");
+        assertEq(escrow.job(id).pipeline, line, "pipeline of the job");
+    }
+
+    function test_move_aClaimMadeInTheOldPipelineIsWorthNothing() public {
+        Claim memory claim = _claim(id, 0, _root(0), 0, 0, _key(0));
+        _move();
+        vm.expectRevert(abi.encodeWithSelector(IEscrow.BadSignature.selector, 0));
+        escrow.commit(id, _one(claim));
+    }
+
+    function test_move_consentToStayIsNoneToComeBack() public {
+        _hire(SPARE + 1);
+        bytes32 other = _relief(SPARE + 1, 2);
+        Consent[] memory consents = _consents(other); // from the first pipeline
+        consents[COUNT] = _consent(other, until, SPARE + 1);
+        _move();
+        vm.expectRevert(abi.encodeWithSelector(IEscrow.BadSignature.selector, 0));
+        escrow.move(id, other, consents);
     }
 
     function test_move_needsEverybodysConsent() public {
@@ -201,6 +213,11 @@ contract EscrowMoveTest is Market {
         return _sign(address(workers), _key(who), structHash);
     }
 
+    function _move() private {
+        escrow.move(id, relief, _consents(relief));
+        pipelineOf[id] = relief;
+    }
+
     function _consents(bytes32 pipeline) private view returns (Consent[] memory consents) {
         consents = new Consent[](COUNT + 1);
         for (uint256 i; i < COUNT; ++i) {
@@ -210,8 +227,8 @@ contract EscrowMoveTest is Market {
     }
 
     function _consent(bytes32 pipeline, uint64 end, uint256 who) private view returns (Consent memory) {
-        bytes32 typehash = keccak256("Move(bytes32 job,bytes32 pipeline,uint64 until)");
-        bytes memory signature = _sign(address(escrow), _key(who), keccak256(abi.encode(typehash, id, pipeline, end)));
-        return Consent(end, signature);
+        bytes32 typehash = keccak256("Move(bytes32 job,bytes32 from,bytes32 pipeline,uint64 until)");
+        bytes32 structHash = keccak256(abi.encode(typehash, id, pipelineOf[id], pipeline, end));
+        return Consent(end, _sign(address(escrow), _key(who), structHash));
     }
 }

@@ -28,6 +28,7 @@ abstract contract Market is Base {
     Workers internal workers;
     Escrow internal escrow;
     bytes32 internal modelId;
+    mapping(bytes32 => bytes32) internal pipelineOf; // by job; kept here because a call would use up an expected revert
 
     /// @param disputes who may open and close games, and demands
     function _deploy(address disputes) internal {
@@ -147,9 +148,10 @@ abstract contract Market is Base {
         });
     }
 
-    function _open(Job memory job) internal returns (bytes32) {
+    function _open(Job memory job) internal returns (bytes32 id) {
         vm.prank(REQUESTER);
-        return escrow.open(job);
+        id = escrow.open(job);
+        pipelineOf[id] = job.pipeline;
     }
 
     function _acceptance(bytes32 id, uint8 stage, uint256 key) internal view returns (Acceptance memory) {
@@ -169,9 +171,10 @@ abstract contract Market is Base {
         view
         returns (Claim memory)
     {
-        bytes32 typehash =
-            keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
-        bytes32 structHash = keccak256(abi.encode(typehash, id, stage, modelId, root, outputs, tokens));
+        bytes32 typehash = keccak256(
+            "Commit(bytes32 job,bytes32 pipeline,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)"
+        );
+        bytes32 structHash = keccak256(abi.encode(typehash, id, pipelineOf[id], stage, modelId, root, outputs, tokens));
         return Claim(stage, root, outputs, tokens, _sign(address(escrow), key, structHash));
     }
 

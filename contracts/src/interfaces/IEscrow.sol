@@ -87,6 +87,7 @@ interface IEscrow {
     error TooEarly(uint64 availableAt);
     error TooLate(uint64 deadline);
     error AlreadyDone(uint8 stage);
+    error AlreadyCommitted(bytes32 id);
     error UnknownStage(uint8 stage);
     error BadSignature(uint8 stage);
     error GamesOpen(uint256 games); // games and demands
@@ -99,7 +100,8 @@ interface IEscrow {
     function open(Job calldata job) external returns (bytes32 id);
     function accept(bytes32 id, Acceptance[] calldata acceptances) external; // already accepted stages are passed over
     /// @notice An accepted job goes on with another pipeline of its model and length, with the consents of all stages of its own,
-    /// in their order, and then of the workers who are new at their stage. Their locks take the place of those they stand in for.
+    /// in their order, and then of the workers who are new at their stage. Their locks take the place of those they stand in for. Not once a stage has
+    /// committed.
     function move(bytes32 id, bytes32 pipeline, Consent[] calldata consents) external;
     function commit(bytes32 id, Claim[] calldata claims) external; // already committed stages are passed over
     function settle(bytes32 id) external; // Committed -> Paid, after the window, no game open

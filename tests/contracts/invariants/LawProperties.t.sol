@@ -22,9 +22,10 @@ contract LawProperties is Scene {
         uint8 stage;
         bytes32 model;
         uint256 key;
+        bytes32 pipeline;
     }
 
-    uint256 private constant FIELDS = 6;
+    uint256 private constant FIELDS = 6; // the pipeline besides, in a commitment
 
     // ---- law 1
 
@@ -108,18 +109,19 @@ contract LawProperties is Scene {
     // ---- law 8
 
     function _said(bytes32 job, uint8 stage) private view returns (Said memory) {
-        return Said(block.chainid, address(escrow), job, stage, modelId, _key(stage));
+        return Said(block.chainid, address(escrow), job, stage, modelId, _key(stage), pipelineOf[job]);
     }
 
     /// @dev The same said of another chain, contract, job, stage or model, or by another worker.
     function _replayed(Said memory said, uint256 field) private view returns (Said memory other) {
-        other = Said(said.chain, said.contract_, said.job, said.stage, said.model, said.key);
+        other = Said(said.chain, said.contract_, said.job, said.stage, said.model, said.key, said.pipeline);
         if (field == 0) other.chain += 1;
         if (field == 1) other.contract_ = address(workers);
         if (field == 2) other.job = keccak256("another job");
         if (field == 3) other.stage ^= 1;
         if (field == 4) other.model = keccak256("another model");
         if (field == 5) other.key = _key(other.stage ^ 1);
+        if (field == 6) other.pipeline = keccak256("another pipeline");
     }
 
     function _sign(Said memory said, bytes32 content) private pure returns (bytes memory) {
@@ -142,10 +144,13 @@ contract LawProperties is Scene {
     }
 
     function _commit(Said memory said, bytes32 root) private pure returns (bytes memory) {
-        bytes32 typehash =
-            keccak256("Commit(bytes32 job,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)");
+        bytes32 typehash = keccak256(
+            "Commit(bytes32 job,bytes32 pipeline,uint8 stage,bytes32 model,bytes32 root,bytes32 outputs,uint64 tokens)"
+        );
         bytes32 none = 0;
-        return _sign(said, keccak256(abi.encode(typehash, said.job, said.stage, said.model, root, none, uint64(0))));
+        bytes memory content =
+            abi.encode(typehash, said.job, said.pipeline, said.stage, said.model, root, none, uint64(0));
+        return _sign(said, keccak256(content));
     }
 
     function test_law8_anAcceptanceBindsChainContractJobStageModelAndWorker() external {
@@ -159,11 +164,11 @@ contract LawProperties is Scene {
         assertTrue(escrow.lockHeld(job, 0), "the right one");
     }
 
-    function test_law8_aCommitmentBindsChainContractJobStageModelAndWorker() external {
+    function test_law8_aCommitmentBindsChainContractJobPipelineStageModelAndWorker() external {
         bytes32 job = _open(_order(block.timestamp));
         escrow.accept(job, _acceptances(job, STAGES));
         bytes32 root = keccak256("root");
-        for (uint256 field = 0; field < FIELDS; ++field) {
+        for (uint256 field = 0; field <= FIELDS; ++field) {
             Claim[] memory list = _one(Claim(0, root, 0, 0, _commit(_replayed(_said(job, 0), field), root)));
             vm.expectRevert(abi.encodeWithSelector(IEscrow.BadSignature.selector, 0));
             escrow.commit(job, list);
@@ -199,7 +204,7 @@ contract LawProperties is Scene {
         bytes32 pipeline = _pipelineId(stages, 77);
         bytes32 typehash = keccak256("Join(bytes32 pipeline)");
         for (uint256 field = 0; field <= 3; ++field) {
-            Said memory said = Said(block.chainid, address(workers), 0, 0, 0, _key(0));
+            Said memory said = Said(block.chainid, address(workers), 0, 0, 0, _key(0), 0);
             if (field == 0) said.chain += 1;
             if (field == 1) said.contract_ = address(escrow);
             if (field == 2) said.key = _key(1);
