@@ -270,13 +270,13 @@ def test_nothing_is_sealed_before_a_consent_is_over_and_nothing_signed_meanwhile
 @pytest.mark.parametrize("phase", [Phase.SEALED, Phase.FINISHED])
 def test_what_was_sealed_in_another_ring_fails_and_is_never_claimed(tmp_path: Path, phase: Phase) -> None:
     async def story() -> None:
-        town: Any = Town(tmp_path)
+        town: Any = Town(tmp_path, "c")
         folder = town.folder(JOB)
         folder.save_requests(REQUESTS)
-        sealed = JobState(phase, 0, 3, root=b"\x05" * 32, received=Handoff(bytes(32), 1, bytes(65)))
+        sealed = JobState(phase, 2, 3, root=b"\x05" * 32, received=Handoff(bytes(32), 1, bytes(65)))
         folder.save_state(sealed)
-        stage = Engagement(town, JOB, WORK, STAGES, 0)
-        await stage.moved(RELIEF, PIPELINES[RELIEF], 1, 0)
+        stage = Engagement(town, JOB, WORK, STAGES, 2)
+        await stage.moved(RELIEF, PIPELINES[RELIEF], 1, 2)
         assert stage.job.pipeline == RELIEF and stage.state.phase is Phase.FAILED and folder.load_state() == stage.state
         assert stage.state.reason == f"the job moved to another pipeline when this stage was {phase}"
         with pytest.raises(Refused, match="expected a finished job, it is failed"):
@@ -287,12 +287,12 @@ def test_what_was_sealed_in_another_ring_fails_and_is_never_claimed(tmp_path: Pa
 
         # Sealed in the ring of now: after a restart the move is told again, and nothing is served before.
         folder.save_state(replace(sealed, rings=1))
-        stage = Engagement(town, JOB, WORK, STAGES, 0)
+        stage = Engagement(town, JOB, WORK, STAGES, 2)
         stage.status = Status.ACCEPTED
         stage.advance(NOW)
         assert not stage._tasks
         stage.status = Status.COMMITTED
-        await stage.moved(RELIEF, PIPELINES[RELIEF], 1, 0)
+        await stage.moved(RELIEF, PIPELINES[RELIEF], 1, 2)
         assert stage.state.phase is phase and stage.state.rings == 1
 
     asyncio.run(within(60, story()))
