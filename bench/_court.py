@@ -65,7 +65,7 @@ def in_window(
     claims = []
     for s, (key, root) in enumerate(zip(keys, roots, strict=True)):
         told = (outputs, tokens) if s + 1 == len(keys) else (bytes(32), 0)
-        signature = requester.sign_commit(job, s, model, root, *told, key=key)
+        signature = requester.sign_commit(job, order.pipeline, s, model, root, *told, key=key)
         claims.append(Claim(s, root, *told, signature))
     requester.escrow.commit(job, claims)
     return job

@@ -282,7 +282,7 @@ class Town:
         claims = []
         for s, tree in enumerate(served.trees):
             told = (OutputsTree(served.outputs).root, served.tokens) if s == 1 else (bytes(32), 0)
-            signature = chain.sign_commit(id, s, self.model, tree.root, *told, key=self.signer(s))
+            signature = chain.sign_commit(id, self.pipeline, s, self.model, tree.root, *told, key=self.signer(s))
             claims.append(Claim(s, tree.root, *told, signature))
         chain.escrow.commit(id, claims)
 

@@ -54,7 +54,8 @@ def run(
         write_llama(folder, torch.float32, hidden=hidden, layers=layers)
         uniform_profile(Weights.open(folder).shape, 1, 8, 1 << 24, 1 << 30).save(folder)
         batch = [Request(tuple((7 * r + 13 * i) % 1000 + 1 for i in range(prompt + r)), limit) for r in range(requests)]
-        with Village(folder, home / "village", serving={"beat_seconds": 0.5, "silence_seconds": 3.0}) as village:
+        serving, policy = {"beat_seconds": 0.5, "silence_seconds": 3.0}, {"replaceable": True}
+        with Village(folder, home / "village", serving=serving, policy=policy) as village:
             scene = Scene(village, batch)
             return {"stages": STAGES, "killed": stage, "results": scene.play(stage)}
 

@@ -197,6 +197,7 @@ class Chain:
     def sign_commit(
         self,
         job: bytes,
+        pipeline: bytes,
         stage: int,
         model: bytes,
         root: bytes,
@@ -204,10 +205,12 @@ class Chain:
         tokens: int = 0,
         key: LocalAccount | None = None,
     ) -> bytes:
-        return signing.sign(self._signer(key), self._commit(job, stage, model, root, outputs, tokens))
+        return signing.sign(self._signer(key), self._commit(job, pipeline, stage, model, root, outputs, tokens))
 
-    def sign_move(self, job: bytes, pipeline: bytes, until: int, key: LocalAccount | None = None) -> bytes:
-        return signing.sign(self._signer(key), self._move(job, pipeline, until))
+    def sign_move(
+        self, job: bytes, before: bytes, pipeline: bytes, until: int, key: LocalAccount | None = None
+    ) -> bytes:
+        return signing.sign(self._signer(key), self._move(job, before, pipeline, until))
 
     def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int, key: LocalAccount | None = None) -> bytes:
         return signing.sign(self._signer(key), self._handoff(job, stage, root, leaves))
@@ -220,13 +223,21 @@ class Chain:
     def recover_accept(self, job: bytes, stage: int, model: bytes, signature: bytes) -> str | None:
         return signing.recover(self._accept(job, stage, model), signature)
 
-    def recover_move(self, job: bytes, pipeline: bytes, until: int, signature: bytes) -> str | None:
-        return signing.recover(self._move(job, pipeline, until), signature)
+    def recover_move(self, job: bytes, before: bytes, pipeline: bytes, until: int, signature: bytes) -> str | None:
+        return signing.recover(self._move(job, before, pipeline, until), signature)
 
     def recover_commit(
-        self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int, signature: bytes
+        self,
+        job: bytes,
+        pipeline: bytes,
+        stage: int,
+        model: bytes,
+        root: bytes,
+        outputs: bytes,
+        tokens: int,
+        signature: bytes,
     ) -> str | None:
-        return signing.recover(self._commit(job, stage, model, root, outputs, tokens), signature)
+        return signing.recover(self._commit(job, pipeline, stage, model, root, outputs, tokens), signature)
 
     def recover_handoff(self, job: bytes, stage: int, root: bytes, leaves: int, signature: bytes) -> str | None:
         return signing.recover(self._handoff(job, stage, root, leaves), signature)
@@ -234,13 +245,15 @@ class Chain:
     def _accept(self, job: bytes, stage: int, model: bytes) -> SignableMessage:
         return signing.accept_message(self.chain_id, self.escrow.address, job, stage, model)
 
-    def _move(self, job: bytes, pipeline: bytes, until: int) -> SignableMessage:
-        return signing.move_message(self.chain_id, self.escrow.address, job, pipeline, until)
+    def _move(self, job: bytes, before: bytes, pipeline: bytes, until: int) -> SignableMessage:
+        return signing.move_message(self.chain_id, self.escrow.address, job, before, pipeline, until)
 
     def _commit(
-        self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int
+        self, job: bytes, pipeline: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int
     ) -> SignableMessage:
-        return signing.commit_message(self.chain_id, self.escrow.address, job, stage, model, root, outputs, tokens)
+        return signing.commit_message(
+            self.chain_id, self.escrow.address, job, pipeline, stage, model, root, outputs, tokens
+        )
 
     def _handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> SignableMessage:
         return signing.handoff_message(self.chain_id, self.escrow.address, job, stage, root, leaves)

@@ -24,9 +24,10 @@ _DOMAIN = [
 _TYPES: dict[str, list[tuple[str, str]]] = {
     "Join": [("pipeline", "bytes32")],
     "Accept": [("job", "bytes32"), ("stage", "uint8"), ("model", "bytes32")],
-    "Move": [("job", "bytes32"), ("pipeline", "bytes32"), ("until", "uint64")],
+    "Move": [("job", "bytes32"), ("from", "bytes32"), ("pipeline", "bytes32"), ("until", "uint64")],
     "Commit": [
         ("job", "bytes32"),
+        ("pipeline", "bytes32"),
         ("stage", "uint8"),
         ("model", "bytes32"),
         ("root", "bytes32"),
@@ -96,15 +97,26 @@ def accept_message(chain_id: int, escrow: str, job: bytes, stage: int, model: by
     return typed_message(chain_id, escrow, "Accept", {"job": job, "stage": stage, "model": model})
 
 
-def move_message(chain_id: int, escrow: str, job: bytes, pipeline: bytes, until: int) -> SignableMessage:
-    return typed_message(chain_id, escrow, "Move", {"job": job, "pipeline": pipeline, "until": until})
+def move_message(chain_id: int, escrow: str, job: bytes, before: bytes, pipeline: bytes, until: int) -> SignableMessage:
+    """before: the pipeline that the job leaves, `from` in the message."""
+    values = {"job": job, "from": before, "pipeline": pipeline, "until": until}
+    return typed_message(chain_id, escrow, "Move", values)
 
 
 def commit_message(
-    chain_id: int, escrow: str, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int
+    chain_id: int,
+    escrow: str,
+    job: bytes,
+    pipeline: bytes,
+    stage: int,
+    model: bytes,
+    root: bytes,
+    outputs: bytes,
+    tokens: int,
 ) -> SignableMessage:
-    values = {"job": job, "stage": stage, "model": model, "root": root, "outputs": outputs, "tokens": tokens}
-    return typed_message(chain_id, escrow, "Commit", values)
+    """pipeline: the job's at that time."""
+    values = {"job": job, "pipeline": pipeline, "stage": stage, "model": model}
+    return typed_message(chain_id, escrow, "Commit", values | {"root": root, "outputs": outputs, "tokens": tokens})
 
 
 def handoff_message(chain_id: int, escrow: str, job: bytes, stage: int, root: bytes, leaves: int) -> SignableMessage:

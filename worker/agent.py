@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 import uvicorn
@@ -46,6 +47,7 @@ from worker import ring_pb2 as pb
 from worker.admission import check_join, own_stage
 from worker.channel import Peer, Ring
 from worker.config import WorkerConfig, split_address
+from worker.consent import place
 from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
@@ -57,7 +59,7 @@ from worker.repeat import RepeatableStage
 from worker.respond import Responder
 from worker.retain import Traces
 from worker.settle import Settler, stage_name
-from worker.spare import Spare, place
+from worker.spare import Spare
 from worker.stage import Stage as ModelStage
 
 log = logging.getLogger("plumb.worker.agent")
@@ -212,7 +214,7 @@ class Agent:
                     found.window_end = event.window_end
 
     async def _opened(self, id: bytes, job: Job) -> None:
-        stages = await self._stages(job.pipeline)
+        stages = await self.stages(job.pipeline)
         if not any(stage.worker == self.account for stage in stages):
             self._offer(id, job, stages)
             return
@@ -224,13 +226,19 @@ class Agent:
         self._engagements[id] = Engagement(self, id, job, stages, index)
         log.info("job %s opened on our pipeline, we are stage %d of %d", id.hex()[:8], index, len(stages))
 
-    async def _stages(self, pipeline: bytes) -> tuple[Stage, ...]:
-        if pipeline not in self._pipelines:
-            self._pipelines[pipeline] = await asyncio.to_thread(self.chain.workers.pipeline_stages, pipeline)
-        return self._pipelines[pipeline]
+    async def stages(self, pipeline: bytes, keep: bool = True) -> tuple[Stage, ...]:
+        """Of a pipeline on chain, none if there is no such. keep: in memory, not for what strangers ask."""
+        found = self._pipelines.get(pipeline)
+        if found is None:
+            found = await asyncio.to_thread(self.chain.workers.pipeline_stages, pipeline)
+            if keep and found:
+                self._pipelines[pipeline] = found
+        return found
 
     def _offer(self, id: bytes, job: Job, stages: tuple[Stage, ...]) -> None:
-        """Watches over a job that is not ours, if a pipeline of ours may relieve its own."""
+        """Watches over a job that is not ours, if a pipeline of ours may relieve its own. job: with its pipeline."""
+        if not self.config.policy.replaceable:
+            return
         for relief, ours in self._pipelines.items():
             index = place(stages, ours)
             if index is not None and ours[index].worker == self.account:
@@ -240,23 +248,25 @@ class Agent:
 
     async def _moved(self, id: bytes, pipeline: bytes) -> None:
         """A job goes on with another pipeline: we come, stay or leave, or become a spare for it."""
-        stages = await self._stages(pipeline)
+        stages = await self.stages(pipeline)
         engagement, spare = self._engagements.get(id), self._spares.pop(id, None)
+        if spare is not None and spare.task is not asyncio.current_task():
+            await spare.stop()  # before there is an engagement: it writes the job's state too
         self._rings[id] = rings = self._rings.get(id, 0) + 1
         index = next((i for i, stage in enumerate(stages) if stage.worker == self.account), None)
         if engagement is not None:
-            await engagement.moved(stages, rings, index)
-        elif index is not None and spare is not None:
+            await engagement.moved(pipeline, stages, rings, index)
+        elif index is not None:
             log.warning("job %s: we are its stage %d from now on", id.hex()[:8], index)
-            engagement = self._engagements[id] = Engagement(self, id, spare.job, stages, index, rings)
+            job = spare.job if spare is not None else await asyncio.to_thread(self.chain.escrow.job, id)
+            job = replace(job, pipeline=pipeline)
+            engagement = self._engagements[id] = Engagement(self, id, job, stages, index, rings)
             engagement.status = Status.ACCEPTED
             engagement.advance(await asyncio.to_thread(self.now))
         elif spare is not None:
-            self._offer(id, spare.job, stages)
+            self._offer(id, replace(spare.job, pipeline=pipeline), stages)
             if id in self._spares:
                 self._spares[id].status = Status.ACCEPTED
-        if spare is not None and spare.task is not asyncio.current_task():
-            await spare.stop()
 
     # ------------------------------------------------------------------------------------------------- asked by others
 
@@ -279,8 +289,7 @@ class Agent:
 
     async def consent(self, job: bytes, pipeline: bytes) -> Consent:
         """Ours to the job's move to `pipeline`. Raises Refused."""
-        engagement = await self.engagement(job)
-        return await engagement.consent(pipeline, await self._stages(pipeline))
+        return await (await self.engagement(job)).consents.give(pipeline)
 
     def held_seconds(self, job: bytes) -> float:
         """For how long we have had a microbatch of the job that is not computed."""

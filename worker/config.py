@@ -57,7 +57,7 @@ class Policy:
     min_clock_seconds: int = 5
     min_grace_seconds: int = 1
     min_serving_seconds: int = 5  # from acceptance to commitBy
-    replaceable: bool = True  # whether we consent in advance that a spare takes our place once the ring stands still
+    replaceable: bool = False  # whether we sign moves of jobs to spares: leaving, staying, coming (worker.consent)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from contracts.client import Acceptance, Claim, Consent, ContractsError, Job, Stage, Status
+from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
 from verifier.commit import Request
 from worker.admission import check_requests, check_terms
 from worker.channel import Link, Peer
+from worker.consent import Consents
 from worker.errors import JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
 from worker.job import JobState, Phase
 from worker.run import ATTEMPTS, Run
 from worker.scheduler import unfinished
 from worker.settle import deadline, stage_name
-from worker.spare import place
 
 if TYPE_CHECKING:
     from worker.agent import Agent
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("plumb.worker.engagement")
 
 RETRY_SECONDS = 1.0  # between attempts to reach a peer or the chain
-CONSENT_SECONDS = 30  # that a consent to another's replacement lasts, on the chain
 COLLECT_SECONDS = 0.2  # between two questions for a claim
 
 
@@ -33,7 +33,7 @@ class Engagement:
     def __init__(
         self, agent: "Agent", id: bytes, job: Job, stages: tuple[Stage, ...], index: int, rings: int = 0
     ) -> None:
-        """rings: how many pipelines served the job before."""
+        """job: with the pipeline it has now; rings: how many served it before."""
         self.agent = agent
         self.id = id
         self.job = job
@@ -52,7 +52,9 @@ class Engagement:
         try:
             self.state = self.folder.load_state()
         except UnknownJob:
-            self.state = JobState(Phase.OPEN, index, len(stages))
+            self.state = JobState(Phase.OPEN, index, len(stages), rings=rings)
+        self.consents = Consents(self)
+        self._enter()
 
     @property
     def name(self) -> str:
@@ -79,7 +81,9 @@ class Engagement:
             return
         if self.status is Status.OPEN and self.index == 0 and self.folder.has_requests() and now <= self.job.accept_by:
             self._once("acceptances", self._gather_acceptances())
-        if self.status is Status.ACCEPTED and now <= self.job.commit_by and self.state.phase is not Phase.FAILED:
+        # An earlier ring than the state's: after a restart, its move is still to be told.
+        ours = self.state.phase is not Phase.FAILED and self.rings == self.state.rings
+        if self.status is Status.ACCEPTED and now <= self.job.commit_by and ours:
             self._once("serving", self._serve())
         due = deadline(self.job, self.status, self.window_end)
         # Rationale: any stage may send these; stage 0 goes first so that the others rarely pay for a call that comes
@@ -119,14 +123,18 @@ class Engagement:
             if not self.folder.has_requests():
                 if self.index == 0:
                     raise Refused("the requester has not sent its prompts")
-                first = self.stages[0]
-                url, _ = await asyncio.to_thread(agent.peers.locate, 0, first)
-                requests = await agent.peers.requests(stage_name(0, first), url, self.id)
-                await asyncio.to_thread(check_requests, self.job, requests, agent.stage.shape)
-                await asyncio.to_thread(self.folder.save_requests, requests)
+                await self._fetch_requests(0)
             if self.state.phase is Phase.OPEN:
                 await asyncio.to_thread(self._save, self.state.to(Phase.SIGNED))
             return await asyncio.to_thread(agent.notary.sign_accept, self.id, self.index, self.job.model)
+
+    async def _fetch_requests(self, index: int) -> None:
+        """The prompts, from another stage. Raises Refused, PeerFault."""
+        stage, agent = self.stages[index], self.agent
+        url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
+        requests = await agent.peers.requests(stage_name(index, stage), url, self.id)
+        await asyncio.to_thread(check_requests, self.job, requests, agent.stage.shape)
+        await asyncio.to_thread(self.folder.save_requests, requests)
 
     async def _gather_acceptances(self) -> None:
         """Stage 0: everyone's signatures, then one transaction."""
@@ -152,10 +160,12 @@ class Engagement:
     async def _serve(self) -> None:
         """Joins the ring, serves the batch, sees to it that our claim is on chain."""
         agent = self.agent
-        requests = await asyncio.to_thread(self.folder.load_requests)
-        await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         n = len(self.stages)
         before, sender = self.predecessor
+        if self.rings and not self.folder.has_requests():
+            await self._fetch_requests(before)
+        requests = await asyncio.to_thread(self.folder.load_requests)
+        await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         if n > 1:
             peer, _ = await self._neighbour(before)
             agent.ring.admit(peer)
@@ -187,7 +197,7 @@ class Engagement:
         except JobFailed as error:
             log.error("job %s can't be finished here: %s", self.name, error)
             return
-        claim = await asyncio.to_thread(agent.settler.claim, self.id, self.job.model, self.state, requests)
+        claim = await self.claim()
         if self.index == 0:
             await self._post(await self._collect(claim))
         else:
@@ -227,35 +237,10 @@ class Engagement:
 
     # ---------------------------------------------------------------------------------------------------------- moving
 
-    async def consent(self, pipeline: bytes, stages: tuple[Stage, ...]) -> Consent:
-        """Ours to the job's move to `pipeline`. Raises Refused.
-
-        SAFETY: a trace that is final can't be served again, and a job that is being served needs no other worker. What
-        we sign for another's place is over soon; until then we seal nothing.
+    async def moved(self, pipeline: bytes, stages: tuple[Stage, ...], rings: int, index: int | None) -> None:
+        """The job goes on with another pipeline, in which we are stage `index`; None: without us. Told once more after
+        a restart.
         """
-        agent, serving = self.agent, self.agent.config.serving
-        index = place(self.stages, stages)
-        if index is None:
-            raise Refused("expected a pipeline that differs from the job's in one worker")
-        if self.status is not Status.ACCEPTED or self.state.phase not in (Phase.SIGNED, Phase.SERVING):
-            raise Refused(f"expected a job that is being served, it is {self.status.name.lower()}, {self.state.phase}")
-        if index == self.index:
-            if not agent.config.policy.replaceable:
-                raise Refused("we are not to be replaced")
-            until = self.job.commit_by
-        else:
-            if stages[self.index] != self.stages[self.index]:
-                raise Refused("expected our own share as it was")
-            idle = serving.silence_seconds if self.run is None else self.run.rest_seconds()
-            if idle < serving.silence_seconds:
-                raise Refused(f"expected a ring that stands still, it moved {idle:.1f} s ago")
-            if self.run is not None:
-                self.run.hold(2 * CONSENT_SECONDS)
-            until = min(self.job.commit_by, await asyncio.to_thread(agent.now) + CONSENT_SECONDS)
-        return await asyncio.to_thread(agent.notary.sign_move, self.id, pipeline, until)
-
-    async def moved(self, stages: tuple[Stage, ...], rings: int, index: int | None) -> None:
-        """The job goes on with another pipeline, in which we are stage `index`; None: without us."""
         serving = self._tasks.pop("serving", None)
         if serving is not None:
             serving.cancel()
@@ -267,15 +252,26 @@ class Engagement:
         if self._link is not None:
             self._link.drop(self.id, (rings + 1) * ATTEMPTS)
             self._link = None
-        self.stages, self.rings = stages, rings
+        self.job, self.stages, self.rings = replace(self.job, pipeline=pipeline), stages, rings
         if index is None:
             log.warning("job %s: another worker has taken our place", self.name)
-            await asyncio.to_thread(
-                self._save, self.state.to(Phase.CLOSED, reason="another worker has taken our place")
-            )
-        else:
-            self.index = index
-            self.advance(await asyncio.to_thread(self.agent.now))
+            left = JobState(Phase.CLOSED, self.index, len(stages), "another worker has taken our place", rings=rings)
+            self._save(left)
+            return
+        self.index = index
+        self._enter()
+        self.advance(await asyncio.to_thread(self.agent.now))
+
+    def _enter(self) -> None:
+        """Notes in which ring we are. SAFETY: what was sealed in an earlier one is no claim in this, at no moment."""
+        if self.state.rings >= self.rings:
+            return
+        state = replace(self.state, rings=self.rings)
+        if state.phase in (Phase.SEALED, Phase.FINISHED):
+            reason = f"the job moved to another pipeline when this stage was {state.phase}"
+            log.error("job %s: %s", self.name, reason)
+            state = state.to(Phase.FAILED, reason=reason)
+        self._save(state)
 
     async def receive(self, peer: Peer, envelope: Any) -> None:
         """A message of `peer` under this job; waits until we are in the ring ourselves. Raises BadMessage."""
@@ -313,7 +309,7 @@ class Engagement:
                 try:
                     url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
                     claim = await agent.peers.claim(name, url, self.id, index)
-                    if agent.notary.verify_claim(self.id, self.job.model, claim):
+                    if agent.notary.verify_claim(self.id, self.job.pipeline, self.job.model, claim):
                         claims.append(claim)
                     else:
                         log.error("job %s: %s: its claim is not signed with its key", self.name, name)
@@ -326,11 +322,12 @@ class Engagement:
         return claims
 
     async def claim(self) -> Claim:
-        """Our claim, for stage 0. Raises Refused while there is none."""
-        if self.state.phase not in (Phase.FINISHED, Phase.CLOSED):
-            raise Refused(f"expected a finished job, it is {self.state.phase}: {self.state.reason}")
+        """Ours. Raises Refused while there is none."""
         requests = await asyncio.to_thread(self.folder.load_requests)
-        return await asyncio.to_thread(self.agent.settler.claim, self.id, self.job.model, self.state, requests)
+        job, state = self.job, self.state
+        if state.phase not in (Phase.FINISHED, Phase.CLOSED) or not state.root:
+            raise Refused(f"expected a finished job, it is {state.phase}: {state.reason}")
+        return await asyncio.to_thread(self.agent.settler.claim, self.id, job.pipeline, job.model, state, requests)
 
     async def _post(self, claims: list[Claim]) -> None:
         """Until it is on chain or too late."""

@@ -44,6 +44,8 @@ class JobState:
     received: Handoff | None = None  # the predecessor's, verified; FINISHED and after
     tokens: tuple[tuple[int, ...], ...] = ()  # output tokens, at stage 0 and the last
     outputs: bytes = bytes(32)  # outputs root, last stage
+    rings: int = 0  # pipelines that served the job before the one that this is of
+    held_until: float = 0.0  # unix seconds by our clock, until which nothing is sealed: the job may be moved
     extra: dict[str, str] = field(default_factory=dict)  # e.g. transaction notes for people
 
     def to(self, phase: Phase, **changes: Any) -> "JobState":

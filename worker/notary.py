@@ -25,17 +25,15 @@ class Notary:
     def sign_accept(self, job: bytes, stage: int, model: bytes) -> bytes:
         return self._chain.sign_accept(job, stage, model, self._signer)
 
-    def sign_move(self, job: bytes, pipeline: bytes, until: int) -> Consent:
-        return Consent(until, self._chain.sign_move(job, pipeline, until, self._signer))
+    def sign_move(self, job: bytes, before: bytes, pipeline: bytes, until: int) -> Consent:
+        """To the job's move from pipeline `before`."""
+        return Consent(until, self._chain.sign_move(job, before, pipeline, until, self._signer))
 
-    def sign_claim(self, job: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int) -> Claim:
-        return Claim(
-            stage,
-            root,
-            outputs,
-            tokens,
-            self._chain.sign_commit(job, stage, model, root, outputs, tokens, self._signer),
-        )
+    def sign_claim(
+        self, job: bytes, pipeline: bytes, stage: int, model: bytes, root: bytes, outputs: bytes, tokens: int
+    ) -> Claim:
+        signature = self._chain.sign_commit(job, pipeline, stage, model, root, outputs, tokens, self._signer)
+        return Claim(stage, root, outputs, tokens, signature)
 
     def sign_handoff(self, job: bytes, stage: int, root: bytes, leaves: int) -> bytes:
         return self._chain.sign_handoff(job, stage, root, leaves, self._signer)
@@ -43,13 +41,13 @@ class Notary:
     def verify_accept(self, job: bytes, stage: int, model: bytes, signature: bytes) -> bool:
         return self._chain.recover_accept(job, stage, model, signature) == self._signers[job, stage]
 
-    def verify_move(self, job: bytes, stage: int, pipeline: bytes, consent: Consent) -> bool:
-        recovered = self._chain.recover_move(job, pipeline, consent.until, consent.signature)
+    def verify_move(self, job: bytes, stage: int, before: bytes, pipeline: bytes, consent: Consent) -> bool:
+        recovered = self._chain.recover_move(job, before, pipeline, consent.until, consent.signature)
         return recovered == self._signers[job, stage]
 
-    def verify_claim(self, job: bytes, model: bytes, claim: Claim) -> bool:
+    def verify_claim(self, job: bytes, pipeline: bytes, model: bytes, claim: Claim) -> bool:
         recovered = self._chain.recover_commit(
-            job, claim.stage, model, claim.root, claim.outputs, claim.tokens, claim.signature
+            job, pipeline, claim.stage, model, claim.root, claim.outputs, claim.tokens, claim.signature
         )
         return recovered == self._signers[job, claim.stage]
 

@@ -96,7 +96,6 @@ class Run:
         self._expected: int  # sequence of the predecessor's next message
         self._sending = asyncio.Lock()  # numbers are given in the order of sending
         self._moved = time.monotonic()  # since when no rows were computed
-        self._held_until = 0.0
         self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
         self.finished.add_done_callback(retrieved)
         self._reset(max(state.attempt, self._first_attempt))
@@ -138,9 +137,9 @@ class Run:
         """For how long no microbatch was computed here."""
         return time.monotonic() - self._moved
 
-    def hold(self, seconds: float) -> None:
-        """Nothing is sealed before: the job may be moved to another ring."""
-        self._held_until = time.monotonic() + seconds
+    def hold(self, until: float) -> None:
+        """Nothing is sealed before, in unix seconds: the job may be moved to another ring. Not once `sealing`."""
+        self._save(self.state.to(self.state.phase, held_until=until))
 
     async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
         """One message of the predecessor. Raises BadMessage to have it dropped; returns once the message is queued."""
@@ -185,6 +184,7 @@ class Run:
         self._expected = 0
         self._sequence = 0
         self._broken = False
+        self.sealing = False  # all is served: no consent to a move is given any more
         self._own_seconds = 0.0  # a microbatch here, smoothed
         self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
@@ -279,8 +279,6 @@ class Run:
             try:
                 await self._drive()
                 return
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 if cancelled():
                     raise asyncio.CancelledError from error
@@ -291,6 +289,7 @@ class Run:
                 if self.state.phase is Phase.SEALED or failures >= self._serving.attempts:
                     self._fail(failure)
                     return
+                self.sealing = False
                 await asyncio.sleep(min(2.0, 0.2 * 2**failures))
                 if self._ready is not None:
                     await self._ready()
@@ -349,6 +348,7 @@ class Run:
         if scheduler.diverged:
             raise Diverged("an earlier attempt's tokens are not all what this one's rows yield")
         self._tokens = scheduler.outputs
+        self.sealing = True
         assert self._recorder is not None
         await self._seal(await asyncio.to_thread(self._recorder.finish), None)
         if self._successor is not None:
@@ -398,13 +398,12 @@ class Run:
                         case "rows":
                             await pipe.put(self._received_rows(envelope.rows))
                         case "finish":
+                            self.sealing = True
                             await pipe.end()
                             break
                         case _:
                             raise JobFailed(f"an earlier stage gave up: {envelope.abort.reason[:500]}")
             await self._received_finish(envelope.finish)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             if cancelled():
                 raise asyncio.CancelledError from error
@@ -412,6 +411,7 @@ class Run:
             await self._break(failure)
             if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
                 self._fail(failure)
+            self.sealing = self._final
 
     def _received_rows(self, rows: pb.Rows) -> Callable[[], Step]:
         shape = self._stage.shape
@@ -433,9 +433,8 @@ class Run:
         tokens = []
         for token in step.tokens:
             known = self._tokens[token.request]
-            if not stopped(
-                self.requests[token.request], known
-            ):  # else it was fed tokens beyond its end: see _received_finish
+            # One that has stopped was fed tokens beyond its end: see _received_finish.
+            if not stopped(self.requests[token.request], known):
                 known.append(token.token)
                 tokens.append(token)
         self._recorder.tokens(tokens)
@@ -532,16 +531,17 @@ class Run:
             await asyncio.sleep(self._serving.beat_seconds)
 
     async def _send_beat(self, last: bool = False) -> None:
-        held_ms = int(1e3 * self.held_seconds())
         async with self._sending:
             beat = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
-            beat.beat.CopyFrom(pb.Beat(held_ms=held_ms, last=last))
+            beat.beat.CopyFrom(pb.Beat(held_ms=int(1e3 * self.held_seconds()), last=last))
             assert self._successor is not None
             await self._successor.send(beat)
 
     async def _seal(self, summary: Summary, received: Handoff | None) -> None:
         """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
-        await asyncio.sleep(self._held_until - time.monotonic())
+        # SAFETY: `sealing` was set before, so that nothing is signed to prolong this.
+        while (left := self.state.held_until - time.time()) > 0:
+            await asyncio.sleep(left)
         self._cache = self._stage.cache()
         tokens = tuple(tuple(ids) for ids in self._tokens) if self._stage.is_last or self.state.stage == 0 else ()
         sent = None

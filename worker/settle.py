@@ -49,14 +49,14 @@ class Settler:
         self.notary = notary
         self.account = account
 
-    def claim(self, job: bytes, model: bytes, state: JobState, requests: Sequence[Request]) -> Claim:
-        """Our signed claim to a finished job."""
+    def claim(self, job: bytes, pipeline: bytes, model: bytes, state: JobState, requests: Sequence[Request]) -> Claim:
+        """Our signed claim to a job finished with `pipeline`."""
         last = state.stage == state.stages - 1
         outputs, tokens = bytes(32), 0
         if last:
             made = make_outputs(state.tokens, requests)
             outputs, tokens = outputs_root(made), total_tokens(made)
-        return self.notary.sign_claim(job, state.stage, model, state.root, outputs, tokens)
+        return self.notary.sign_claim(job, pipeline, state.stage, model, state.root, outputs, tokens)
 
     def accept(self, job: bytes, acceptances: Sequence[Acceptance]) -> None:
         self._try("accept", job, lambda: self.chain.escrow.accept(job, acceptances))

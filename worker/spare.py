@@ -1,20 +1,21 @@
 """A worker that may stand in for another: it is in a pipeline that differs from the job's in that one worker.
 
-While the job is served it holds the prompts and the other's consent, signed in advance, and asks every second how the
-other is. Once that one has died, hangs or is slow it collects the consents of the rest, moves the job to its own
-pipeline, and serves like any other stage from then on.
+While the job is served it holds the prompts and the other's consent, signed a short while in advance and renewed, and
+asks every second how the other is. Once that one has died, hangs or is slow it collects the consents of the rest, moves
+the job to its own pipeline, and serves like any other stage from then on.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from contracts.client import Consent, ContractsError, Job, Stage, Status
 from worker.admission import check_requests, check_terms
+from worker.consent import CONSENT_SECONDS, held_until
 from worker.errors import PeerFault, Refused, WorkerError
+from worker.job import JobState, Phase
 from worker.settle import stage_name
 
 if TYPE_CHECKING:
@@ -23,14 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("plumb.worker.spare")
 
 RETRY_SECONDS = 1.0
-
-
-def place(stages: Sequence[Stage], relief: Sequence[Stage]) -> int | None:
-    """The stage at which `relief` has another worker than `stages`, all layers alike; None if that isn't one. Pure."""
-    if [(s.first_layer, s.end_layer) for s in stages] != [(s.first_layer, s.end_layer) for s in relief]:
-        return None
-    changed = [i for i, (old, new) in enumerate(zip(stages, relief, strict=True)) if old.worker != new.worker]
-    return changed[0] if len(changed) == 1 else None
+RENEW_SECONDS = 30.0  # after which the other's consent is asked for anew
 
 
 class Spare:
@@ -39,7 +33,7 @@ class Spare:
     def __init__(
         self, agent: "Agent", id: bytes, job: Job, stages: tuple[Stage, ...], relief: bytes, index: int
     ) -> None:
-        """stages: of the job's pipeline; relief: ours; index: the stage at which we are in it."""
+        """job: with its pipeline of now; stages: of that; relief: ours; index: the stage at which we are in it."""
         self.agent = agent
         self.id = id
         self.job = job
@@ -97,20 +91,23 @@ class Spare:
         name = stage_name(index, stage)
         url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
         consent = await agent.peers.consent(name, url, self.id, self.relief, patience_seconds)
-        if not agent.notary.verify_move(self.id, index, self.relief, consent):
+        if not agent.notary.verify_move(self.id, index, self.job.pipeline, self.relief, consent):
             raise PeerFault(name, "its consent is not signed with its key")
         return consent
 
     async def _watch(self, consent: Consent) -> None:
         serving, stage = self.agent.config.serving, self.stages[self.index]
         name = stage_name(self.index, stage)
-        well = time.monotonic()
+        well = renewed = time.monotonic()
         while True:
             await asyncio.sleep(serving.beat_seconds)
             try:
                 url, _ = await asyncio.to_thread(self.agent.peers.locate, self.index, stage)
                 await self.agent.peers.well(name, url, self.id, serving)
                 well = time.monotonic()
+                if well - renewed > RENEW_SECONDS:
+                    renewed = well
+                    consent = await self._renewed(consent)
                 continue
             except (PeerFault, ContractsError) as error:
                 ill_seconds = time.monotonic() - well
@@ -123,13 +120,37 @@ class Spare:
                 return
             except (Refused, PeerFault, ContractsError) as error:
                 log.warning("job %s: not taken over: %s", self.name, error)
+                consent = await self._renewed(consent)
+
+    async def _renewed(self, consent: Consent) -> Consent:
+        """Or what we have, of a stage that gives none any more: it is lost, or seals its trace."""
+        try:
+            return await self._consent(self.index, self.agent.config.serving.silence_seconds)
+        except (PeerFault, ContractsError) as error:
+            log.info("job %s: %s", self.name, error)
+            return consent
 
     async def _take_over(self, consent: Consent) -> None:
-        """Everybody's consent, then one transaction. Raises PeerFault, ContractsError."""
+        """Everybody's consent, then one transaction. Raises Refused, PeerFault, ContractsError."""
         agent = self.agent
+        self._check_time(await asyncio.to_thread(agent.now), consent)
         others = [i for i in range(len(self.stages)) if i != self.index]
-        given = await asyncio.gather(*(self._consent(i, agent.config.serving.silence_seconds) for i in others))
+        given = await asyncio.gather(*(self._consent(i, 3 * agent.config.serving.silence_seconds) for i in others))
         consents = dict(zip(others, given, strict=True)) | {self.index: consent}
-        ours = agent.notary.sign_move(self.id, self.relief, self.job.commit_by)
+        now = await asyncio.to_thread(agent.now)
+        self._check_time(now, consent)
+        # SAFETY: on disk before it is signed: what we may be made a stage by, no restart lets us forget.
+        state = JobState(Phase.OPEN, self.index, len(self.stages), held_until=held_until())
+        agent.folder(self.id).save_state(state)
+        until = min(self.job.commit_by, now + CONSENT_SECONDS)
+        ours = await asyncio.to_thread(agent.notary.sign_move, self.id, self.job.pipeline, self.relief, until)
         ordered = [consents[i] for i in range(len(self.stages))]
         await asyncio.to_thread(agent.settler.move, self.id, self.relief, [*ordered, ours])
+
+    def _check_time(self, now: int, consent: Consent) -> None:
+        """Raises Refused if there is none left to serve the job in, or the other one's consent is over."""
+        left, least = self.job.commit_by - now, self.agent.config.policy.min_serving_seconds
+        if left < least:
+            raise Refused(f"time to serve: expected at least {least}, {left} are left")
+        if consent.until < now:
+            raise Refused(f"the consent of stage {self.index} was over {now - consent.until} s ago")

@@ -103,7 +103,7 @@ class SilentResponder(Responder):
 class MuteSettler(Settler):
     """Serves, but never signs what it served."""
 
-    def claim(self, job: bytes, model: bytes, state: JobState, requests: Sequence[Request]) -> Claim:
+    def claim(self, job: bytes, pipeline: bytes, model: bytes, state: JobState, requests: Sequence[Request]) -> Claim:
         raise Refused("this worker signs no claim")
 
     def commit(self, job: bytes, claims: Sequence[Claim]) -> None:

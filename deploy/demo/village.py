@@ -58,6 +58,7 @@ class Village:
     home: Path
     players: list[Player] = field(default_factory=list)
     serving: dict[str, Any] = field(default_factory=dict)  # of the workers, besides what suits one machine
+    policy: dict[str, Any] = field(default_factory=dict)  # of the workers
 
     def __enter__(self) -> Village:
         nursery.warm()
@@ -116,6 +117,7 @@ class Village:
             "grpc": grpc,
             "chain": {"rpc": self.devnet.url, "poll_seconds": 0.5, "addresses": asdict(self.addresses)},
             "serving": {"threads": 1, "claim_seconds": 2.0, **self.serving},
+            "policy": self.policy,
         }
         path = folder / "stage.toml"
         path.write_text(_toml(config), encoding="utf-8")

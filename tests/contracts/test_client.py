@@ -146,7 +146,7 @@ def accept_and_commit(world: Any, job: Job, job_id: bytes) -> None:
     claims = []
     for stage, signer in enumerate(signers):
         signature = worker.sign_commit(
-            job_id, stage, job.model, roots[stage], outputs[stage], tokens[stage], key=signer
+            job_id, job.pipeline, stage, job.model, roots[stage], outputs[stage], tokens[stage], key=signer
         )
         claims.append(Claim(stage, roots[stage], outputs[stage], tokens[stage], signature))
     worker.escrow.commit(job_id, claims)
@@ -306,9 +306,14 @@ def test_signatures_are_recovered_to_their_signer(world: Any, other: LocalAccoun
     job, root, model = b"\x31" * 32, b"\x32" * 32, b"\x33" * 32
     assert chain.recover_join(job, chain.sign_join(job, key=other)) == other.address
     assert chain.recover_accept(job, 1, model, chain.sign_accept(job, 1, model, key=other)) == other.address
-    commit = chain.sign_commit(job, 1, model, root, root, 5, key=other)
-    assert chain.recover_commit(job, 1, model, root, root, 5, commit) == other.address
-    assert chain.recover_commit(job, 1, model, root, root, 6, commit) != other.address
+    line, relief = b"\x34" * 32, b"\x35" * 32
+    commit = chain.sign_commit(job, line, 1, model, root, root, 5, key=other)
+    assert chain.recover_commit(job, line, 1, model, root, root, 5, commit) == other.address
+    assert chain.recover_commit(job, line, 1, model, root, root, 6, commit) != other.address
+    assert chain.recover_commit(job, relief, 1, model, root, root, 5, commit) != other.address
+    move = chain.sign_move(job, line, relief, 7, key=other)
+    assert chain.recover_move(job, line, relief, 7, move) == other.address
+    assert chain.recover_move(job, relief, relief, 7, move) != other.address
     handoff = chain.sign_handoff(job, 0, root, 3, key=other)
     assert chain.recover_handoff(job, 0, root, 3, handoff) == other.address
     assert chain.recover_handoff(job, 0, root, 3, handoff[:-1]) is None

@@ -21,10 +21,10 @@ from worker.batch import Batch, Piece
 from worker.cache import Cache
 from worker.channel import Peer
 from worker.config import Serving
+from worker.consent import place
 from worker.errors import Stalled
 from worker.pulse import Pulse
 from worker.recorder import trace_path
-from worker.spare import place
 from worker.stage import Captured, Stage
 
 CALM = Serving(max_rows=16, beat_seconds=0.1, silence_seconds=30.0, attempts=2)

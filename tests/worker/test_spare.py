@@ -31,7 +31,11 @@ def village(tiny: Tiny, tmp_path: Path) -> Iterator[Village]:
         made.settle_in()
         made.configs.append(made._enrol(SPARE, 1, 2))
         made.configs = [
-            replace(config, serving=replace(config.serving, beat_seconds=0.2, silence_seconds=3.0, max_rows=4))
+            replace(
+                config,
+                serving=replace(config.serving, beat_seconds=0.2, silence_seconds=3.0, max_rows=4),
+                policy=replace(config.policy, replaceable=True),
+            )
             for config in made.configs
         ]
         yield made
@@ -114,12 +118,12 @@ def test_consent_is_given_for_nothing_else(village: Village) -> None:
         assert answer.status_code == 200, answer.text
         consent = Consent(answer.json()["until"], bytes.fromhex(answer.json()["signature"]))
         chain = village.agents[1].chain
-        assert chain.recover_move(id, other, consent.until, consent.signature) == dev_account(2).address
+        assert chain.recover_move(id, village.pipeline, other, consent.until, consent.signature) == dev_account(2).address
 
         agent = village.agents[1]
         agent.config = replace(agent.config, policy=replace(agent.config.policy, replaceable=False))
         answer = await ask(1, id, other)
-        assert answer.status_code == 409 and "we are not to be replaced" in answer.json()["error"]
+        assert answer.status_code == 409 and "this worker signs no moves" in answer.json()["error"]
         await village.reaches(id, Status.COMMITTED)
         answer = await ask(0, id, other)
         assert answer.status_code == 409 and "expected a job that is being served" in answer.json()["error"]
