@@ -95,7 +95,7 @@ contract Escrow is IEscrow, EIP712 {
         bytes32 model = workers.pipelineModel(job_.pipeline);
         if (model == 0) revert InvalidJob("pipeline");
         if (model != job_.model) revert InvalidJob("model");
-        if (job_.lock < _leastLock(job_, maximum)) revert InvalidJob("lock");
+        if (job_.lock < leastLock(job_)) revert InvalidJob("lock");
 
         record.requester = msg.sender;
         record.status = Status.Open;
@@ -136,8 +136,7 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     /// @dev As `accept`, a repeated call changes nothing.
-    /// SAFETY: whoever leaves has signed that too, so nobody has gained a power over anybody's place in a job. A claim rests on what the stage before
-    /// signed, so where one was made the pipeline stays, and a claim names the pipeline that it was made in.
+    /// SAFETY: whoever leaves has signed that too. A claim rests on what the stage before signed: where one was made, nobody leaves.
     function move(bytes32 id, bytes32 pipeline, Consent[] calldata consents) external {
         Record storage record = _records[id];
         bytes32 before = record.job.pipeline;
@@ -208,7 +207,7 @@ contract Escrow is IEscrow, EIP712 {
             _credit(stages[i].worker, pay, id);
         }
         // What the shares round off, less than one base unit a stage, returns as well.
-        uint256 returned = _maximumPriceOf(record) - paid;
+        uint256 returned = Terms.maximumPriceOf(record.job) - paid;
         _credit(record.requester, returned, id);
         emit JobPaid(id, paid, returned);
 
@@ -229,7 +228,7 @@ contract Escrow is IEscrow, EIP712 {
         uint64 locked = record.lockedSet;
         record.status = Status.Refunded;
         record.lockedSet = 0;
-        uint256 price = _maximumPriceOf(record);
+        uint256 price = Terms.maximumPriceOf(record.job);
         uint256 fee;
         uint256 broken = NOBODY; // the first stage without a root
         if (actual == Status.Accepted) {
@@ -430,8 +429,13 @@ contract Escrow is IEscrow, EIP712 {
     }
 
     /// @inheritdoc IEscrow
-    function leastLock(Job calldata job_) external view returns (uint256) {
-        return _leastLock(job_, Terms.maximumPrice(job_));
+    function leastLock(Job calldata job_) public view returns (uint256 least) {
+        least = 2 * (Terms.maximumPrice(job_) + GAME_GAS * job_.gasRate);
+        (uint256 rowBytes, uint256 positions) = workers.models().history(job_.model);
+        uint256 tokens = uint256(job_.promptTokens) + job_.maxTokens;
+        if (tokens < positions) positions = tokens;
+        uint256 history = HISTORY_LOCKS * HISTORY_GAS * rowBytes * positions * job_.gasRate;
+        if (history > least) least = history;
     }
 
     /// @notice Whether `stage` has accepted and its lock is still held for this job.
@@ -466,17 +470,9 @@ contract Escrow is IEscrow, EIP712 {
         } else if (claim.outputs != 0 || claim.tokens != 0) {
             revert OutputsFromWrongStage(stage);
         }
+        Job storage job_ = record.job;
         bytes32 structHash = keccak256(
-            abi.encode(
-                COMMIT_TYPEHASH,
-                id,
-                record.job.pipeline,
-                stage,
-                record.job.model,
-                claim.root,
-                claim.outputs,
-                claim.tokens
-            )
+            abi.encode(COMMIT_TYPEHASH, id, job_.pipeline, stage, job_.model, claim.root, claim.outputs, claim.tokens)
         );
         _requireSigned(workers.pipelineStage(record.job.pipeline, stage).worker, stage, structHash, claim.signature);
 
@@ -510,7 +506,7 @@ contract Escrow is IEscrow, EIP712 {
     function _refund(bytes32 id, Record storage record) private {
         if (record.refunded) return;
         record.refunded = true;
-        _credit(record.requester, _maximumPriceOf(record), id);
+        _credit(record.requester, Terms.maximumPriceOf(record.job), id);
     }
 
     function _units(uint256 gasUnits) private pure returns (uint32) {
@@ -555,25 +551,11 @@ contract Escrow is IEscrow, EIP712 {
             uint256(record.job.promptPrice) * record.job.promptTokens + uint256(record.job.tokenPrice) * record.tokens;
     }
 
-    function _maximumPriceOf(Record storage record) private view returns (uint256) {
-        Job storage job_ = record.job;
-        return uint256(job_.promptPrice) * job_.promptTokens + uint256(job_.tokenPrice) * job_.maxTokens;
-    }
-
     function _payDown(uint256 price, Stage memory stage) private pure returns (uint256) {
         return price * stage.shareBps / BPS;
     }
 
     // ---- rules ----
-
-    function _leastLock(Job calldata job_, uint256 maximum) private view returns (uint256 least) {
-        least = 2 * (maximum + GAME_GAS * job_.gasRate);
-        (uint256 rowBytes, uint256 positions) = workers.models().history(job_.model);
-        uint256 tokens = uint256(job_.promptTokens) + job_.maxTokens;
-        if (tokens < positions) positions = tokens;
-        uint256 history = HISTORY_LOCKS * HISTORY_GAS * rowBytes * positions * job_.gasRate;
-        if (history > least) least = history;
-    }
 
     function _requireSigned(address account, uint8 stage, bytes32 structHash, bytes calldata signature) private view {
         (address signer,,) = ECDSA.tryRecoverCalldata(_hashTypedDataV4(structHash), signature);

@@ -275,7 +275,7 @@ def test_the_models_id_is_the_hash_of_its_words() -> None:
 def test_a_game_survives_the_way_to_the_chain_and_back() -> None:
     game = sample_game()
     assert Game.decode(game.encode()) == game
-    assert len(game.encode()) == 422
+    assert len(game.encode()) == 384
     with pytest.raises(DataLength):
         Game.decode(game.encode()[1:])
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.verifier import tiny
 from verifier import linear, vectors
+from verifier.game import read_roots
 from verifier.linear import Part
 from verifier.program import Kind
 from verifier.referee import fixed, floats, ops
@@ -189,7 +190,7 @@ def test_steps_judged_from_openings_equal_the_vectors(model: tiny.Tiny, kind: Ki
     case = model.case(kind, token=model.tokens[place["position"]], sampling=word, **place)
     roots, generator = case.steps(), np.random.default_rng(3)
     for i, instruction in enumerate(case.instructions):
-        vector = case.vector(i)
+        vector, read = case.vector(i), read_roots(instruction, roots[:i])
         assert len(vector) == element_count(instruction, case.cell.position, case.cell.unit)
         leaves = [case.leaf(i, index) for index in range(case.leaves(i))]
         assert root([leaf(data) for data in leaves]) == roots[i]
@@ -198,7 +199,9 @@ def test_steps_judged_from_openings_equal_the_vectors(model: tiny.Tiny, kind: Ki
             sums = []
             for chunk in range(case.chunks(i)):
                 openings = case.openings(i, e, chunk)
-                sums.append(step(model.model, case.cell, roots[:i], instruction, e, chunk, openings))
+                sums.append(
+                    step(model.model, case.cell, read, instruction, e, chunk, openings)
+                )
             assert ops.finish(instruction.op, ops.combine(instruction.op, sums), instruction.a) == int(vector[e])
             assert sums == case.chunk_sums(i, e) or case.chunks(i) == 1
     if kind not in (Kind.TOKEN, Kind.SAMPLE):  # the token there is any

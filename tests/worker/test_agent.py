@@ -68,8 +68,8 @@ def test_a_job_is_served_committed_settled_and_paid(
             await asyncio.sleep(0.1)
         assert [village.requester.escrow.credit(account) for account in accounts] == [0, 0]
         assert all(village.requester.token.balance(account) > 0 for account in accounts)
-        await asyncio.sleep(0.5)
-        assert all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents)
+        while not all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents):
+            await asyncio.sleep(0.1)
         await village.sleep()
 
     asyncio.run(within(900, story()))

@@ -35,4 +35,9 @@ library Terms {
     function maximumPrice(Job calldata job) internal pure returns (uint256) {
         return uint256(job.promptPrice) * job.promptTokens + uint256(job.tokenPrice) * job.maxTokens;
     }
+
+    /// @notice As `maximumPrice`, of a job that is on record.
+    function maximumPriceOf(Job storage job) internal view returns (uint256) {
+        return uint256(job.promptPrice) * job.promptTokens + uint256(job.tokenPrice) * job.maxTokens;
+    }
 }
