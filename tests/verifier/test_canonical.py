@@ -199,9 +199,7 @@ def test_steps_judged_from_openings_equal_the_vectors(model: tiny.Tiny, kind: Ki
             sums = []
             for chunk in range(case.chunks(i)):
                 openings = case.openings(i, e, chunk)
-                sums.append(
-                    step(model.model, case.cell, read, instruction, e, chunk, openings)
-                )
+                sums.append(step(model.model, case.cell, read, instruction, e, chunk, openings))
             assert ops.finish(instruction.op, ops.combine(instruction.op, sums), instruction.a) == int(vector[e])
             assert sums == case.chunk_sums(i, e) or case.chunks(i) == 1
     if kind not in (Kind.TOKEN, Kind.SAMPLE):  # the token there is any
