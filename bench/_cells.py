@@ -179,6 +179,6 @@ def row(
         "cells": cells,
         **{key: hits / tries if tries else 0.0 for key, (hits, tries) in counted.items()},
         "ci95": {key: wilson(hits, tries) for key, (hits, tries) in counted.items()},
-        "rate_8_uniform": uniform / trials,  # as `cells:8` draws today: anywhere, and their own segments alone
+        "rate_8_uniform": uniform / trials,  # drawn anywhere, and their own segments alone
         "median_ratio": float(np.median(np.concatenate([j.ratio[a] for j, a in zip(judged, allowed, strict=True)]))),
     }
