@@ -287,4 +287,4 @@ def test_a_spare_is_in_a_pipeline_that_differs_in_one_worker() -> None:
         ([Place("a", 0, 1, 5000), Place("c", 1, 4, 5000)], None),
         ([Place("c", 0, 4, 10_000)], None),
     ):
-        assert place(line, relief) == index
+        assert place(tuple(line), tuple(relief)) == index
