@@ -1,4 +1,4 @@
-"""Calls that are too long, cut off, not canonical or point elsewhere, at every entry of the judge.
+"""Calls that are too long, cut off, not canonical or point elsewhere, at every entry of the judge and of Demands.
 
 Each is refused, by name wherever the contract gets to read it, and costs no more than its own calldata and what the
 well-formed call spends on checking.
@@ -12,21 +12,25 @@ from typing import Any, TypeVar
 import pytest
 
 from bench._arena import NAMELESS, Arena
+from bench._court import CLOCK_SECONDS, GAS_RATE, GRACE_SECONDS
 from bench._liar import Liar, Lie
-from bench._market import CHALLENGER, LONG_AT, WORKERS, Batch, Market, serve, write_model
-from contracts.abi import functions
+from bench._market import CHALLENGER, LONG_AT, STRANGER, WORKERS, Batch, Market, serve, write_model
+from contracts.abi import encode_struct, functions
 from contracts.client import challenge_id
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from verifier.commit import HandoffTree
+from verifier.demand import Demand, Demanded, Wanted, answer_gas, answer_trace, deadline, grid_of, price
 from verifier.game import HandoffProof, Move, Phase, Proof, Segment, solve
+from verifier.keccak import keccak256
 from verifier.program import Kind
 from verifier.referee.codec import Opening, handoff_row
 from verifier.weights import Weights
 
 FUNDS = 10**30
 LONGEST = 24 * 1024
+LONGEST_ANSWER = 72 * 1024
 CHECKING_GAS = 30_000  # beyond a transaction and its calldata: to look at lengths, a state and a clock
 CUTS, DIRTY = 12, 12
 WSUM = 4
@@ -37,6 +41,7 @@ POSITION = 597  # WSUM has 75 chunks: two lists of sums
 @dataclass(frozen=True)
 class Court:
     arena: Arena
+    counter: Arena  # of Demands
     market: Market
     guilty: Batch
     innocent: Batch
@@ -49,15 +54,21 @@ def court(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
         market = Market(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), weights)
         market.settle_in()
         market.chain(CHALLENGER).disputes.deposit(FUNDS // 2)
+        market.chain(CHALLENGER).token.approve(market.addresses.demands, FUNDS)
         guilty = market.batch(True, serve(weights, changes={(LONG_AT, "1.h"): (9, 260)}))
         innocent = market.batch(False, serve(weights))
-        arena = Arena(devnet, market.addresses.disputes)
-        yield Court(arena, market, guilty, innocent)
+        arena, counter = Arena(devnet, market.addresses.disputes), Arena(devnet, market.addresses.demands)
+        yield Court(arena, counter, market, guilty, innocent)
         arena.close()
+        counter.close()
 
 
 def encode(name: str, *arguments: Any) -> bytes:
     return functions("Disputes")[name].encode(arguments)
+
+
+def encode_demands(name: str, *arguments: Any) -> bytes:
+    return functions("Demands")[name].encode(arguments)
 
 
 def calldata_gas(data: bytes) -> int:
@@ -67,11 +78,15 @@ def calldata_gas(data: bytes) -> int:
     return 21_000 + 10 * tokens
 
 
-def of_bytes(data: bytes, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Too long; cut off anywhere before the last word, which may be padding; a head with bits where none belong."""
+def of_bytes(data: bytes, seed: int, longest: int | None = LONGEST) -> Iterator[tuple[str, bytes]]:
+    """Too long; cut off anywhere before the last word, which may be padding; a head with bits where none belong.
+
+    longest: None where nothing behind the arguments is ever read, as they are of a fixed length.
+    """
     random = Random(seed)
-    yield "too long", data + bytes(LONGEST + 1 - len(data))
-    yield "much too long", data + random.randbytes(100_000)
+    if longest is not None:
+        yield "too long", data + bytes(longest + 1 - len(data))
+        yield "much too long", data + random.randbytes(100_000)
     for _ in range(CUTS):
         yield "cut off", data[: random.randrange(4, len(data) - 32)]
     yield "cut off", data[:-32]
@@ -185,22 +200,29 @@ def of_handoff(proof: HandoffProof) -> Iterator[tuple[str, HandoffProof]]:
     yield "a sibling more", replace(proof, siblings=(*proof.siblings, bytes(32)))
 
 
-def check(court: Court, index: int, right: bytes, wrong: Sequence[tuple[str, bytes]], seed: int = 0) -> None:
+def check(
+    arena: Arena,
+    index: int,
+    right: bytes,
+    wrong: Sequence[tuple[str, bytes]],
+    seed: int = 0,
+    longest: int | None = LONGEST,
+) -> None:
     """All of `wrong` and every mangled form of `right` are refused; then `right` is taken.
 
     wrong: well-formed calls with something false inside, refused for a reason that has a name.
     """
     spent = []
     for what, data in wrong:
-        name, gas = court.arena.attempt(index, data)
+        name, gas = arena.attempt(index, data)
         assert name and name not in NAMELESS, f"{what}: expected a refusal with a name, got {name or 'a success'}"
         spent.append((what, gas - calldata_gas(data)))
-    for what, data in of_bytes(right, seed):
-        name, gas = court.arena.attempt(index, data)
+    for what, data in of_bytes(right, seed, longest):
+        name, gas = arena.attempt(index, data)
         assert name, f"{what} to {len(data)} of {len(right)} bytes: expected a refusal, got a success"
         assert "long" not in what or name == "CalldataTooLong", f"{what}: {name}"
         spent.append((what, gas - calldata_gas(data)))
-    name, gas = court.arena.attempt(index, right)
+    name, gas = arena.attempt(index, right)
     assert name == "", f"expected the right call to be taken, got {name}"
     most = max(CHECKING_GAS, gas - calldata_gas(right) + CHECKING_GAS)
     dear = [each for each in spent if each[1] > most]
@@ -230,7 +252,7 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
         ("many roots", challenge(segment, salt, evidence, steps * 100)),
         ("another salt", challenge(segment, bytes(31) + b"\xff", evidence, steps)),
     ]
-    check(court, CHALLENGER, challenge(segment, salt, evidence, steps), wrong)
+    check(arena, CHALLENGER, challenge(segment, salt, evidence, steps), wrong)
     id = challenge_id(dev_account(CHALLENGER).address, segment, salt)
 
     phases = []
@@ -244,7 +266,7 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
             for field in (RECORD_FIELD, STEPS_FIELD):
                 assert arena.attempt(index, before_itself(right, field))[0] == "ClaimMismatch"
             proofs = [(what, encode("prove", id, seen.game, proof)) for what, proof in of_proof(answer)]
-            check(court, index, right, proofs, seed=len(phases))
+            check(arena, index, right, proofs, seed=len(phases))
             break
         moves = [(what, encode("descend", id, seen.game, move)) for what, move in of_move(answer, seen.game.phase)]
         states = [
@@ -252,7 +274,7 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
             ("another state", encode("descend", id, replace(seen.game, index=seen.game.index + 1), answer)),
             ("no game", encode("descend", bytes(32), seen.game, answer)),
         ]
-        check(court, index, encode("descend", id, seen.game, answer), [*moves, *states], seed=len(phases))
+        check(arena, index, encode("descend", id, seen.game, answer), [*moves, *states], seed=len(phases))
     assert set(phases) == {Phase.STEPS, Phase.NODES, Phase.ELEMENTS, Phase.SUMS}
 
 
@@ -268,7 +290,7 @@ def test_what_is_shown_deflected_and_flagged(court: Court) -> None:
 
     wrong = [(what, show(segment, salt, openings)) for what, openings in of_openings(evidence)]
     wrong += [(what, show(at, arena.commit(at), evidence)) for what, at in of_segment(segment)]
-    check(court, CHALLENGER, show(segment, salt, evidence), wrong)
+    check(arena, CHALLENGER, show(segment, salt, evidence), wrong)
     id = challenge_id(dev_account(CHALLENGER).address, segment, salt)
     game = arena.seen(id).game
     assert game.phase == Phase.HANDOFF
@@ -287,7 +309,80 @@ def test_what_is_shown_deflected_and_flagged(court: Court) -> None:
         tree.root, tree.leaves, 1, handoff_row(LONG_AT, 9, 1, block), tree.opening(1).siblings, signature
     )
     proofs = [(what, encode("deflect", id, game, other)) for what, other in of_handoff(proof)]
-    check(court, WORKERS[1], encode("deflect", id, game, proof), proofs)
+    check(arena, WORKERS[1], encode("deflect", id, game, proof), proofs)
+
+
+def of_demand(demand: Demand) -> Iterator[tuple[str, Demand]]:
+    """Demands of what is not there. Any first leaf is lawful: what lies beyond the tree's end needs no answer."""
+    for name, value in (
+        ("job", bytes(32)),
+        ("stage", 2),
+        ("kind", 4),
+        ("request", 2),
+        ("tensor", 7),
+        ("count", 0),
+        ("count", 129),
+        ("count", (1 << 32) - 1),
+    ):
+        changed: dict[str, Any] = {name: value}
+        yield f"{name} {value!r}", replace(demand, **changed)
+
+
+def test_a_demand_from_its_opening_to_its_answer(court: Court) -> None:
+    counter, batch, stage = court.counter, court.innocent, 1
+    demand = Demand(batch.job, stage, Wanted.LEAVES, LONG_AT, 0, 3, 2)
+    pay = answer_gas(demand, grid_of(demand, batch.model, stage, stage + 1)) * GAS_RATE
+    most = price(pay, 0)
+    wrong = [(what, encode_demands("demand", other, batch.model, most)) for what, other in of_demand(demand)]
+    wrong += [
+        ("another model", encode_demands("demand", demand, replace(batch.model, layers=3), most)),
+        ("too low a price", encode_demands("demand", demand, batch.model, most - 1)),
+    ]
+    right = encode_demands("demand", demand, batch.model, most)
+    check(counter, CHALLENGER, right, wrong, longest=None)
+    assert counter.attempt(CHALLENGER, right)[0] == "DemandExists"
+
+    door = court.market.chain(CHALLENGER)
+    opened = door.block_timestamp() - 1  # the refused repetition made a block of its own
+    due = deadline(opened, CLOCK_SECONDS, GRACE_SECONDS, 0)
+    held = Demanded(demand, door.account, opened, due, pay, most - pay)
+    id = keccak256(encode_struct("Demand", demand))
+    assert door.demands.state_of(id) == keccak256(encode_struct("Demanded", held))
+
+    node, trace = batch.served.stage_trees[stage].opening(LONG_AT), batch.served.traces[LONG_AT][stage]
+    openings = answer_trace(demand, node, trace, batch.model)
+    states = [
+        ("another state", replace(held, pay=held.pay + 1)),
+        ("another demander", replace(held, demander=court.market.chain(STRANGER).account)),
+        ("a later deadline", replace(held, deadline=held.deadline + 1)),
+    ]
+    wrong = [(what, encode_demands("answer", id, other, batch.model, openings)) for what, other in states]
+    wrong += [(what, encode_demands("answer", id, held, batch.model, other)) for what, other in of_openings(openings)]
+    wrong += [
+        ("no demand", encode_demands("answer", bytes(32), held, batch.model, openings)),
+        ("another model", encode_demands("answer", id, held, replace(batch.model, layers=3), openings)),
+        ("nothing", encode_demands("answer", id, held, batch.model, ())),
+    ]
+    lapsed = [(f"lapse: {what}", encode_demands("lapse", id, other)) for what, other in states]
+    lapsed.append(("lapse: too early", encode_demands("lapse", id, held)))
+    right = encode_demands("answer", id, held, batch.model, openings)
+    assert counter.attempt(STRANGER, right)[0] == "NotYourTurn"
+    check(counter, WORKERS[stage], right, wrong + lapsed, longest=LONGEST_ANSWER)
+    assert counter.attempt(WORKERS[stage], right)[0] == "WrongState"
+
+
+def test_a_commitment_is_made_once(court: Court) -> None:
+    right = encode("commit", keccak256(b"a commitment"))
+    for end in (4, 5, len(right) - 1):
+        name, gas = court.arena.attempt(CHALLENGER, right[:end])
+        assert name and gas < calldata_gas(right[:end]) + CHECKING_GAS
+    assert court.arena.attempt(CHALLENGER, right)[0] == ""
+    assert court.arena.attempt(CHALLENGER, right)[0] == "CommitmentExists"
+
+
+def test_every_field_of_a_demand_was_tried() -> None:
+    tried = {what.split()[0] for what, _ in of_demand(Demand(bytes(32), 0, Wanted.LEAVES, 0, 0, 0, 1))}
+    assert tried | {"first"} == {field.name for field in fields(Demand)}
 
 
 def test_every_field_of_a_segment_was_tried() -> None:
