@@ -12,7 +12,7 @@ from web3.types import TxReceipt
 
 from contracts.abi import decode_error
 from contracts.client import ChainError
-from contracts.transport import Receipt, Transport
+from contracts.transport import Receipt, Transport, floor_gas
 
 MOVE_GAS_LIMIT = 10_000_000  # what 100 KB of calldata cost before anything is looked at, twice
 
@@ -49,7 +49,9 @@ class Unlocked(Transport):
             },
         )
         used, block = receipt["gasUsed"], receipt["blockNumber"]
-        self.receipts.append(Receipt(label, sender, used, len(data), block, bytes(receipt["transactionHash"])))
+        self.receipts.append(
+            Receipt(label, sender, used, len(data), floor_gas(data), block, bytes(receipt["transactionHash"]))
+        )
         if receipt["status"] != 1:
             raise self._reason(transaction, told["blockNumber"], label)
         self._heard(receipt)

@@ -64,7 +64,8 @@ def run(
     """segment: q, k, v, qkv, attend, mlp, token, sample, link or all; instruction: its number or all; liar: worker,
     challenger or all.
 
-    Returns {"results": one row a game, "worst": the dearest of each figure}. Raises ValueError.
+    Returns {"results": one row a game, "worst": the dearest of each figure, "dearest": the dearest transaction of each
+    method}. Raises ValueError.
     """
     model_shape = shape_named(shape)
     if segment not in (*SEGMENTS, ALL):
@@ -79,13 +80,25 @@ def run(
                 rows.append(row)
                 print(f"  {row}", flush=True)
     _compare(rows)
-    return {"results": rows, "worst": {figure: max(row[figure] for row in rows) for figure in FIGURES}}
+    worst = {figure: max(row[figure] for row in rows) for figure in FIGURES}
+    return {"results": rows, "worst": worst, "dearest": _dearest(rows)}
+
+
+def _dearest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each method the transaction that took most gas, and beside it the floor below which its calldata forbids."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for method, gas, size, floor in row["transactions"]:
+            if method not in found or gas > found[method]["gas"]:
+                place = {"segment": row["segment"], "instruction": row["instruction"]}
+                found[method] = place | {"gas": gas, "floor_gas": floor, "calldata_bytes": size}
+    return found
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
     """Adds the classic descent's moves and gas to each row."""
     descents = [sent for row in rows for sent in row["transactions"] if sent[0] == "descend"]
-    choice = min((gas - BYTE_GAS * max(0, size - CHOICE_BYTES) for _, gas, size in descents), default=0)
+    choice = min((gas - BYTE_GAS * max(0, size - CHOICE_BYTES) for _, gas, size, _ in descents), default=0)
     for row in rows:
         lists = sum(sent[0] == "descend" for sent in row["transactions"])
         more = lists + 2 if lists else 0
@@ -191,7 +204,7 @@ def _row(played: Played, liar: str, trace_seconds: float) -> dict[str, Any]:
         "trace_seconds": round(trace_seconds, 3),
         "solve_seconds": round(played.solve_seconds, 3),
         "peak_memory_bytes": _peak(),
-        "transactions": [[r.method.removeprefix("Disputes."), r.gas, r.calldata_bytes] for r in receipts],
+        "transactions": [[r.method.removeprefix("Disputes."), r.gas, r.calldata_bytes, r.floor_gas] for r in receipts],
     }
 
 

@@ -38,8 +38,14 @@ class Receipt:
     sender: str
     gas: int
     calldata_bytes: int
+    floor_gas: int
     block: int
     tx: bytes
+
+
+def floor_gas(data: bytes) -> int:
+    """What a transaction with this calldata costs at least, whatever it does (EIP-7623)."""
+    return 21_000 + 40 * len(data) - 30 * data.count(0)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ class Transport:
                 key.address,
                 receipt["gasUsed"],
                 len(data),
+                floor_gas(data),
                 receipt["blockNumber"],
                 bytes(receipt["transactionHash"]),
             )

@@ -47,8 +47,11 @@ def test_a_guilty_worker_and_a_lying_challenger_lose() -> None:
     assert denied["moves"] == alleged["moves"] == 3
     for row in (denied, alleged):
         assert row["gas_total"] == row["gas_worker"] + row["gas_challenger"]
-        assert row["gas_total"] == sum(gas for _, gas, _ in row["transactions"])
+        assert row["gas_total"] == sum(gas for _, gas, _, _ in row["transactions"])
+        assert all(gas >= floor for _, gas, _, floor in row["transactions"])
         assert row["classic"]["moves"] > row["moves"] and row["classic"]["gas_total"] > row["gas_total"]
+    proofs = [gas for row in (denied, alleged) for method, gas, _, _ in row["transactions"] if method == "prove"]
+    assert result["dearest"]["prove"]["gas"] == max(proofs)
     assert result["worst"]["gas_total"] == max(denied["gas_total"], alleged["gas_total"])
 
 
