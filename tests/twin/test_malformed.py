@@ -17,6 +17,7 @@ from bench._liar import Liar, Lie
 from bench._market import CHALLENGER, LONG_AT, STRANGER, WORKERS, Batch, Market, serve, write_model
 from contracts.abi import encode_struct, functions
 from contracts.client import challenge_id
+from contracts.transport import floor_gas
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
@@ -69,13 +70,6 @@ def encode(name: str, *arguments: Any) -> bytes:
 
 def encode_demands(name: str, *arguments: Any) -> bytes:
     return functions("Demands")[name].encode(arguments)
-
-
-def calldata_gas(data: bytes) -> int:
-    """A transaction with these bytes: 21,000 and EIP-2028's price, at least EIP-7623's floor."""
-    zeros = data.count(0)
-    tokens = zeros + 4 * (len(data) - zeros)
-    return 21_000 + 10 * tokens
 
 
 def of_bytes(data: bytes, seed: int, longest: int | None = LONGEST) -> Iterator[tuple[str, bytes]]:
@@ -216,15 +210,15 @@ def check(
     for what, data in wrong:
         name, gas = arena.attempt(index, data)
         assert name and name not in NAMELESS, f"{what}: expected a refusal with a name, got {name or 'a success'}"
-        spent.append((what, gas - calldata_gas(data)))
+        spent.append((what, gas - floor_gas(data)))
     for what, data in of_bytes(right, seed, longest):
         name, gas = arena.attempt(index, data)
         assert name, f"{what} to {len(data)} of {len(right)} bytes: expected a refusal, got a success"
         assert "long" not in what or name == "CalldataTooLong", f"{what}: {name}"
-        spent.append((what, gas - calldata_gas(data)))
+        spent.append((what, gas - floor_gas(data)))
     name, gas = arena.attempt(index, right)
     assert name == "", f"expected the right call to be taken, got {name}"
-    most = max(CHECKING_GAS, gas - calldata_gas(right) + CHECKING_GAS)
+    most = max(CHECKING_GAS, gas - floor_gas(right) + CHECKING_GAS)
     dear = [each for each in spent if each[1] > most]
     assert not dear, f"expected at most {most} gas beyond the calldata, got {dear}"
 
@@ -299,7 +293,7 @@ def test_what_is_shown_deflected_and_flagged(court: Court) -> None:
     for what, data in (("too early", early), ("another state", encode("flag", id, replace(game, index=7)))):
         name, gas = arena.attempt(CHALLENGER, data)
         assert name in ("FlagNotFallen", "WrongState"), what
-        assert gas < calldata_gas(data) + CHECKING_GAS
+        assert gas < floor_gas(data) + CHECKING_GAS
 
     block = batch.served.traces[LONG_AT][1].block_leaf("1.h", 9, 1)
     tree = HandoffTree([handoff_row(LONG_AT, 9, 0, bytes(512)), handoff_row(LONG_AT, 9, 1, block)])
@@ -375,7 +369,7 @@ def test_a_commitment_is_made_once(court: Court) -> None:
     right = encode("commit", keccak256(b"a commitment"))
     for end in (4, 5, len(right) - 1):
         name, gas = court.arena.attempt(CHALLENGER, right[:end])
-        assert name and gas < calldata_gas(right[:end]) + CHECKING_GAS
+        assert name and gas < floor_gas(right[:end]) + CHECKING_GAS
     assert court.arena.attempt(CHALLENGER, right)[0] == ""
     assert court.arena.attempt(CHALLENGER, right)[0] == "CommitmentExists"
 
