@@ -118,6 +118,18 @@ def climb(hashes: Bytes, levels: int) -> Bytes:
     return hashes
 
 
+def roots(trees: Bytes) -> Bytes:
+    """The roots [m, 32] of m trees of n leaves each, uint8 [m, n, 32]; n >= 1."""
+    while (count := trees.shape[1]) > 1:
+        pairs, odd = divmod(count, 2)
+        above = np.empty((len(trees), pairs + odd, HASH_BYTES), dtype=np.uint8)
+        above[:, :pairs] = parents(trees[:, : 2 * pairs].reshape(-1, HASH_BYTES)).reshape(-1, pairs, HASH_BYTES)
+        if odd:
+            above[:, pairs] = trees[:, -1]
+        trees = above
+    return trees[:, 0]
+
+
 class HashTree:
     """All levels of a tree in memory, to prove from: 64 bytes a leaf."""
 

@@ -1,19 +1,22 @@
-"""Served rows of the requests in flight, and the hashes of their leaves as they come: one array a tensor, whatever the
-batching, so that a microbatch costs one copy and one call of the hasher for each tensor and not for each request.
+"""Served rows of the requests in flight, and the hashes of their leaves as they come: tensors side by side in one
+array, whatever the batching, so that a microbatch costs one copy and one call of the hasher and not one for each
+tensor or request.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from verifier.referee.codec import BLOCK
-from verifier.sha256 import HASH_BYTES, HashTree, row_leaf_hashes
+from verifier.referee.codec import BLOCK, TILE_COLUMNS
+from verifier.sha256 import HASH_BYTES, Bytes, roots, row_leaf_hashes
 from verifier.trace import is_tiled, tile_leaf_hashes
 from worker.batch import Batch
 
 FIRST_ROOM = 256  # rows; arrays double from here
+RESERVED_BYTES = 2**28  # of an array whose size is foreseen; memory is taken only as rows come
 
 Bits = npt.NDArray[Any]
 Slots = npt.NDArray[np.int64]
@@ -22,17 +25,18 @@ Slots = npt.NDArray[np.int64]
 class Ledger:
     """Rows live in slots, which are used again once their request is taken. Not for two threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, foreseen: int = 0) -> None:
+        """foreseen: rows, if all requests are in flight together."""
+        self._foreseen = foreseen
         self._slots: dict[int, list[Slots]] = {}
         self._free = np.empty(0, np.int64)
         self._room = 0
-        self._rows: dict[str, Bits] = {}
-        self._hashes: dict[str, npt.NDArray[np.uint8]] = {}  # [slots, leaves of a row, 32]
+        self._sheets: list[_Sheet] = []
 
     @property
     def held_bytes(self) -> int:
         """Of the arrays, in use or not."""
-        return sum(array.nbytes for arrays in (self._rows, self._hashes) for array in arrays.values())
+        return sum(sheet.rows.nbytes + sheet.hashes.nbytes for sheet in self._sheets)
 
     def __contains__(self, request: int) -> bool:
         return request in self._slots
@@ -42,41 +46,106 @@ class Ledger:
 
     def add(self, batch: Batch, tensors: Mapping[str, Bits]) -> None:
         """One microbatch: raw bits [rows, width] by key, the same keys each time; a request's rows come in order."""
+        self._sheets = self._sheets or _sheets(tensors)
         slots = self._take_slots(batch.rows)
         for piece, span in batch.spans():
             self._slots.setdefault(piece.request, []).append(slots[span])
-        for key, rows in tensors.items():
-            self._grown(self._rows, key, rows.shape[1:], rows.dtype)[slots] = rows
-            if not is_tiled(key):  # a tile spans positions: those of v are hashed when all are there
-                hashes = row_leaf_hashes(rows, BLOCK).reshape(len(rows), -1, HASH_BYTES)
-                self._grown(self._hashes, key, hashes.shape[1:], hashes.dtype)[slots] = hashes
+        for sheet in self._sheets:
+            sheet.grow(self._room)
+            sheet.put(slots, tensors)
 
     def take(self, request: int) -> tuple[dict[str, Bits], dict[str, bytes]]:
         """(rows [positions, width], roots) by key; the request is gone then. Raises KeyError."""
         slots = np.concatenate(self._slots.pop(request))
-        arrays = {key: rows[slots] for key, rows in self._rows.items()}
-        roots = {
-            key: HashTree(
-                tile_leaf_hashes(rows) if is_tiled(key) else self._hashes[key][slots].reshape(-1, HASH_BYTES)
-            ).root
-            for key, rows in arrays.items()
-        }
+        arrays: dict[str, Bits] = {}
+        leaves: dict[str, Bytes] = {}
+        for sheet in self._sheets:
+            arrays |= sheet.take(slots)
+            leaves |= sheet.leaves(slots)
         self._free = np.concatenate([self._free, slots])
-        return arrays, roots
+        return arrays, _roots(leaves)
 
     def _take_slots(self, count: int) -> Slots:
         if count > len(self._free):
-            room = max(FIRST_ROOM, 2 * self._room, self._room + count)
+            widest = max(sheet.columns[-1].stop * sheet.rows.itemsize for sheet in self._sheets)
+            first = max(FIRST_ROOM, min(self._foreseen, RESERVED_BYTES // widest))
+            room = max(first, 2 * self._room, self._room + count)
             self._free = np.concatenate([self._free, np.arange(self._room, room)])
             self._room = room
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 
-    def _grown(self, arrays: dict[str, Any], key: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        held = arrays.get(key)
-        if held is None or len(held) < self._room:
-            grown = np.empty((self._room, *shape), dtype)
-            if held is not None:
-                grown[: len(held)] = held
-            arrays[key] = grown
-        return arrays[key]
+
+class _Sheet:
+    """Tensors side by side, each beginning where a leaf does: rows [slots, columns], and, but for those in tiles, the
+    hashes of their leaves [slots, leaves of a row, 32]. A tile spans positions: v's are hashed when all are there.
+    """
+
+    def __init__(self, keys: Sequence[str], tensors: Mapping[str, Bits]) -> None:
+        """keys: of tensors whose widths are whole leaves, or of one alone; in tiles all of them or none."""
+        self.keys, self.tiled = keys, is_tiled(keys[0])
+        unit = TILE_COLUMNS if self.tiled else BLOCK
+        columns = np.cumsum([0] + [tensors[key].shape[1] for key in keys])
+        across = np.cumsum([0] + [-(-tensors[key].shape[1] // unit) for key in keys])
+        self.columns = [slice(*pair) for pair in pairwise(columns)]
+        self.across = [slice(*pair) for pair in pairwise(across)]
+        self.rows: Bits = np.empty((0, columns[-1]), tensors[keys[0]].dtype)
+        self.hashes: Bytes = np.empty((0, 0 if self.tiled else across[-1], HASH_BYTES), np.uint8)
+        self.loose = self.rows  # where rows are joined that go to slots here and there
+
+    def grow(self, room: int) -> None:
+        if len(self.rows) < room:
+            self.rows, self.hashes = _grown(self.rows, room), _grown(self.hashes, room)
+
+    def put(self, slots: Slots, tensors: Mapping[str, Bits]) -> None:
+        first, count = int(slots[0]), len(slots)
+        in_a_row = int(slots[-1]) - first == count - 1 and bool((np.diff(slots) == 1).all())
+        if not in_a_row and len(self.loose) < count:
+            self.loose = np.empty((count, self.rows.shape[1]), self.rows.dtype)
+        joined = self.rows[first : first + count] if in_a_row else self.loose[:count]
+        np.concatenate([tensors[key] for key in self.keys], axis=1, out=joined)
+        if not in_a_row:
+            self.rows[slots] = joined
+        if not self.tiled:
+            self.hashes[slots] = row_leaf_hashes(joined, BLOCK).reshape(count, -1, HASH_BYTES)
+
+    def take(self, slots: Slots) -> dict[str, Bits]:
+        return {key: self.rows[slots, columns] for key, columns in zip(self.keys, self.columns, strict=True)}
+
+    def leaves(self, slots: Slots) -> dict[str, Bytes]:
+        """Hashes [n, 32] of each tensor's leaves."""
+        if self.tiled:
+            hashes = tile_leaf_hashes(self.rows[slots]).reshape(-1, self.across[-1].stop, HASH_BYTES)
+        else:
+            hashes = self.hashes[slots]
+        return {
+            key: hashes[:, across].reshape(-1, HASH_BYTES) for key, across in zip(self.keys, self.across, strict=True)
+        }
+
+
+def _sheets(tensors: Mapping[str, Bits]) -> list[_Sheet]:
+    """Rows of whole leaves share one, tiles of whole columns another; a tensor of neither has its own."""
+    shared: dict[object, list[str]] = {}
+    for key, rows in tensors.items():
+        tiled = is_tiled(key)
+        whole = rows.shape[1] % (TILE_COLUMNS if tiled else BLOCK) == 0
+        shared.setdefault(tiled if whole else key, []).append(key)
+    return [_Sheet(keys, tensors) for keys in shared.values()]
+
+
+def _roots(leaves: Mapping[str, Bytes]) -> dict[str, bytes]:
+    """Trees of one size climb together."""
+    sizes: dict[int, list[str]] = {}
+    for key, hashes in leaves.items():
+        sizes.setdefault(len(hashes), []).append(key)
+    return {
+        key: bytes(root)
+        for keys in sizes.values()
+        for key, root in zip(keys, roots(np.stack([leaves[key] for key in keys])), strict=True)
+    }
+
+
+def _grown(array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+    grown = np.empty((room, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown

@@ -8,7 +8,9 @@ waits.
 import json
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from worker.stage import Captured, to_bits
 # float").
 INVALID_BITS = (0x4980, 0x7C00, 0x49800000)
 MAGNITUDE = (0x7FFF, 0x7FFF, 0x7FFFFFFF)
+
+SAVED_AT_ONCE = 4  # traces, each in memory until the disk has it
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Recorder:
         self._alone = alone
         self._drops = drops
         self._dtype = int(shape.served_dtype)
-        self._ledger = Ledger()
+        self._ledger = Ledger(sum(len(request.prompt) + request.limit for request in requests))
         self._nodes: dict[int, TraceNode] = {}
         self._tokens = TokenHandoff()
         self._received = RowHandoff()
@@ -101,6 +105,8 @@ class Recorder:
         self._waiting_bytes = 0  # of rows; the other items are small, and their callers may not wait
         self.peak_bytes = 0
         self._room = threading.Condition()
+        self._disk = ThreadPoolExecutor(SAVED_AT_ONCE, thread_name_prefix="traces")
+        self._saves: deque[Future[None]] = deque()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -155,21 +161,23 @@ class Recorder:
             raise self._error
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._record(item)
-            except BaseException as error:  # carried to whoever calls next: a recorder that fails must fail the job
-                self._error = (
-                    error if isinstance(error, JobFailed) else JobFailed(f"recorder: {type(error).__name__}: {error}")
-                )
-            finally:
+        with self._disk:
+            while True:
+                item = self._queue.get()
+                try:
+                    if self._error is None:
+                        self._record(item)
+                except BaseException as error:  # carried to whoever calls next: a recorder that fails must fail the job
+                    what = f"recorder: {type(error).__name__}: {error}"
+                    self._error = error if isinstance(error, JobFailed) else JobFailed(what)
                 if isinstance(item, _Rows):
                     with self._room:
                         self._waiting_bytes -= item.size
                         self._room.notify_all()
+                if item is None:
+                    return
 
-    def _record(self, item: _Rows | _Tokens | _Ended) -> None:
+    def _record(self, item: _Rows | _Tokens | _Ended | None) -> None:
         match item:
             case _Rows(batch, captured, sent, _):
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
@@ -188,11 +196,14 @@ class Recorder:
                     self._tokens.add(token.request, token.token)
             case _Ended(request):
                 self._finish_request(request)
+            case None:
+                while self._saves:
+                    self._saves.popleft().result()
 
     def _validate(self, batch: Batch, key: str, rows: npt.NDArray[Any]) -> None:
-        wrong = (rows & MAGNITUDE[self._dtype]) >= INVALID_BITS[self._dtype]
-        if wrong.any():
-            row, column = (int(i) for i in np.argwhere(wrong)[0])
+        magnitudes = rows & MAGNITUDE[self._dtype]
+        if magnitudes.max() >= INVALID_BITS[self._dtype]:
+            row, column = (int(i) for i in np.argwhere(magnitudes >= INVALID_BITS[self._dtype])[0])
             piece, span = next((piece, span) for piece, span in batch.spans() if row < span.stop)
             raise OutOfRange(key, piece.request, piece.first + row - span.start, column)
 
@@ -206,8 +217,14 @@ class Recorder:
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
         self._nodes[request] = TraceNode(positions, trace.tensors_root)
         if self._drops is None or not self._drops(request, trace):
-            trace.save(trace_path(self._folder, request))
+            self._save(trace, trace_path(self._folder, request))
         roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
+
+    def _save(self, trace: RequestTrace, path: Path) -> None:
+        """Begun here; done by `finish`. Disks take several files in little more time than one."""
+        if len(self._saves) == SAVED_AT_ONCE:
+            self._saves.popleft().result()
+        self._saves.append(self._disk.submit(trace.save, path))
 
 
 def trace_path(folder: Path, request: int) -> Path:

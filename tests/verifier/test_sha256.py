@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from verifier.referee import tree
 from verifier.referee.errors import IndexOutOfRange
-from verifier.sha256 import HashTree, climb, hash_strided, leaf_hashes, parents, prove_range, row_leaf_hashes
+from verifier.sha256 import HashTree, climb, hash_strided, leaf_hashes, parents, prove_range, roots, row_leaf_hashes
 from verifier.sha256_lanes import INITIAL_STATE, LANES, ROUND_CONSTANTS
 
 
@@ -110,3 +110,10 @@ def test_ranges_outside_the_tree_are_refused(first: int, n: int) -> None:
 def test_no_tree_without_leaves() -> None:
     with pytest.raises(IndexOutOfRange):
         HashTree.of([])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 33])
+@pytest.mark.parametrize("trees", [1, 2, 9])
+def test_trees_of_one_size_climb_together(trees: int, count: int) -> None:
+    leaves = random_bytes(trees * count * 32).reshape(trees, count, 32)
+    assert [bytes(root) for root in roots(leaves)] == [HashTree(tree_leaves).root for tree_leaves in leaves]

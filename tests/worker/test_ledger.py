@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from verifier.sha256 import HashTree, row_leaf_hashes
-from verifier.trace import tile_leaf_hashes
+from verifier.trace import is_tiled, tile_leaf_hashes
 from worker.batch import Batch, Piece
 from worker.ledger import FIRST_ROOM, Ledger
 
@@ -15,7 +15,15 @@ def test_a_request_comes_out_as_it_went_in() -> None:
     lengths = {request: dice.randint(1, 90) for request in range(30)}
     served = {
         key: {r: random_bits.integers(0, 60000, (n, width)).astype(np.uint16) for r, n in lengths.items()}
-        for key, width in (("3.q", 600), ("3.v", 64))
+        for key, width in (
+            ("3.h", 256),
+            ("3.q", 600),
+            ("3.k", 512),
+            ("3.v", 64),
+            ("4.h", 256),
+            ("4.v", 32),
+            ("5.v", 40),
+        )
     }
     ledger, done, active = Ledger(), dict.fromkeys(lengths, 0), sorted(lengths)
     waiting = active[8:]
@@ -35,8 +43,9 @@ def test_a_request_comes_out_as_it_went_in() -> None:
             assert r not in ledger
             for key, rows in served.items():
                 assert np.array_equal(arrays[key], rows[r])
-            assert roots["3.q"] == HashTree(row_leaf_hashes(served["3.q"][r], 256)).root
-            assert roots["3.v"] == HashTree(tile_leaf_hashes(served["3.v"][r])).root
+            for key, root in roots.items():
+                leaves = tile_leaf_hashes(arrays[key]) if is_tiled(key) else row_leaf_hashes(arrays[key], 256)
+                assert root == HashTree(leaves).root
             active.remove(r)
             active += waiting[:1]
             waiting = waiting[1:]
