@@ -37,7 +37,8 @@ Work = Callable[[Iterator[Unit]], Iterable[Seen]]
 class Findings:
     """What an audit saw.
 
-    worst: the largest ratio of each kind (1 is the tolerance); wrong: what to convict, most promising first. strategy,
+    worst: the largest ratio of each kind (1 is the tolerance), and of what was screened alone (1 asks for a closer
+    look); wrong: what to convict, most promising first. strategy,
     cells: what was looked at. closer: requests whose whole trace must be seen before anything can be said.
     """
 
@@ -115,7 +116,7 @@ class Judge:
             seen.merge(part)
         self._histories(evidence, seen)
         wrong = tuple(self._confirmed(evidence, seen))
-        closer = () if wrong or evidence.drawn != () else self._screened(evidence)
+        closer = () if wrong or evidence.drawn != () else self._screened(evidence, seen)
         return Findings(seen.pieces, seen.worst, wrong, seen.suspicious, evidence.plan, evidence.drawn or (), closer)
 
     def _histories(self, evidence: Evidence, seen: Seen) -> None:
@@ -131,7 +132,7 @@ class Judge:
                 fed = (*evidence.requests[r].prompt, *evidence.outputs[r].tokens[:-1])
                 seen.add(self.screener.embed(Stage(0, trace), r, fed, slice(0, end)), fed)
 
-    def _screened(self, evidence: Evidence) -> tuple[int, ...]:
+    def _screened(self, evidence: Evidence, seen: Seen) -> tuple[int, ...]:
         """The requests whose tokens this machine would not have chosen, the farthest first: their traces are worth a
         look. Honest rounding has come through all layers by then, so the law's own margin is too narrow.
         """
@@ -142,11 +143,15 @@ class Judge:
             if all(token < vocabulary for token in (*request.prompt, *output.tokens))
         )
         for group in grouped(evidence, known, EXECUTED_ROWS):
-            far += [(ratio, r) for r, ratio in self._executed(evidence, group).items() if ratio > self.margins]
+            for r, (tokens, worst) in self._executed(evidence, group).items():
+                seen.screened(tokens, worst / self.margins)
+                far += [(worst, r)] if worst > self.margins else []
         return tuple(r for _, r in sorted(far, reverse=True)[:SCREENED_REQUESTS])
 
-    def _executed(self, evidence: Evidence, group: Sequence[int]) -> dict[int, float]:
-        """By request, how far its farthest token lies from what an own execution of prompt and output allows."""
+    def _executed(self, evidence: Evidence, group: Sequence[int]) -> dict[int, tuple[int, float]]:
+        """By request, how many tokens it has and how far the farthest lies from what an own execution of prompt and
+        output allows, in token margins.
+        """
         fed = [(*evidence.requests[r].prompt, *evidence.outputs[r].tokens[:-1]) for r in group]
         choices, drawn = [], []
         for r, out in zip(group, last_rows(self.screener.reference, fed), strict=True):
@@ -156,10 +161,11 @@ class Judge:
                 choices.append(Choice(own, r, len(request.prompt) - 1, output.tokens))
             else:
                 drawn += self.screener.drawn(own, r, request, output.tokens)
-        worst: dict[int, float] = {}
+        found: dict[int, tuple[int, float]] = {}
         for verdict in [*(self.screener.greedy(choices) if choices else ()), *drawn]:
-            worst[verdict.request] = max(worst.get(verdict.request, 0.0), verdict.ratio)
-        return worst
+            tokens, worst = found.get(verdict.request, (0, 0.0))
+            found[verdict.request] = tokens + 1, max(worst, verdict.ratio)
+        return found
 
     def case(self, evidence: Dossier, verdict: Verdict) -> Case:
         """The canonical truth about a piece. Raises ValueError where the evidence lacks its tensors."""

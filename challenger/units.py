@@ -95,6 +95,11 @@ class Seen:
             if verdict.suspicious:
                 self.exact([verdict])
 
+    def screened(self, pieces: int, ratio: float) -> None:
+        """What led to no verdict, only to a closer look or none."""
+        self.pieces += pieces
+        self._worst("screen", ratio)
+
     def merge(self, other: Seen) -> None:
         self.pieces += other.pieces
         self.suspicious += other.suspicious

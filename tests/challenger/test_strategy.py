@@ -199,6 +199,7 @@ def test_the_margin_that_was_measured_decides_what_is_looked_at(judge: Judge, ha
         assert told.margins == pytest.approx(margins)
         _, findings, _ = look(told, hall, served, folder / "jobs", Ask(Strategy("tokens")))
         assert findings.closer == closer
+        assert findings.pieces == 5 and findings.worst["screen"] == pytest.approx(behind / margins, rel=1e-3)
         (folder / "calibration.json").write_text(json.dumps(report | {"profile_root": "00"}))
         assert Judge(folder).margins == SCREEN_MARGINS  # of another calibration
 
