@@ -8,11 +8,13 @@ import asyncio
 import json
 import multiprocessing
 import resource
+import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from bench import _tiny as tiny
+from bench._attacks import integers
 from bench._layer import shape_named
 from bench._pipeline import JOB, split, wire
 from bench._traces import WholeLayer, serve
@@ -29,12 +32,14 @@ from challenger.fetch import Ask, Fetcher
 from challenger.judge import Judge
 from challenger.strategy import parse_strategy
 from contracts.records import Job, Stage
+from deploy.calibrate import calibrate
 from deploy.devnet import free_port
 from verifier.audit import Auditor, Span
 from verifier.audit import Stage as Served
 from verifier.commit import OutputsTree, Request, StageTree, make_outputs, requests_root, total_tokens
 from verifier.program import Kind
 from verifier.reference import Reference
+from verifier.safetensors_file import write
 from verifier.tolerance import uniform_profile
 from verifier.trace import RequestTrace, tensor_keys, tensor_width
 from verifier.weights import Weights
@@ -43,7 +48,9 @@ from worker.job import JobState
 from worker.stage import Stage as WorkerStage
 
 STAGES = 2
-LOOSE = (1, 10, 1 << 20, 1 << 28)  # num, den, floor, margin: what is timed is not calibrated
+CALIBRATED = 6  # sequences, as long as the prompts (the last four times as long), and as many short ones
+AUTO_SECONDS = 10.0
+LOOSE = (1, 10, 1 << 20, 1 << 28)  # num, den, floor, margin of the large layer, which nobody serves
 MODEL: dict[str, Any] = {  # 100.7 million parameters
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -56,7 +63,6 @@ MODEL: dict[str, Any] = {  # 100.7 million parameters
     "model_type": "llama",
 }
 _TERMS = ("gas_rate", "window", "clock", "grace", "accept_by", "commit_by", "prompt_price", "token_price", "lock")
-NAMES = ("h", "q", "k", "v", "attn_out", "mlp_out")
 
 
 def run(
@@ -64,24 +70,29 @@ def run(
     prompt: int = 128,
     output: int = 128,
     layers: int = 12,
-    strategies: Sequence[str] = ("cells:16", "full"),
+    strategies: Sequence[str] = ("cells:16", "tokens", "full", "auto"),
+    liars: int = 8,
     large: bool = True,
     position: int = 4095,
 ) -> dict[str, Any]:
-    """large: also one cell of a Llama-3-70B layer, at `position`. Returns {"results": rows}."""
+    """liars: requests that a worker with 4-bit weights serves, audited by `tokens`; 0: none. large: also one cell of a
+    Llama-3-70B layer, at `position`. Returns {"results": rows}.
+    """
     rows = []
     with tempfile.TemporaryDirectory(prefix="plumb-audit-") as home:
         if requests:
-            rows += _job(Path(home), requests, prompt, output, layers, strategies)
+            rows += _job(Path(home), requests, prompt, output, layers, strategies, liars)
         if large:
             rows.append(_apart(_cell, home, position))
             print(f"  {rows[-1]}", flush=True)
     return {"results": rows}
 
 
-def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategies: Sequence[str]) -> list[Any]:
+def _job(
+    home: Path, count: int, prompt: int, output: int, layers: int, strategies: Sequence[str], liars: int
+) -> list[Any]:
     weights = tiny.make_weights(home / "model", tiny.config(**{**MODEL, "num_hidden_layers": layers}))
-    uniform_profile(weights.shape, *LOOSE).save(home / "model")
+    calibrate(home / "model", sequences=CALIBRATED, length=prompt).save(home / "model")
     judge = Judge(home / "model")
     random = np.random.default_rng(1)
     batch = [Request(tuple(int(t) for t in random.integers(0, 16384, prompt)), output) for _ in range(count)]
@@ -90,46 +101,99 @@ def _job(home: Path, count: int, prompt: int, output: int, layers: int, strategi
     states = _generate(home / "data", stages, batch)
     generation = time.process_time() - started
     parameters = sum(place.rows * place.cols for place in weights.layout.tensors)
-    job = {"requests": count, "prompt_tokens": prompt, "output_tokens": output, "parameters": parameters}
+    job: dict[str, Any] = {
+        "requests": count,
+        "prompt_tokens": prompt,
+        "output_tokens": output,
+        "parameters": parameters,
+    }
     row = {"kind": "generation", **job, "cpu_seconds": generation, "seconds": time.perf_counter() - wall}
     print(f"  {row}", flush=True)
+    rows: list[dict[str, Any]] = [row]
+    with _committed(home / "data", judge, stages, batch, states) as facts:
+        for strategy in strategies:
+            row = {"strategy": strategy} | _audit(home / strategy, facts, judge, strategy)
+            row["share_of_generation"] = row["cpu_seconds"] / generation
+            rows.append(row)
+            print(f"  {row}", flush=True)
+    if liars:
+        rows.append(_lie(home, judge, batch[:liars]))
+        print(f"  {rows[-1]}", flush=True)
+    return rows
+
+
+def _lie(home: Path, judge: Judge, batch: Sequence[Request]) -> dict[str, Any]:
+    """What `tokens` makes of a pipeline whose weights have 4 bits."""
+    coarse = _coarse(judge, home / "coarse")
+    stages = split(coarse, judge.weights.shape.layers, STAGES)
+    states = _generate(home / "lies", stages, batch)
+    with _committed(home / "lies", judge, stages, batch, states) as facts:
+        first = _audit(home / "screened", facts, judge, "tokens")
+        closer = _audit(home / "screened", facts, judge, "tokens", tuple(first["closer"]))
+    return {
+        "kind": "4-bit weights",
+        "strategy": "tokens",
+        "requests": len(batch),
+        "looked_at_closer": len(first["closer"]),
+        "cpu_seconds": first["cpu_seconds"] + closer["cpu_seconds"],
+        "convicted": closer["wrong"] > 0,
+    }
+
+
+def _coarse(judge: Judge, folder: Path) -> Path:
+    """The model with the matrices of its layers in 4 bits, in groups of 64."""
+    weights, rounded = judge.weights, integers(4)
+    dtype, tensors = weights.shape.weight_dtype, {}
+    for place in weights.layout.tensors:
+        values = weights.float64(place.name).float()
+        if "_proj" in place.name:
+            values = rounded(values.reshape(-1, 64)).reshape(values.shape)
+        bits = tiny.to_bits(values, dtype)
+        tensors[place.name] = bits[0] if place.name.endswith("norm.weight") else bits
+    folder.mkdir()
+    write(folder / "model.safetensors", dtype, tensors, {})
+    shutil.copy(judge.folder / "config.json", folder)
+    return folder
+
+
+@contextmanager
+def _committed(
+    home: Path, judge: Judge, stages: Sequence[WorkerStage], batch: Sequence[Request], states: Sequence[JobState]
+) -> Iterator[Facts]:
+    """The job as the chain would know it, its workers' HTTP side running."""
     outputs = make_outputs(states[-1].tokens, batch)
     trees = [StageTree(state.nodes) for state in states]
     port = free_port()
     told = json.dumps({"outputs": [asdict(each) for each in outputs]})
     server = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(str(home / "data"), JOB.hex(), STAGES, str(home / "model"), told, port), daemon=True
+        target=serve, args=(str(home), JOB.hex(), STAGES, str(judge.folder), told, port), daemon=True
     )
     server.start()
     while socket.socket().connect_ex(("127.0.0.1", port)) != 0 and server.exitcode is None:
         time.sleep(0.2)
-    facts = Facts(
-        JOB,
-        Job(
-            model=judge.id,
-            pipeline=bytes(32),
-            requests_root=requests_root(batch),
-            requests=count,
-            prompt_tokens=count * prompt,
-            max_tokens=count * output,
-            nonce=1,
-            **dict.fromkeys(_TERMS, 1),
-        ),
-        tuple(Stage("", stage.first_layer, stage.end_layer, 5000) for stage in stages),
-        tuple(f"http://127.0.0.1:{port}/s{index}" for index in range(STAGES)),
-        OutputsTree(outputs).root,
-        total_tokens(outputs),
-        tuple(tree.root for tree in trees),
+    job = Job(
+        model=judge.id,
+        pipeline=bytes(32),
+        requests_root=requests_root(batch),
+        requests=len(batch),
+        prompt_tokens=sum(len(request.prompt) for request in batch),
+        max_tokens=sum(request.limit for request in batch),
+        nonce=1,
+        **dict.fromkeys(_TERMS, 1),
     )
-    rows = [row]
     try:
-        for strategy in strategies:
-            rows.append(_audit(home / strategy, facts, judge, strategy, generation))
-            print(f"  {rows[-1]}", flush=True)
+        yield Facts(
+            JOB,
+            job,
+            tuple(Stage("", stage.first_layer, stage.end_layer, 5000) for stage in stages),
+            tuple(f"http://127.0.0.1:{port}/s{index}" for index in range(STAGES)),
+            OutputsTree(outputs).root,
+            total_tokens(outputs),
+            tuple(tree.root for tree in trees),
+        )
     finally:
         server.kill()
         server.join()
-    return rows
 
 
 def _generate(home: Path, stages: Sequence[WorkerStage], batch: Sequence[Request]) -> list[JobState]:
@@ -146,10 +210,10 @@ def _generate(home: Path, stages: Sequence[WorkerStage], batch: Sequence[Request
     return asyncio.run(work())
 
 
-def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, generation: float) -> dict[str, Any]:
+def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, closer: tuple[int, ...] = ()) -> dict[str, Any]:
     archive, wall = Archive(home), time.perf_counter()
     started = time.process_time()
-    ask = Ask(parse_strategy(strategy), 60.0, b"bench")
+    ask = Ask(parse_strategy(strategy), AUTO_SECONDS, b"bench", closer)
     evidence = Fetcher(archive, 1 << 40).fetch(facts, judge.weights.shape, 3600.0, ask)
     if evidence.missing:
         raise RuntimeError(f"expected a server that answers: {evidence.missing}")
@@ -159,15 +223,16 @@ def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, generation: fl
     size = sum(path.stat().st_size for path in (home / facts.id.hex()).iterdir())
     return {
         "kind": "audit",
-        "strategy": strategy,
+        "plan": findings.strategy,
         "cpu_seconds": done - started,
         "cpu_seconds_download": fetched - started,
         "cpu_seconds_audit": done - fetched,
-        "share_of_generation": (done - started) / generation,
         "seconds": time.perf_counter() - wall,
         "bytes": size,
         "pieces": findings.pieces,
         "suspicious": findings.suspicious,
+        "wrong": len(findings.wrong),
+        "closer": list(findings.closer),
         "worst": findings.worst,
     }
 

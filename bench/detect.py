@@ -30,10 +30,10 @@ from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
 from challenger.judge import SCREEN_MARGINS
-from deploy.calibrate import FILE_NAME as CALIBRATION
 from deploy.calibrate import calibrate, lengths, sample
 from deploy.serving import PATIENT, SETTINGS, available, serve_all
 from verifier.audit import Auditor, Stage, Verdict
+from verifier.calibration import screen_margins
 from verifier.commit import Request
 from verifier.execution import Execution
 from verifier.referee.codec import Model
@@ -84,9 +84,11 @@ class Court:
     @classmethod
     def open(cls, plan: Plan, dtype: str) -> Court:
         weights = Weights.open(plan.place / dtype)
-        logits = json.loads((weights.folder / CALIBRATION).read_text(encoding="utf-8"))["logits"]
-        screen = logits["screen"]["threshold"] / logits["token"]["threshold"]
-        return cls(dtype, weights, Profile.load(weights.folder, weights.shape), screen, plan.trials)
+        profile = Profile.load(weights.folder, weights.shape)
+        screen = screen_margins(weights.folder, profile)
+        if screen is None:
+            raise ValueError(f"{weights.folder}: expected the calibration of its profile")
+        return cls(dtype, weights, profile, screen, plan.trials)
 
     @cached_property
     def auditor(self) -> Auditor:
@@ -185,7 +187,7 @@ def variant(source: Path, dtype: Dtype, folder: Path) -> Path:
         values = weights.float64(place.name).numpy()
         if dtype != weights.shape.weight_dtype:
             values = values * (1 + generator.uniform(-(2.0**-9), 2.0**-9, values.shape))
-        bits = rounded(values, dtype)
+        bits = rounded(torch.from_numpy(values), dtype)
         tensors[place.name] = bits[0] if place.name.endswith("norm.weight") else bits
     write(folder / "model.safetensors", dtype, tensors, {})
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

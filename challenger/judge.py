@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +12,12 @@ import torch
 
 from challenger.evidence import Dossier, Evidence, received
 from challenger.strategy import Cell
-from challenger.units import Seen, Unit, examine, units_of
+from challenger.units import Rows, Seen, Unit, examine, grouped, units_of
 from contracts.client import model_id
-from verifier.audit import Auditor, Stage, Verdict, audit_bill, audit_length, audit_stop
+from verifier.audit import Auditor, Choice, Stage, Verdict, audit_bill, audit_length, audit_stop
+from verifier.calibration import screen_margins
 from verifier.canonical import Case
-from verifier.execution import Execution
+from verifier.execution import last_rows
 from verifier.program import Kind
 from verifier.referee.floats import Dtype
 from verifier.sources import ServedTensors
@@ -24,8 +25,10 @@ from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 
 TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
-SCREEN_MARGINS = 8.0  # of the sampling law: what rounding through all layers may add to it, on an honest machine
+SCREEN_MARGINS = 8.0
+# Of the sampling law: what rounding through all layers may add to it on an honest machine, where nobody measured it.
 SCREENED_REQUESTS = 4  # whose traces are then downloaded
+EXECUTED_ROWS = 1 << 14  # positions executed at a time: 2 GB at a hidden size of 8192
 
 Work = Callable[[Iterator[Unit]], Iterable[Seen]]
 
@@ -34,7 +37,8 @@ Work = Callable[[Iterator[Unit]], Iterable[Seen]]
 class Findings:
     """What an audit saw.
 
-    worst: the largest ratio of each kind (1 is the tolerance); wrong: what to convict, most promising first. strategy,
+    worst: the largest ratio of each kind (1 is the tolerance), and of what was screened alone (1 asks for a closer
+    look); wrong: what to convict, most promising first. strategy,
     cells: what was looked at. closer: requests whose whole trace must be seen before anything can be said.
     """
 
@@ -73,7 +77,7 @@ class Findings:
 class Judge:
     """Judges jobs of the model in `folder`.
 
-    Raises what Weights.open and Profile.load raise for a folder that is not usable.
+    Raises what Weights.open, Profile.load and screen_margins raise for a folder that is not usable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +90,7 @@ class Judge:
         # What was served in 16 bits is screened at half the price.
         wide = self.weights.shape.served_dtype == Dtype.FLOAT32
         self.screener = self.auditor if wide else Auditor(self.weights, self.profile, torch.float32)
+        self.margins = screen_margins(folder, self.profile) or SCREEN_MARGINS
 
     def audit(self, evidence: Evidence, work: Work | None = None) -> Findings:
         """Every piece of every request that the evidence holds, or the cells that were drawn; a stage that withholds
@@ -111,7 +116,7 @@ class Judge:
             seen.merge(part)
         self._histories(evidence, seen)
         wrong = tuple(self._confirmed(evidence, seen))
-        closer = () if wrong or evidence.drawn != () else self._screened(evidence)
+        closer = () if wrong or evidence.drawn != () else self._screened(evidence, seen)
         return Findings(seen.pieces, seen.worst, wrong, seen.suspicious, evidence.plan, evidence.drawn or (), closer)
 
     def _histories(self, evidence: Evidence, seen: Seen) -> None:
@@ -127,20 +132,40 @@ class Judge:
                 fed = (*evidence.requests[r].prompt, *evidence.outputs[r].tokens[:-1])
                 seen.add(self.screener.embed(Stage(0, trace), r, fed, slice(0, end)), fed)
 
-    def _screened(self, evidence: Evidence) -> tuple[int, ...]:
+    def _screened(self, evidence: Evidence, seen: Seen) -> tuple[int, ...]:
         """The requests whose tokens this machine would not have chosen, the farthest first: their traces are worth a
         look. Honest rounding has come through all layers by then, so the law's own margin is too narrow.
         """
         vocabulary, far = self.weights.shape.vocabulary, []
-        for r, (request, output) in enumerate(zip(evidence.requests, evidence.outputs, strict=True)):
-            if any(token >= vocabulary for token in (*request.prompt, *output.tokens)):
-                continue
-            own = Execution(self.weights, [*request.prompt, *output.tokens[:-1]])
-            verdicts = self.auditor.chosen(Stage(0, cast(ServedTensors, own)), r, request, output.tokens)
-            worst = max(verdict.ratio for verdict in verdicts)
-            if worst > SCREEN_MARGINS:
-                far.append((worst, r))
+        known = (
+            r
+            for r, (request, output) in enumerate(zip(evidence.requests, evidence.outputs, strict=True))
+            if all(token < vocabulary for token in (*request.prompt, *output.tokens))
+        )
+        for group in grouped(evidence, known, EXECUTED_ROWS):
+            for r, (tokens, worst) in self._executed(evidence, group).items():
+                seen.screened(tokens, worst / self.margins)
+                far += [(worst, r)] if worst > self.margins else []
         return tuple(r for _, r in sorted(far, reverse=True)[:SCREENED_REQUESTS])
+
+    def _executed(self, evidence: Evidence, group: Sequence[int]) -> dict[int, tuple[int, float]]:
+        """By request, how many tokens it has and how far the farthest lies from what an own execution of prompt and
+        output allows, in token margins.
+        """
+        fed = [(*evidence.requests[r].prompt, *evidence.outputs[r].tokens[:-1]) for r in group]
+        choices, drawn = [], []
+        for r, out in zip(group, last_rows(self.screener.reference, fed), strict=True):
+            request, output = evidence.requests[r], evidence.outputs[r]
+            own = Stage(0, cast(ServedTensors, Rows({"out": out}, 0, self.weights.shape.layers, len(out))))
+            if request.greedy:
+                choices.append(Choice(own, r, len(request.prompt) - 1, output.tokens))
+            else:
+                drawn += self.screener.drawn(own, r, request, output.tokens)
+        found: dict[int, tuple[int, float]] = {}
+        for verdict in [*(self.screener.greedy(choices) if choices else ()), *drawn]:
+            tokens, worst = found.get(verdict.request, (0, 0.0))
+            found[verdict.request] = tokens + 1, max(worst, verdict.ratio)
+        return found
 
     def case(self, evidence: Dossier, verdict: Verdict) -> Case:
         """The canonical truth about a piece. Raises ValueError where the evidence lacks its tensors."""

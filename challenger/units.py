@@ -95,6 +95,11 @@ class Seen:
             if verdict.suspicious:
                 self.exact([verdict])
 
+    def screened(self, pieces: int, ratio: float) -> None:
+        """What led to no verdict, only to a closer look or none."""
+        self.pieces += pieces
+        self._worst("screen", ratio)
+
     def merge(self, other: Seen) -> None:
         self.pieces += other.pieces
         self.suspicious += other.suspicious
@@ -158,21 +163,25 @@ def examine(auditor: Auditor, unit: Unit) -> Seen:
     return seen
 
 
-def _groups(evidence: Evidence) -> Iterator[list[int]]:
-    """Requests that are judged together."""
-    if evidence.drawn is not None:
-        if evidence.drawn:
-            yield sorted({cell.request for cell in evidence.drawn})
-        return
-    group, rows = [], 0
-    for r, request in enumerate(evidence.requests):
+def grouped(evidence: Evidence, requests: Iterable[int], rows: int) -> Iterator[list[int]]:
+    """Requests in their order, in groups that have `rows` positions or a little more."""
+    group, held = [], 0
+    for r in requests:
         group.append(r)
-        rows += len(request.prompt) + len(evidence.outputs[r].tokens) - 1
-        if rows >= GROUP_ROWS:
+        held += len(evidence.requests[r].prompt) + len(evidence.outputs[r].tokens) - 1
+        if held >= rows:
             yield group
-            group, rows = [], 0
+            group, held = [], 0
     if group:
         yield group
+
+
+def _groups(evidence: Evidence) -> Iterator[list[int]]:
+    """Requests that are judged together."""
+    if evidence.drawn is None:
+        yield from grouped(evidence, range(len(evidence.requests)), GROUP_ROWS)
+    elif evidence.drawn:
+        yield sorted({cell.request for cell in evidence.drawn})
 
 
 def _spans(cells: Sequence[Cell] | None, r: int, layer: int) -> list[range | None]:

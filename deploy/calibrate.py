@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from deploy.serving import SETTINGS, Run, Setting, available, serve_all
-from verifier.calibration import MARGIN, RARITY, Bound, Calibration, bound
+from verifier.calibration import MARGIN, RARITY, REPORT_NAME, Bound, Calibration, bound
 from verifier.commit import Request
 from verifier.execution import Execution
 from verifier.program import Kind
@@ -29,7 +29,7 @@ from worker.batch import Batch, Piece
 from worker.sampler import ONE, Draw
 from worker.stage import Stage
 
-FILE_NAME = "calibration.json"
+FILE_NAME = REPORT_NAME
 FORMAT = "plumb-calibration-2"
 SEQUENCES = 16
 LENGTH = 96  # positions of a sequence, where the model allows so many

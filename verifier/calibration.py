@@ -10,9 +10,11 @@ A head or block has a usual honest distance of its own. The threshold is so many
 all units of a kind: the tail is read from all of them together, the width from each alone.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil, log, sqrt
+from math import ceil, inf, log, sqrt
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +23,12 @@ from verifier.program import Kind, ModelShape, profile_cells, profile_index
 from verifier.referee.codec import BLOCK, ProfileCell
 from verifier.referee.fixed import Q30
 from verifier.referee.floats import Dtype
-from verifier.tolerance import MIN_FLOOR, Profile
+from verifier.tolerance import MIN_FLOOR, InvalidProfile, Profile
 
 Floats = npt.NDArray[np.float64]
 
 TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP)
+REPORT_NAME = "calibration.json"  # beside the profile: how it came about; no law
 MARGIN = 1.25
 # The least of the threshold over the worst honest piece; small samples get more (`bound`).
 SHARES = (0.0625, 0.25, 1.0, 4.0)
@@ -272,6 +275,25 @@ class Calibration:
                     raise ValueError(f"{kind.name} layer {layer}: expected units of {wide} columns, got {seen}")
         if not self._spreads:
             raise ValueError("expected logits of one position or more, got none")
+
+
+def screen_margins(folder: Path, profile: Profile) -> float | None:
+    """By how many token margins two honest executions of a whole model may differ about a token, as REPORT_NAME in
+    `folder` tells. None where it is not there, or belongs to another profile. Raises InvalidProfile, OSError.
+    """
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        logits = told["logits"]
+        margins = float(logits["screen"]["threshold"]) / float(logits["token"]["threshold"])
+        root = told["profile_root"]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise InvalidProfile(f"{path}: expected what plumb model calibrate wrote, got {error!r}") from error
+    if not 0 < margins < inf:
+        raise InvalidProfile(f"{path}: expected a screen's margin above 0, got {margins}")
+    return margins if root == profile.root.hex() else None
 
 
 def q30_floor(value: float) -> int:

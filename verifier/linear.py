@@ -26,7 +26,7 @@ _TILE_ELEMENTS = 1 << 18
 _NARROWEST_DIGIT = 8
 # A row with an L1 norm above 2^46 is cut into digits itself: narrower digits of x would cost more passes.
 
-_TORCH = {Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT16: torch.float16, Dtype.FLOAT32: torch.float32}
+FLOATS = {Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT16: torch.float16, Dtype.FLOAT32: torch.float32}
 
 
 class Part(NamedTuple):
@@ -62,7 +62,7 @@ def matmul(x: Ints, y: Ints) -> list[Part]:
 def float_tensor(bits: Bits, dtype: Dtype) -> torch.Tensor:
     """Raw bits as a torch tensor of that dtype; shares the memory where it is writable."""
     signed = np.ascontiguousarray(bits).view(np.int32 if dtype is Dtype.FLOAT32 else np.int16)
-    return torch.from_numpy(signed if signed.flags.writeable else signed.copy()).view(_TORCH[dtype])
+    return torch.from_numpy(signed if signed.flags.writeable else signed.copy()).view(FLOATS[dtype])
 
 
 def fixed_weights(bits: Bits, dtype: Dtype) -> torch.Tensor:

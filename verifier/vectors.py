@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from verifier.linear import Bits, Ints, Part, digits, matmul, rounded, totals
+from verifier.linear import FLOATS, Bits, Ints, Part, digits, float_tensor, matmul, rounded, totals
 from verifier.referee.fixed import EXP2, LOG2E, SATURATION
 from verifier.referee.floats import (
     INVALID,
@@ -59,42 +60,25 @@ def valid(values: Ints) -> Ints:
 
 def add_bits(dtype: Dtype, x: Bits, y: Bits) -> Bits:
     """Raw bits of x + y as hardware adds: in float32, then rounded to dtype (docs/canonical.md, "Adding floats")."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = _single(x, dtype) + _single(y, dtype)
-        bits = _rounded_bits(total, dtype)
-    if np.isfinite(total).all():  # then so are x and y
+    total = float_tensor(x, dtype).to(torch.float32) + float_tensor(y, dtype).to(torch.float32)
+    bits = _rounded_bits(total, dtype)
+    if bool(total.isfinite().all()):  # then so are x and y
         return bits
     not_finite = (x & dtype.infinity == dtype.infinity) | (y & dtype.infinity == dtype.infinity)
     return np.where(not_finite, bits.dtype.type(dtype.nan), bits)
 
 
-def _single(bits: Bits, dtype: Dtype) -> npt.NDArray[np.float32]:
-    """Raw bits as float32 values; exact."""
-    if dtype is Dtype.BFLOAT16:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(bits).view(np.float16 if dtype is Dtype.FLOAT16 else np.float32).astype(np.float32)
-
-
-def _rounded_bits(values: npt.NDArray[np.float32], dtype: Dtype) -> Bits:
+def _rounded_bits(values: torch.Tensor, dtype: Dtype) -> Bits:
     """float32 values rounded to dtype, ties to even; any bits for a NaN."""
-    if dtype is Dtype.FLOAT16:
-        return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
     if dtype is Dtype.FLOAT32:
-        return bits
-    # A carry out of the mantissa runs into the exponent, up to infinity: as it should. Only a NaN's leaves 32 bits.
-    odd = bits >> 16
-    odd &= 1
-    odd += 0x7FFF
-    odd += bits
-    odd >>= 16
-    return odd.astype(np.uint16)
+        return values.view(torch.int32).numpy().view(np.uint32)
+    rounded: Bits = values.to(FLOATS[dtype]).view(torch.int16).numpy().view(np.uint16)
+    return rounded
 
 
-def to_bits(values: npt.NDArray[np.float64], dtype: Dtype) -> Bits:
+def to_bits(values: torch.Tensor, dtype: Dtype) -> Bits:
     """Real numbers as a server stores them: rounded to float32, then to dtype."""
-    with np.errstate(over="ignore"):
-        return _rounded_bits(values.astype(np.float32), dtype)
+    return _rounded_bits(values.to(torch.float32).contiguous(), dtype)
 
 
 def add(x: Bits, y: Bits, dtype: Dtype) -> Ints:

@@ -1,18 +1,26 @@
 """What each strategy looks at, what it downloads, and what it finds."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
-from challenger.judge import Findings, Judge
+from challenger.judge import SCREEN_MARGINS, Findings, Judge
 from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled
-from verifier.commit import Request
+from verifier.commit import WHOLE_TOP_P, Request
 from verifier.program import Kind
+from verifier.referee.fixed import Q30
+from verifier.sampling import noise
+from verifier.tolerance import InvalidProfile
 
 LAYERS = 2
 
@@ -164,6 +172,62 @@ def test_a_token_far_off_has_its_request_looked_at_whole(judge: Judge, hall: Hal
     assert {path.split("/")[5] for path in asked if "/trace/" in path} == {"0"}
     assert [(v.kind, v.request, v.token) for v in findings.wrong] == [(Kind.TOKEN, 0, lied[-1])]
     assert evidence.plan == "tokens" and len(REQUESTS) == 2
+
+
+def runner_up(judge: Judge, served: Served) -> tuple[Served, float]:
+    """A worker that says the second best token at the end of request 0; by how many token margins it was second."""
+    first = served.outputs[0]
+    rows = served.traces[1][0].arrays["out"][-1:]
+    logits = torch.cat([tile for _, tile in judge.auditor.reference.logits(rows)], dim=1)[0]
+    best, second = logits.topk(2).indices.tolist()
+    assert best == first.tokens[-1]
+    output = replace(first, tokens=(*first.tokens[:-1], second))
+    behind = float(logits[best] - logits[second]) / (judge.profile.margin / Q30)
+    return Served(served.requests, (output, *served.outputs[1:]), served.traces, served.tokens), behind
+
+
+def test_the_margin_that_was_measured_decides_what_is_looked_at(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    served, behind = runner_up(judge, serve(judge.weights))
+    assert judge.margins == SCREEN_MARGINS
+    for margins, closer in ((behind * 1.01, ()), (behind * 0.99, (0,))):
+        folder = tmp_path / str(margins)
+        shutil.copytree(judge.folder, folder)
+        logits = {"screen": {"threshold": 2 * margins}, "token": {"threshold": 2.0}}
+        report = {"profile_root": judge.profile.root.hex(), "logits": logits}
+        (folder / "calibration.json").write_text(json.dumps(report))
+        told = Judge(folder)
+        assert told.margins == pytest.approx(margins)
+        _, findings, _ = look(told, hall, served, folder / "jobs", Ask(Strategy("tokens")))
+        assert findings.closer == closer
+        assert findings.pieces == 5 and findings.worst["screen"] == pytest.approx(behind / margins, rel=1e-3)
+        (folder / "calibration.json").write_text(json.dumps(report | {"profile_root": "00"}))
+        assert Judge(folder).margins == SCREEN_MARGINS  # of another calibration
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"logits": {"screen": {"threshold": 0}, "token": {"threshold": 1}}, "profile_root": ""}']
+)
+def test_a_calibration_that_is_none_is_refused(judge: Judge, tmp_path: Path, text: str) -> None:
+    shutil.copytree(judge.folder, tmp_path / "model")
+    (tmp_path / "model" / "calibration.json").write_text(text)
+    with pytest.raises(InvalidProfile, match=r"calibration\.json: expected"):
+        Judge(tmp_path / "model")
+
+
+def test_drawn_tokens_are_screened_by_the_law_of_drawing(judge: Judge, hall: Hall, tmp_path: Path) -> None:
+    """What a seed draws stands; the least likely token of all does not."""
+    request = Request((5, 6, 7), 1, temperature=1 << 16, top_k=20, seed=3)
+    arrays = serve(judge.weights, requests=(Request((5, 6, 7), 1), REQUESTS[1]))
+    rows = arrays.traces[1][0].arrays["out"][-1:]
+    logits = torch.cat([tile for _, tile in judge.auditor.reference.logits(rows)], dim=1)[0].numpy()
+    scores = logits + request.temperature / WHOLE_TOP_P * noise(3, 0, 2, len(logits)) / Q30
+    allowed = set(np.argsort(-logits)[:20].tolist())
+    drawn = max(allowed, key=lambda token: scores[token])
+    for token, closer in ((drawn, ()), (int(logits.argmin()), (0,))):
+        output = replace(arrays.outputs[0], tokens=(token,))
+        served = Served((request, REQUESTS[1]), (output, *arrays.outputs[1:]), arrays.traces, arrays.tokens)
+        _, findings, _ = look(judge, hall, served, tmp_path / str(token), Ask(Strategy("tokens")))
+        assert findings.closer == closer
 
 
 def test_auto_takes_all_where_that_fits_and_as_many_cells_as_do_else(judge: Judge) -> None:
