@@ -1,6 +1,7 @@
 """A development node asked over one connection, and a road to the chain on which every transaction is one question."""
 
 import json
+import time
 from collections.abc import Callable
 from http.client import HTTPConnection
 from typing import Any, cast
@@ -15,13 +16,16 @@ from contracts.client import ChainError
 from contracts.transport import Receipt, Transport, floor_gas
 
 MOVE_GAS_LIMIT = 10_000_000  # what 100 KB of calldata cost before anything is looked at, twice
+NOT_YET = "Transaction confirmation timeout"  # what a busy node says of a transaction that it took but has not mined
+PATIENCE_SECONDS, POLL_SECONDS = 120.0, 0.05
 
 
 class NodeError(Exception):
     """The node answered with an error."""
 
     def __init__(self, method: str, error: dict[str, Any]) -> None:
-        super().__init__(f"{method}: {error.get('message')}")
+        self.message = str(error.get("message"))
+        super().__init__(f"{method}: {self.message}")
         told = error.get("data")
         self.data = bytes.fromhex(told[2:]) if isinstance(told, str) else b""
 
@@ -37,7 +41,7 @@ class Unlocked(Transport):
         limit = gas or MOVE_GAS_LIMIT
         sender = cast(LocalAccount, self.key).address
         transaction = {"from": sender, "to": to, "data": "0x" + data.hex(), "gas": hex(limit)}
-        told = self._node.ask("eth_sendTransactionSync", transaction)
+        told = self._node.receipt(transaction)
         receipt = cast(
             TxReceipt,
             {
@@ -81,6 +85,26 @@ class Node:
         if "error" in answer:
             raise NodeError(method, answer["error"])
         return answer["result"]
+
+    def receipt(self, transaction: dict[str, Any], patience: float = PATIENCE_SECONDS) -> Any:
+        """Sends it and waits until it is mined. Raises NodeError, also if it is not mined `patience` seconds after
+        the node's own.
+        """
+        try:
+            return self.ask("eth_sendTransactionSync", transaction)
+        except NodeError as error:
+            if error.message != NOT_YET:
+                raise
+            late = error
+        # The node does not say which transaction it was: the sender's last.
+        nonce = int(self.ask("eth_getTransactionCount", transaction["from"], "pending"), 16) - 1
+        sent = self.ask("eth_getTransactionBySenderAndNonce", transaction["from"], hex(nonce))
+        until = time.monotonic() + patience
+        while (found := self.ask("eth_getTransactionReceipt", sent["hash"])) is None:
+            if time.monotonic() > until:
+                raise late
+            time.sleep(POLL_SECONDS)
+        return found
 
     def close(self) -> None:
         self._http.close()
