@@ -133,8 +133,7 @@ class Arena:
 
         Rationale: the node hashes its whole state for every block; thousands of games that ended would slow it down.
         """
-        self._node.ask("evm_revert", self._kept)
-        self.keep()
+        self._kept = self._node.put_back(self._kept)
 
     # ---- opening
 
