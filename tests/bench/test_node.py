@@ -65,7 +65,7 @@ def test_another_error_is_told_as_it_is(node: Node) -> None:
 
 
 def test_a_chain_that_was_put_back_mines_what_is_sent(devnet: Devnet) -> None:
-    """Without a settled node the first transaction was lost about once in twenty times."""
+    """A race that a busy node lost about once in twenty times, so it is tried often."""
     node = Node(devnet.url)
     kept = node.ask("evm_snapshot")
     for _ in range(100):
