@@ -58,7 +58,7 @@ FULL_LEAVES = 128  # of 512 bytes: 64 KB. Rows of q are one such leaf each
 
 
 def run(kinds: str = "") -> dict[str, Any]:
-    """kinds: of the accused segments, separated by commas; all by default. Returns {"results": a row an attack, "terms"}.
+    """kinds: of the accused segments, separated by commas; all by default. Returns {"results": one row an attack, ..}.
 
     Raises ValueError for a segment that is none of these.
     """
