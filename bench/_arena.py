@@ -133,8 +133,7 @@ class Arena:
 
         Rationale: the node hashes its whole state for every block; thousands of games that ended would slow it down.
         """
-        self._node.ask("evm_revert", self._kept)
-        self.keep()
+        self._kept = self._node.put_back(self._kept)
 
     # ---- opening
 
@@ -209,10 +208,10 @@ class Arena:
             return
         self._around(live, game, answer_)
         deadline = game.turn_started + remaining_seconds(game, game.turn_started)
-        if manners.hasty and self._at(deadline - 1):
+        if manners.hasty and self.at(deadline - 1):
             self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
         if manners.last_second:
-            self._at(deadline)
+            self.at(deadline)
         try:
             self._send(index, live.id, game, answer_)
         except ChainError as error:
@@ -234,9 +233,9 @@ class Arena:
     def _run_out(self, live: _Live, index: int, game: Game, answer: Answer | None) -> None:
         """The mover's time passes; anybody calls the flag."""
         deadline = game.turn_started + remaining_seconds(game, game.turn_started)
-        if live.manners.hasty and self._at(deadline):
+        if live.manners.hasty and self.at(deadline):
             self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
-        self._at(deadline + 1)
+        self.at(deadline + 1)
         if live.manners.late and answer is not None:
             self.refused("FlagFallen", self._send, index, live.id, game, answer)
         other = CHALLENGER if game.worker_turn else WORKERS[game.segment.stage]
@@ -266,6 +265,10 @@ class Arena:
         except ChainError as error:
             return error.name, transport.receipts[-1].gas
         return "", transport.receipts[-1].gas
+
+    def gas(self, index: int) -> int:
+        """What development account `index` has spent here."""
+        return sum(receipt.gas for receipt in self._transport(index).receipts)
 
     def seen(self, id: bytes) -> Followed:
         """A game in play."""
@@ -319,7 +322,7 @@ class Arena:
                 account = self._credited.setdefault(event.id, {})
                 account[event.account] = account.get(event.account, 0) + event.amount
 
-    def _at(self, timestamp: int) -> bool:
+    def at(self, timestamp: int) -> bool:
         """Gives the next block that time, unix seconds; False if it is later already."""
         if int(self._node.ask("eth_getBlockByNumber", "latest", False)["timestamp"], 16) >= timestamp:
             return False

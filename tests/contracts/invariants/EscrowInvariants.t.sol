@@ -14,6 +14,7 @@ import {Parties} from "./Parties.sol";
 /// @dev One invariant for all, because forge plays a campaign for each, and the same one.
 contract EscrowInvariants is Base {
     uint256 private constant STAGES = 3;
+    uint256 private constant WORKERS = 5;
 
     Parties private all;
     Token private token;
@@ -39,6 +40,8 @@ contract EscrowInvariants is Base {
         locksAreDisjoint();
         locksLiveAsLongAsTheJob();
         onlyTheGuiltyAndTheAbsentLoseStake();
+        whoeverServedIsPaidOnceAndNobodyElse();
+        nobodyAnswersForAnothersPieces();
         gamesAreCountedAndConvictionsStay();
         nothingSucceedsThatShouldNot();
     }
@@ -60,7 +63,7 @@ contract EscrowInvariants is Base {
 
     function workersHoldsAllStake() public view {
         uint256 stake;
-        for (uint256 i; i < STAGES; ++i) {
+        for (uint256 i; i < WORKERS; ++i) {
             stake += _stake(all.party(1 + i));
         }
         assertEq(token.balanceOf(address(workers)), stake, "balance of Workers");
@@ -77,13 +80,15 @@ contract EscrowInvariants is Base {
     }
 
     function locksAreDisjoint() public view {
-        for (uint8 stage; stage < STAGES; ++stage) {
-            uint256 held;
-            for (uint256 i; i < all.jobCount(); ++i) {
-                bytes32 id = all.jobs(i);
-                if (escrow.lockHeld(id, stage)) held += escrow.job(id).lock;
+        uint256[WORKERS] memory held;
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            for (uint8 stage; stage < STAGES; ++stage) {
+                if (escrow.lockHeld(id, stage)) held[all.holder(id, stage)] += escrow.job(id).lock;
             }
-            assertEq(workers.lockedStake(all.party(1 + stage)), held, "locked stake");
+        }
+        for (uint256 i; i < WORKERS; ++i) {
+            assertEq(workers.lockedStake(all.party(1 + i)), held[i], "locked stake");
         }
     }
 
@@ -101,9 +106,29 @@ contract EscrowInvariants is Base {
     }
 
     function onlyTheGuiltyAndTheAbsentLoseStake() public view {
-        for (uint256 i; i < STAGES; ++i) {
+        for (uint256 i; i < WORKERS; ++i) {
             address account = all.party(1 + i);
             assertEq(_stake(account), all.expectedStake(account), "stake");
+        }
+    }
+
+    /// @dev Not who left, and not twice, however often a job moved.
+    function whoeverServedIsPaidOnceAndNobodyElse() public view {
+        for (uint256 i; i < WORKERS; ++i) {
+            address account = all.party(1 + i);
+            assertEq(escrow.credit(account) + all.withdrawn(account), all.earned(account), "pay");
+        }
+    }
+
+    /// @dev A stage's lock and blame are of whoever committed there: nobody has its place but by its own signature.
+    function nobodyAnswersForAnothersPieces() public view {
+        for (uint256 i; i < all.jobCount(); ++i) {
+            bytes32 id = all.jobs(i);
+            for (uint8 stage; stage < STAGES; ++stage) {
+                address there = workers.pipelineStage(escrow.job(id).pipeline, stage).worker;
+                assertEq(there, all.party(1 + all.holder(id, stage)), "whose stage it is");
+                if (escrow.root(id, stage) != 0) assertEq(there, all.committed(id, stage), "who committed");
+            }
         }
     }
 
