@@ -21,7 +21,7 @@ from bench._models import write_llama
 from contracts.client import Status
 from deploy.demo import nursery
 from deploy.demo.village import Player, Village
-from requester.client import Requester, RequesterError, Terms, make_job
+from requester.client import Requester, Terms, make_job
 from verifier.commit import Output, Request
 from verifier.tolerance import uniform_profile
 from verifier.weights import Weights
@@ -111,7 +111,7 @@ class Soak:
         self.reaches(id, Status.PAID)
         self.jobs += 1
         for player in self.line:  # a stage that has seen its pay is at rest
-            self.wait(lambda player=player: self.ask(player, f"/jobs/{id.hex()}")["phase"] == "closed")  # type: ignore[misc]
+            self.wait(lambda player=player: self.ask(player, f"/jobs/{id.hex()}")["phase"] == "closed")
         self.look()
         print(f"  job {self.jobs}: {self.tokens} tokens, {time.monotonic() - self.began:.0f} s", flush=True)
 
