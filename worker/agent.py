@@ -156,8 +156,10 @@ class Agent:
             try:
                 await self.follow()
                 now = await asyncio.to_thread(self.now)
-                for engagement in list(self._engagements.values()):
-                    if not engagement.closed:
+                for id, engagement in list(self._engagements.items()):
+                    if engagement.closed:
+                        await self._forget(id)
+                    else:
                         engagement.advance(now)
                 for spare in list(self._spares.values()):
                     spare.advance(now)
@@ -210,6 +212,7 @@ class Agent:
                 if isinstance(found, Spare):
                     if found.status is not Status.ACCEPTED:
                         await self._spares.pop(event.id).stop()
+                        self.notary.forget(event.id)
                 elif isinstance(event, JobCommitted):
                     found.window_end = event.window_end
 
@@ -268,6 +271,15 @@ class Agent:
             if id in self._spares:
                 self._spares[id].status = Status.ACCEPTED
 
+    async def _forget(self, id: bytes) -> None:
+        """A job that is over: what is asked about it later is on disk. Also after a restart, which hears of it anew."""
+        await self._engagements.pop(id).stop()
+        self.notary.forget(id)
+        try:
+            await asyncio.to_thread(self.folder(id).drop_traces)
+        except OSError as error:
+            log.warning("job %s: its traces could not be removed: %s", id.hex()[:8], error)
+
     # ------------------------------------------------------------------------------------------------- asked by others
 
     async def engagement(self, job: bytes) -> Engagement:
@@ -311,6 +323,8 @@ class Agent:
         try:
             engagement = await self.engagement(envelope.job)
         except UnknownJob as error:
+            if await asyncio.to_thread(lambda: self.folder(envelope.job).over):
+                return  # said again after a restart
             raise BadMessage(peer.name, str(error)) from error
         if peer.account != engagement.predecessor[1].worker:
             await self.follow()  # the job may have moved

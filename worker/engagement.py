@@ -72,7 +72,9 @@ class Engagement:
     @property
     def tokens(self) -> list[list[int]]:
         """Each request's so far, at stage 0 and the last."""
-        return self.run.tokens if self.run is not None else self._kept
+        if self.run is not None:
+            return self.run.tokens
+        return [list(ids) for ids in self.state.tokens] or self._kept
 
     def advance(self, now: int) -> None:
         """Starts whatever is due; `now` in unix seconds of the chain."""
@@ -203,6 +205,7 @@ class Engagement:
         else:
             await asyncio.sleep(agent.config.serving.claim_seconds)
         await self._post([claim])
+        self.run = None  # its tensors and prompts: until the window is over there may be many jobs like this
 
     async def _told_tokens(self, requests: Sequence[Request]) -> list[list[int]]:
         """Stage 0, without memory of earlier attempts: what the last stage has of them, as far as a request goes on.
@@ -279,8 +282,8 @@ class Engagement:
             if self.run is not None:
                 await self.run.receive(peer, envelope)
                 return
-            if self.status not in (Status.OPEN, Status.ACCEPTED):
-                return  # said again after a restart; the claims are on chain
+            if self.status not in (Status.OPEN, Status.ACCEPTED) or self.state.phase is Phase.FINISHED:
+                return  # said again after a restart; the claims are on chain, or on their way
             await asyncio.sleep(COLLECT_SECONDS)
         log.warning("job %s: a message of %s came, but we are not serving it", self.name, peer.name)
 
@@ -342,8 +345,13 @@ class Engagement:
     # ------------------------------------------------------------------------------------------------------------------
 
     async def _close(self, reason: str) -> None:
+        serving = self._tasks.pop("serving", None)
+        if serving is not None:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
         if self.run is not None:
             await self.run.close(f"the job is {reason}")
+            self.run = None
         await asyncio.to_thread(self.agent.settler.withdraw)
         await asyncio.to_thread(self._save, self.state.to(Phase.CLOSED, reason=self.state.reason or reason))
 

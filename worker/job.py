@@ -1,7 +1,7 @@
 """What a worker keeps of a job on disk, in <data>/jobs/<job id>/: enough to answer for it after a restart.
 
 requests.json   the prompts, as accepted          state.json      where the job stands, and what was signed
-<r>.safetensors the trace of request r            (written before anything about it is signed)
+<r>.safetensors the trace of request r            (written before anything about it is signed; gone when it is over)
 """
 
 import json
@@ -84,6 +84,19 @@ class JobFolder:
             received=_handoff(table.pop("received")),
             **table,
         )
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do."""
+        try:
+            return self.load_state().phase is Phase.CLOSED
+        except UnknownJob:
+            return False
+
+    def drop_traces(self) -> None:
+        """SAFETY: of a job that is over: no lock answers for what they prove. Raises OSError."""
+        for path in self.path.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
 
     def _read(self, name: str) -> bytes:
         try:

@@ -12,12 +12,14 @@ class Notary:
     def __init__(self, chain: Chain, signer: LocalAccount) -> None:
         self._chain = chain
         self._signer = signer
-        self._signers: dict[tuple[bytes, int], str] = {}
+        self._signers: dict[bytes, tuple[str, ...]] = {}  # by job, then stage
 
     def learn(self, job: bytes, stages: tuple[Stage, ...]) -> None:
         """Reads the signing keys of a job's stages from the chain."""
-        for index, stage in enumerate(stages):
-            self._signers[job, index] = self._chain.workers.signer_of(stage.worker)
+        self._signers[job] = tuple(self._chain.workers.signer_of(stage.worker) for stage in stages)
+
+    def forget(self, job: bytes) -> None:
+        self._signers.pop(job, None)
 
     def sign_join(self, pipeline: bytes) -> bytes:
         return self._chain.sign_join(pipeline, self._signer)
@@ -39,18 +41,18 @@ class Notary:
         return self._chain.sign_handoff(job, stage, root, leaves, self._signer)
 
     def verify_accept(self, job: bytes, stage: int, model: bytes, signature: bytes) -> bool:
-        return self._chain.recover_accept(job, stage, model, signature) == self._signers[job, stage]
+        return self._chain.recover_accept(job, stage, model, signature) == self._signers[job][stage]
 
     def verify_move(self, job: bytes, stage: int, before: bytes, pipeline: bytes, consent: Consent) -> bool:
         recovered = self._chain.recover_move(job, before, pipeline, consent.until, consent.signature)
-        return recovered == self._signers[job, stage]
+        return recovered == self._signers[job][stage]
 
     def verify_claim(self, job: bytes, pipeline: bytes, model: bytes, claim: Claim) -> bool:
         recovered = self._chain.recover_commit(
             job, pipeline, claim.stage, model, claim.root, claim.outputs, claim.tokens, claim.signature
         )
-        return recovered == self._signers[job, claim.stage]
+        return recovered == self._signers[job][claim.stage]
 
     def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool:
         recovered = self._chain.recover_handoff(job, stage, handoff.root, handoff.leaves, handoff.signature)
-        return recovered == self._signers[job, stage]
+        return recovered == self._signers[job][stage]

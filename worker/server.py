@@ -164,6 +164,8 @@ def create_app(agent: Agent) -> FastAPI:
     def rows(job: str, request: int, tensor: str, first: int = 0, count: int | None = None) -> Response:
         """Raw rows from `first`; as many of `count` as ANSWER_BYTES hold, their number in X-Plumb-Rows."""
         folder, state = served(job)
+        if state.phase is Phase.CLOSED:
+            raise Refused("the job is over, and its traces are gone")
         if not 0 <= request < len(state.nodes):
             raise Refused(f"expected a request below {len(state.nodes)}, came {request}")
         if tensor not in tensor_keys(agent.stage.shape, config.first_layer, config.end_layer):

@@ -16,7 +16,9 @@ from tests.worker.pipeline_in_process import Greedy, Tiny, within
 from tests.worker.village import WINDOW_SECONDS, Village
 from verifier.commit import Request, make_outputs, outputs_root
 from verifier.trace import RequestTrace
-from worker.errors import Refused
+from worker import ring_pb2 as pb
+from worker.channel import Peer
+from worker.errors import BadMessage, Refused
 from worker.job import Phase
 from worker.recorder import trace_path
 
@@ -70,9 +72,27 @@ def test_a_job_is_served_committed_settled_and_paid(
         assert all(village.requester.token.balance(account) > 0 for account in accounts)
         while not all(agent.folder(id).load_state().phase is Phase.CLOSED for agent in village.agents):
             await asyncio.sleep(0.1)
+        await check_forgotten(village, id, expected)
         await village.sleep()
 
     asyncio.run(within(900, story()))
+
+
+async def check_forgotten(village: Village, id: bytes, expected: list[list[int]]) -> None:
+    """A worker that kept something of every job it ever served would end without memory, or without disk."""
+    first = village.agents[0]
+    while any(agent._engagements or any(agent.folder(id).path.glob("*.safetensors")) for agent in village.agents):
+        await asyncio.sleep(0.1)
+    assert not any(agent.notary._signers for agent in village.agents)
+    answer = await village.get(1, f"/jobs/{id.hex()}/outputs")
+    assert [output["tokens"] for output in answer.json()["outputs"]] == expected
+    answer = await village.get(0, f"/jobs/{id.hex()}/trace/2/0.q")
+    assert (answer.status_code, answer.json()) == (409, {"error": "the job is over, and its traces are gone"})
+    # A stage that was away for long says its Finish again: no fault of the neighbour that all other jobs need.
+    peer = Peer("stage 1", village.agents[1].account, village.agents[1].certificate)
+    await first._receive(peer, pb.Envelope(job=id, attempt=1, sequence=99, finish=pb.Finish()))
+    with pytest.raises(BadMessage, match="is not at this worker"):
+        await first._receive(peer, pb.Envelope(job=bytes(32), attempt=1, finish=pb.Finish()))
 
 
 def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, requests_batch: list[Request]) -> None:
