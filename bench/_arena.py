@@ -159,6 +159,11 @@ class Arena:
             self.refused("UnknownCommitment", self.door(COPIER).challenge, *copy)
         return self.door(CHALLENGER).challenge(segment, salt, model, evidence, steps)
 
+    def prepare(self, segment: Segment, model: Model, premises: Sequence[Opening]) -> None:
+        """What a LINK wants before it is shown. Raises ChainError if it is refused."""
+        if premises:
+            self.door(CHALLENGER).prepare(segment, model, premises)
+
     def show(self, segment: Segment, model: Model, evidence: Sequence[Opening], manners: Manners = Manners()) -> bytes:
         """Commits and shows. Returns the game's id; raises ChainError if what is shown is refused."""
         salt = self.commit(segment, manners.copied)

@@ -182,12 +182,13 @@ class Court:
         sent = [(r, chain is defendant) for chain, mark in marks.items() for r in chain.receipts[mark:]]
         return Played(outcome, tuple(sorted(sent, key=lambda pair: pair[0].block)), seconds)
 
-    def show(self, segment: Segment, model: Model, evidence: Sequence[Opening]) -> Played:
-        """An exact segment that nobody else can be to blame for: it ends with what is shown."""
+    def show(self, segment: Segment, model: Model, evidence: Sequence[Opening], premises: Sequence[Opening]) -> Played:
+        """A LINK that nobody else can be to blame for: it ends with what is shown."""
         plaintiff, salt = self.chain(CHALLENGER), segment.job
         mark = len(plaintiff.receipts)
         plaintiff.disputes.commit(challenge_id(plaintiff.account, segment, salt))
         self._devnet.mine()  # a node estimates gas as of its latest block, and what is shown needs a later one
+        plaintiff.disputes.prepare(segment, model, premises)
         game_id = plaintiff.disputes.show(segment, salt, model, evidence)
         outcome = ENDINGS[self._end(game_id).convicted != NOBODY]
         return Played(outcome, tuple((receipt, False) for receipt in plaintiff.receipts[mark:]), 0.0)

@@ -229,6 +229,7 @@ class Docket:
         silent = by_sender and random.random() < 0.2
         liar = "silent worker" if silent else "sender" if by_sender else "worker"
         self.told = f"{kind.name} {segment}, {liar} lies, {manners}"
+        self._arena.prepare(segment, batch.model, batch.premises(segment))
         id = self._arena.show(segment, batch.model, batch.shown(segment), manners)
         accused = _Deflector(self._proofs(exhibit, batch, by_sender, random))
         silence = Silence(worker=True, from_move=1) if silent else None
@@ -258,9 +259,14 @@ class Docket:
             position = 0
         if kind in (Kind.BILL, Kind.LENGTH):
             unit = 0
+        elif kind == Kind.LINK:
+            unit = random.randrange(self._market.weights.shape.hidden)
         segment = batch.segment(kind, stage, layer, position, unit, request)
         self.told = f"{kind.name} {segment}, challenger lies, {manners}"
-        evidence = batch.shown(segment)
+        evidence, premises = batch.shown(segment), batch.premises(segment)
+        if premises:
+            self._arena.refused_by_name(self._arena.prepare, segment, batch.model, tampered(random, premises))
+        self._arena.prepare(segment, batch.model, premises)
         self._arena.refused("NotWrong", self._arena.show, segment, batch.model, evidence, manners)
         for _ in range(2):
             self._arena.refused_by_name(self._arena.show, segment, batch.model, tampered(random, evidence))
@@ -293,9 +299,9 @@ class Docket:
             return Exhibit(ground, _segment(kind, 0, 0, position, unit, request))
         if place < FAULTS // 2:
             self._served[name] = serve(weights, changes={(request, "out"): (position, column)})
-            return Exhibit(ground, _segment(kind, 1, 1, position, unit, request))
+            return Exhibit(ground, _segment(kind, 1, 1, position, column, request))
         self._served[name] = serve(weights, changes={(request, "1.h"): (position, column)})
-        segment, held = _segment(kind, 1, 0, position, unit, request), self._served[name].traces[request][1]
+        segment, held = _segment(kind, 1, 0, position, column, request), self._served[name].traces[request][1]
         true = self._served["right"].traces[request][1]
 
         def rows(lied: bool) -> tuple[list[bytes], int]:

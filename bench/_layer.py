@@ -80,7 +80,9 @@ class LayerWeights:
         self.shape = shape
         self.layout = WeightLayout(shape)
         self.program: Program = build_program(shape)
-        operands = [o for i in self.program.segments[kind] for o in (i.x, i.y, i.z) if o.source == Source.WEIGHT]
+        operands = [
+            o for i in self.program.segments.get(kind, ()) for o in (i.x, i.y, i.z) if o.source == Source.WEIGHT
+        ]
         bases = sorted({operand.base + layer * operand.layer_stride for operand in operands})
         self._places = [self.layout.locate(base)[0] for base in bases]
         path = folder / "weights.safetensors"
@@ -166,9 +168,10 @@ def served(program: Program, shape: ModelShape, kind: Kind, layer: int, position
     random = np.random.default_rng(seed)
     a_stage = shape.layers // STAGES
     first = layer // a_stage * a_stage
-    operands = [o for i in program.segments[kind] for o in (i.x, i.y, i.z) if o.source == Source.SERVED]
+    operands = [o for i in program.segments.get(kind, ()) for o in (i.x, i.y, i.z) if o.source == Source.SERVED]
     read = {tensor_key(layer, Tensor(operand.id)) for operand in operands}
     if kind == Kind.LINK:
+        read = {tensor_key(layer, tensor) for tensor in (Tensor.H, Tensor.ATTN_OUT, Tensor.MLP_OUT)}
         read.add(tensor_key(layer + 1, Tensor.H))
     arrays: dict[str, Bits] = {}
     roots: dict[str, bytes] = {}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from bench._court import CLOCK_SECONDS, GRACE_SECONDS, in_window
 from contracts.client import Addresses, Chain, Stage, Worker
 from deploy.keys import dev_account
-from verifier import vectors
+from verifier import link, vectors
 from verifier.canonical import Case
 from verifier.commit import Output, OutputsTree, RecordTree, Request, RequestsTree, StageTree, TraceNode
 from verifier.game import Segment
@@ -293,9 +293,9 @@ class Batch:
                     token = self.served.ids[request][place]
                 return [*first, *fed, *self.judged(segment, token=token)]
             case Kind.LINK if segment.layer == 0:
-                return [self.node(0, request), self.node(1, request), *self.judged(segment, sender=0)]
+                return [self.node(0, request), self.node(1, request), *self.linked(segment, 0)]
             case Kind.LINK:
-                return [self.node(stage, request), *self.judged(segment)]
+                return [self.node(stage, request), *self.linked(segment, stage)]
             case Kind.STOP:
                 records = [self.request(request), self.output(request), self.node(stage, request)]
                 return records if segment.unit == NO_TOKEN else [*records, self.output_token(segment.unit, request)]
@@ -305,9 +305,19 @@ class Batch:
                 return [self.node(stage, request), self.node(stage - 1, request)]
         raise ValueError(f"expected an exact segment, got {segment}")
 
-    def judged(self, segment: Segment, sender: int | None = None, token: int = 0) -> list[Opening]:
-        """Header, instruction and openings of an exact program. sender: whose tensors LINK reads at a boundary."""
-        kind, traces = Kind(segment.kind), self.served.traces[segment.request]
-        trace = traces[segment.stage if sender is None else sender]
-        case = Case(self.model, self.weights, self.profile, segment, trace, traces[segment.stage], token)
+    def premises(self, segment: Segment) -> list[Opening]:
+        """What `prepare` wants before a LINK is shown; of other segments nothing."""
+        if segment.kind != Kind.LINK:
+            return []
+        request, sender = segment.request, 0 if segment.layer == 0 else segment.stage
+        return [self.node(sender, request), *link.premises(segment, self.served.traces[request][sender])]
+
+    def linked(self, segment: Segment, sender: int) -> list[Opening]:
+        """The numbers that `show` wants of a LINK. sender: the stage that holds the layer."""
+        traces = self.served.traces[segment.request]
+        return link.conclusion(segment, traces[sender], traces[segment.stage])
+
+    def judged(self, segment: Segment, token: int = 0) -> list[Opening]:
+        """Header, instruction and openings of EMBED."""
+        kind, case = Kind(segment.kind), self.case(segment, token)
         return [self.header(kind), self.instruction(kind), *case.openings(0, 0)]

@@ -2,7 +2,7 @@
 
 Each instruction is played twice: denied by a guilty worker, and alleged by a lying challenger. Gas is that of all
 transactions of both sides, from the commitment to the end; `moves` counts those behind the commitment. LINK, which is
-exact, is shown by the challenger between two layers of one stage.
+exact, is prepared and shown by the challenger between two layers of one stage.
 
 `classic` stands beside each game as a reference: the descent in which one side answers every level with its list and
 the other only chooses an entry, as Cartesi's and Truebit's games do. It has the same lists, but for k descents k + 1
@@ -20,13 +20,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bench._court import JUDGED, Batch, Court, Played, program_leaf
+from bench._court import JUDGED, Batch, Court, Played
 from bench._layer import STAGES, LayerWeights, served, shape_named
 from bench._liar import Liar, Lie
+from verifier import link
 from verifier.canonical import Case
 from verifier.game import Segment
 from verifier.program import Kind
-from verifier.referee.codec import GREEDY, Opening, Source
+from verifier.referee.codec import GREEDY, Source
 from verifier.referee.ops import Op
 from verifier.tolerance import uniform_profile
 from verifier.weights import identify
@@ -168,23 +169,21 @@ def _games(
 
 
 def _linked(court: Court, shape_name: str, position: int) -> dict[str, Any]:
-    """One block of the next layer's input is not what the layer's outputs add up to."""
+    """One element of the next layer's input is not what the layer's outputs add up to."""
     shape = shape_named(shape_name)
     with tempfile.TemporaryDirectory() as folder:
         weights = LayerWeights(shape, Kind.LINK, 0, Path(folder))
         trace = served(weights.program, shape, Kind.LINK, 0, position + 1)
         batch, profile = Batch(trace, SERVED_TOKEN), uniform_profile(shape, *TIGHT)
         model = identify(weights, profile)
-        segment = Segment(bytes(32), 0, Kind.LINK, JUDGED, 0, position, shape.blocks - 1)
+        segment = Segment(bytes(32), 0, Kind.LINK, JUDGED, 0, position, shape.hidden - 1)
         started = perf_counter()
-        case = Case(model, weights, profile, segment, trace)
-        openings = case.openings(0, 0)
+        premises, conclusion = link.premises(segment, trace), link.conclusion(segment, trace)
         seconds = perf_counter() - started
-        evidence = [batch.tree.opening(JUDGED), program_leaf(weights, Kind.LINK)]
-        record = Opening(case.record(0), case.record_proof(0))
+        node = batch.tree.opening(JUDGED)
         at = replace(segment, job=court.job(model, batch))
-        played = court.show(at, model, [*evidence, record, *openings])
-    place = {"shape": shape_name, "segment": "link", "position": position, "instruction": "0 JOIN"}
+        played = court.show(at, model, [node, *conclusion], [node, *premises])
+    place = {"shape": shape_name, "segment": "link", "position": position, "instruction": "none"}
     return place | _row(played, "worker", seconds)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from challenger.evidence import Dossier, received
+from challenger.evidence import Dossier, Unavailable, received
 from challenger.judge import Judge
+from verifier import link
 from verifier.audit import NO_TOKEN, Verdict
 from verifier.canonical import Case
 from verifier.game import Segment, opening_steps
@@ -20,11 +21,15 @@ GAMES = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 
 @dataclass(frozen=True)
 class Charge:
-    """steps: concatenated instruction roots of a challenge; empty for an exact segment, which is shown."""
+    """steps: concatenated instruction roots of a challenge; empty for an exact segment, which is shown.
+
+    premises: what LINK is prepared with before it is shown; else empty.
+    """
 
     segment: Segment
     evidence: tuple[Opening, ...]
     steps: bytes
+    premises: tuple[Opening, ...] = ()
 
 
 def segment_of(job: bytes, verdict: Verdict) -> Segment:
@@ -49,7 +54,22 @@ def charge(evidence: Dossier, judge: Judge, verdict: Verdict, truth: Callable[[]
                 evidence.outputs_tree.token_opening(r, index),
             ]
         return Charge(segment, tuple(openings), opening_steps(truth()))
+    if kind is Kind.LINK:
+        return _linked(evidence, verdict, segment)
     return Charge(segment, tuple(_shown(evidence, judge, verdict, truth)), b"")
+
+
+def _linked(evidence: Dossier, verdict: Verdict, segment: Segment) -> Charge:
+    r = verdict.request
+    sender = verdict.stage - 1 if received(evidence, verdict) else verdict.stage
+    stages = list(dict.fromkeys((sender, verdict.stage)))
+    traces = [evidence.trace(stage, r) for stage in stages]
+    held = [trace for trace in traces if trace is not None]
+    if len(held) < len(traces):
+        raise Unavailable(f"the tensors of request {r} at the stages {stages} are not on disk")
+    nodes = [evidence.tree(stage).opening(r) for stage in stages]
+    shown = (*nodes, *link.conclusion(segment, held[0], held[-1]))
+    return Charge(segment, shown, b"", (nodes[0], *link.premises(segment, held[0])))
 
 
 def _shown(evidence: Dossier, judge: Judge, verdict: Verdict, truth: Callable[[], Case]) -> list[Opening]:
@@ -66,9 +86,6 @@ def _shown(evidence: Dossier, judge: Judge, verdict: Verdict, truth: Callable[[]
         else:
             token = [outputs.record_opening(r), outputs.token_opening(r, verdict.position - prompt)]
         return [node, requests.record_opening(r), *token, *_program(judge, verdict.kind, truth())]
-    if kind is Kind.LINK:
-        nodes = [evidence.tree(verdict.stage - 1).opening(r), node] if received(evidence, verdict) else [node]
-        return [*nodes, *_program(judge, verdict.kind, truth())]
     if kind is Kind.STOP:
         token = [] if verdict.unit == NO_TOKEN else [outputs.token_opening(r, verdict.unit)]
         return [requests.record_opening(r), outputs.record_opening(r), node, *token]

@@ -124,6 +124,9 @@ class Games:
         evidence, steps = prepared.evidence, prepared.steps
         if steps:
             return self._bonded(lambda: disputes.challenge(segment, row.salt, model, evidence, steps))
+        if prepared.premises:
+            # Only now: it tells everybody where to look, and our commitment must be the older one.
+            agent.tolerant(lambda: disputes.prepare(segment, model, prepared.premises))
         return self._bonded(lambda: disputes.show(segment, row.salt, model, evidence))
 
     def share_out(self, row: GameRow, now: int) -> bool:

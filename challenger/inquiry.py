@@ -208,9 +208,17 @@ class Inquiry:
         units = {Kind.Q: shape.heads, Kind.K: shape.kv_heads, Kind.V: shape.kv_heads}
         stage, _ = self.posted.place(layer, "h")
         if kind is Kind.LINK:
-            stage, _ = self.posted.place(layer + 1, "h")
+            yield from self._links(r, layer, t, stage)
+            return
         for unit in range(units.get(kind, -(-shape.hidden // BLOCK))):
             yield Verdict(WRONG, stage, kind, r, layer, t, unit, token)
+
+    def _links(self, r: int, layer: int, t: int, sender: int) -> Iterable[Verdict]:
+        """The elements of the next layer's input that are not what this one adds up to, one a block."""
+        places = (sender, self.posted.place(layer + 1, "h")[0])
+        here, there = (Stage(index, cast(ServedTensors, self.posted.trace(index, r))) for index in places)
+        link = self.judge.auditor.link(here, r, layer, there, slice(t, t + 1))
+        return link.suspicions() if link is not None else ()
 
     def _wrong(self, pieces: Iterable[Verdict]) -> Step:
         """The first piece that the law finds wrong."""
@@ -218,6 +226,8 @@ class Inquiry:
         return Step(wrong=(found,)) if found else Step()
 
     def _confirmed(self, piece: Verdict) -> bool:
+        if piece.kind is Kind.LINK:
+            return True  # raw bits were compared
         try:
             return self.judge.case(self.posted, piece).verdict()
         except NotPosted:

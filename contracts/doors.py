@@ -230,6 +230,10 @@ class DisputesDoor(Door):
         self._send("challenge", segment, salt, model, evidence, steps)
         return challenge_id(self._sender, segment, salt)
 
+    def prepare(self, segment: Segment, model: Model, premises: Sequence[Opening]) -> TxReceipt:
+        """LINK: what `show` goes on from. Anyone may, once is enough."""
+        return self._send("prepare", segment, model, premises)
+
     def show(self, segment: Segment, salt: bytes, model: Model, evidence: Sequence[Opening]) -> bytes:
         """The game's id. Disputes must be approved for the bond."""
         self._send("show", segment, salt, model, evidence)

@@ -102,7 +102,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Audit:
-    """Ratios of all units of one kind at one layer: [positions, units]. first: the position of the first row."""
+    """Ratios of all units of one kind at one layer: [positions, units]. first: the position of the first row.
+
+    elements: LINK, whose ratios are those of blocks: the element of each that is judged.
+    """
 
     stage: int
     kind: Kind
@@ -110,6 +113,7 @@ class Audit:
     layer: int
     ratios: Ratios
     first: int = 0
+    elements: npt.NDArray[np.int64] | None = None
 
     def worst(self) -> Verdict:
         """The piece that is farthest off."""
@@ -122,6 +126,8 @@ class Audit:
 
     def _verdict(self, position: int, unit: int) -> Verdict:
         ratio = float(self.ratios[position, unit])
+        if self.elements is not None:
+            unit = int(self.elements[position, unit])
         return Verdict(ratio, self.stage, self.kind, self.request, self.layer, self.first + position, unit)
 
 
@@ -167,7 +173,8 @@ class Auditor:
     ) -> Audit | None:
         """The hand-over from a layer to the next, exactly, at the positions that both hold (`rows`: of these alone).
 
-        None where the next layer is another stage's and no receiver is given.
+        Of each block the first element that differs. None where the next layer is another stage's and no receiver is
+        given.
         """
         arrays, accused = stage.trace.arrays, stage
         if layer + 1 < stage.trace.end_layer:
@@ -183,7 +190,8 @@ class Auditor:
         dtype = self.shape.served_dtype
         h, attn_out, mlp_out = (np.asarray(arrays[f"{layer}.{name}"][part]) for name in ("h", "attn_out", "mlp_out"))
         total = vectors.add_bits(dtype, vectors.add_bits(dtype, h, attn_out), mlp_out)
-        return Audit(accused.index, Kind.LINK, request, layer, _differences(total, np.asarray(after[part])), first)
+        differences, columns = _differences(total, np.asarray(after[part]))
+        return Audit(accused.index, Kind.LINK, request, layer, differences, first, columns)
 
     def embed(self, stage: Stage, request: int, tokens: Sequence[int], rows: slice | None = None) -> Audit:
         """h of layer 0 against the embeddings of the tokens fed in: prompt, then output but for its last. rows: of
@@ -194,7 +202,7 @@ class Auditor:
         fed = np.array(tokens[first:end], dtype=np.int64)
         known = fed < self.shape.vocabulary  # others have no row: STOP convicts them
         embedded = np.asarray(table)[np.where(known, fed, 0)]
-        differences = _differences(np.asarray(stage.trace.arrays["0.h"][first:end]), embedded)
+        differences, _ = _differences(np.asarray(stage.trace.arrays["0.h"][first:end]), embedded)
         ratios = np.where(known[:, None], differences, RIGHT)
         return Audit(stage.index, Kind.EMBED, request, 0, ratios, first)
 
@@ -265,16 +273,13 @@ class Auditor:
         return sorted(found, reverse=True)
 
     def confirm(self, model: Model, verdict: Verdict, stages: Sequence[Stage]) -> bool:
-        """Whether a piece is wrong by the law. stages: at least those of the layer and, for LINK, of the next one."""
-        case = self.case(model, verdict, stages)
-        return case.verdict()
+        """Whether a piece is wrong by the law. stages: at least that of the layer."""
+        return self.case(model, verdict, stages).verdict()
 
     def case(self, model: Model, verdict: Verdict, stages: Sequence[Stage]) -> Case:
         """The canonical truth about a piece with a program. Raises ValueError where no stage holds its layer."""
         trace = _holding(stages, verdict.layer)
-        boundary = verdict.kind == Kind.LINK and verdict.layer + 1 == trace.end_layer < self.shape.layers
-        after = _holding(stages, verdict.layer + 1) if boundary else None
-        return Case(model, self.weights, self.profile, verdict, trace, after, verdict.token, verdict.sampling)
+        return Case(model, self.weights, self.profile, verdict, trace, None, verdict.token, verdict.sampling)
 
     def expected(self, kind: Kind, layer: int, arrays: Mapping[str, Bits]) -> torch.Tensor:
         """The reference [T, width] of one tolerated tensor from the served ones it is made of."""
@@ -416,11 +421,13 @@ def audit_length(nodes: Sequence[Sequence[TraceNode]]) -> list[Verdict]:
     return found
 
 
-def _differences(x: Bits, y: Bits) -> Ratios:
-    """WRONG for every block of a row that differs: [positions, blocks]."""
+def _differences(x: Bits, y: Bits) -> tuple[Ratios, npt.NDArray[np.int64]]:
+    """WRONG for every block of a row that differs, and its first column that does: each [positions, blocks]."""
     starts = range(0, x.shape[1], BLOCK)
-    differs = [(x[:, first : first + BLOCK] != y[:, first : first + BLOCK]).any(axis=1) for first in starts]
-    return np.where(np.stack(differs, axis=1), WRONG, RIGHT)
+    differs = [x[:, first : first + BLOCK] != y[:, first : first + BLOCK] for first in starts]
+    ratios = np.where(np.stack([block.any(axis=1) for block in differs], axis=1), WRONG, RIGHT)
+    columns = [first + block.argmax(axis=1) for first, block in zip(starts, differs, strict=True)]
+    return ratios, np.stack(columns, axis=1)
 
 
 def _holding(stages: Sequence[Stage], layer: int) -> ServedTensors:

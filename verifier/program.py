@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Kind(IntEnum):
-    """Segment kinds. STOP, BILL and LENGTH judge records and have no program."""
+    """Segment kinds. LINK judges raw bits, STOP, BILL and LENGTH judge records; they have no program."""
 
     EMBED = 0
     Q = 1
@@ -178,7 +178,7 @@ def build_program(shape: ModelShape) -> Program:
     check_shape(shape)
     segments = _Builder(shape).segments()
     heads, kv, blocks = shape.heads, shape.kv_heads, shape.blocks
-    counts = (blocks, heads, kv, kv, blocks, blocks, blocks, shape.vocabulary, shape.vocabulary)
+    counts = (blocks, heads, kv, kv, blocks, blocks, shape.vocabulary, shape.vocabulary)
     return Program(segments, dict(zip(segments, counts, strict=True)), tuple(rope_table(shape.rope, shape.head_dim)))
 
 
@@ -200,7 +200,6 @@ class _Builder:
             Kind.V: self._projected(Kind.V),
             Kind.ATTEND: self._attend(),
             Kind.MLP: self._mlp(),
-            Kind.LINK: (self._link(),),
             Kind.TOKEN: self._token(),
             Kind.SAMPLE: self._sample(),
         }
@@ -214,10 +213,6 @@ class _Builder:
     def _embed(self) -> Instruction:
         row = self._weight("model.embed_tokens.weight")
         return Instruction(Op.SAME, x=self._served(Tensor.H, BLOCK), y=row)
-
-    def _link(self) -> Instruction:
-        x, y, z = (self._served(kind, BLOCK) for kind in (Tensor.H, Tensor.ATTN_OUT, Tensor.MLP_OUT))
-        return Instruction(Op.JOIN, b=self.shape.served_dtype, x=x, y=y, z=z)
 
     def _projected(self, kind: Kind) -> tuple[Instruction, ...]:
         """Q, K and V: one head of q, k or v."""

@@ -13,7 +13,7 @@ from contracts.play import Followed, GameLog, Player
 from verifier.canonical import Case
 from verifier.game import Game, HandoffProof, NothingWrong, Segment, may_flag
 from verifier.program import Kind
-from verifier.referee.codec import Model
+from verifier.referee.codec import BLOCK, Model
 from verifier.tolerance import Profile
 from verifier.weights import Weights
 from worker.errors import WorkerError
@@ -105,7 +105,7 @@ class Responder(Player):
             place, record, siblings = prove_token(dict(enumerate(state.tokens)), segment.request, index)
         elif kind in (Kind.LINK, Kind.LENGTH):
             rows = [self.traces.inputs(folder, r) for r in range(len(state.nodes))]
-            block = segment.unit if kind is Kind.LINK else 0
+            block = segment.unit // BLOCK if kind is Kind.LINK else 0
             if segment.position >= len(rows[segment.request]):
                 raise NothingWrong(f"{segment}: we hold {len(rows[segment.request])} positions")
             place, record, siblings = prove_row(rows, segment.request, segment.position, block)

@@ -103,6 +103,11 @@ contract Disputes is IDisputes {
     }
 
     /// @inheritdoc IDisputes
+    function prepare(Segment calldata segment, Model calldata model, Opening[] calldata openings) external bounded {
+        evidence.prepare(segment, model, openings);
+    }
+
+    /// @inheritdoc IDisputes
     /// @dev Where nobody else can be to blame the game ends at once, and takes no bond.
     function show(Segment calldata segment, bytes32 salt, Model calldata model, Opening[] calldata openings)
         external
@@ -116,13 +121,12 @@ contract Disputes is IDisputes {
         Game memory game = _game(segment, model, found, committedAt);
         if (found.deflectable) {
             game.phase = Phase.Handoff;
-            // LINK's last opening is the judged block.
+            // LINK's last opening is the leaf that holds the judged element.
             bytes memory block_;
             if (found.list != 0) block_ = openings[openings.length - 1].data;
             _start(id, game, found.clock, block_);
         } else {
             game.challenger = msg.sender;
-            game.challengerMoves = 1;
             emit GameMoved(id, segment.job, msg.sender, Games.pack(game), "");
             escrow.gameOpened(segment.job, segment.stage);
             _end(id, game, segment.stage, SHOWN);
@@ -148,6 +152,7 @@ contract Disputes is IDisputes {
         game.sampling = found.sampling;
         game.index = found.index;
         game.list = found.list;
+        game.challengerMoves = found.moves;
     }
 
     /// @dev The worker is to move. It has `grace` more for each game already open against its stage.
@@ -157,7 +162,6 @@ contract Disputes is IDisputes {
         game.workerSeconds = workerSeconds > type(uint32).max ? type(uint32).max : uint32(workerSeconds);
         game.challengerSeconds = clock;
         game.challenger = msg.sender;
-        game.challengerMoves = 1;
         game.workerTurn = true;
         game.turnStarted = uint64(block.timestamp);
         game.bond = _bond(game.gasRate, alreadyOpen);

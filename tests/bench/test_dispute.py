@@ -64,8 +64,8 @@ def test_a_drawn_token_is_judged_where_the_profile_decides() -> None:
 
 def test_a_false_link_convicts_at_once() -> None:
     (shown,) = dispute.run(shape="demo", segment="link", position=20)["results"]
-    assert (shown["outcome"], shown["moves"], shown["gas_worker"]) == ("slashed", 1, 0)
-    assert shown.keys() >= ROW and shown["classic"] == {"moves": 1, "gas_total": shown["gas_total"]}
+    assert (shown["outcome"], shown["moves"], shown["gas_worker"]) == ("slashed", 2, 0)
+    assert shown.keys() >= ROW and shown["classic"] == {"moves": 2, "gas_total": shown["gas_total"]}
 
 
 def test_an_unknown_shape_segment_or_position_is_refused() -> None:

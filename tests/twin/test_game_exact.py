@@ -57,6 +57,9 @@ class Table:
         salt = self.salt.to_bytes(32, "big")
         chain.disputes.commit(challenge_id(chain.account, segment, salt))
         self.devnet.mine()  # a node estimates gas as of its latest block, and the opening needs a later one
+        premises = batch.premises(segment)
+        if premises:
+            chain.disputes.prepare(segment, batch.model, premises)
         return chain.disputes.show(segment, salt, batch.model, evidence)
 
     def refused(self, error: str, segment: Segment, evidence: Sequence[Opening]) -> None:
@@ -154,20 +157,73 @@ def refuse(worker: Chain, game_id: bytes, game: Game, proof: HandoffProof, what:
 
 def test_link_within_a_stage_convicts_at_once(table: Table) -> None:
     batch = table.market.batch(True, serve(table.market.weights, changes={(LONG_AT, "out"): (7, 319)}))
-    segment = batch.segment(Kind.LINK, 1, 1, 7, 1)
-    game_id = table.show(batch, segment, [batch.node(1), *batch.judged(segment)])
+    segment = batch.segment(Kind.LINK, 1, 1, 7, 319)
+    game_id = table.show(batch, segment, batch.shown(segment))
     assert table.ended(game_id) == (1, SHOWN)
-    right = table.right.segment(Kind.LINK, 1, 1, 7, 1)
-    table.refused("NotWrong", right, [table.right.node(1), *table.right.judged(right)])
+    assert table.game(game_id).challenger_moves == 2
+    right = table.right.segment(Kind.LINK, 1, 1, 7, 319)
+    table.refused("NotWrong", right, table.right.shown(right))
+    other = replace(segment, unit=318)
+    with pytest.raises(ChainError, match="NotWrong"):
+        table.show(batch, other, batch.shown(other))
+
+
+def test_a_link_is_prepared_by_anybody_and_truly(table: Table) -> None:
+    """The first sum is another's business: what is taken for granted was computed from what the stage committed to."""
+    batch, door = table.right, table.market.chain(STRANGER).disputes
+    segment = batch.segment(Kind.LINK, 1, 1, 8, 3)
+    premises = batch.premises(segment)
+    with pytest.raises(ChainError, match="NotPrepared"):
+        show_unprepared(table, segment)
+    door.prepare(segment, batch.model, premises)
+    door.prepare(segment, batch.model, premises)
+    with pytest.raises(ChainError, match="NotWrong"):
+        show_unprepared(table, segment)
+    for other in (replace(segment, unit=4), replace(segment, position=9), replace(segment, layer=0)):
+        with pytest.raises(ChainError, match="NotPrepared"):
+            show_unprepared(table, other)
+    node, h, attn_out = premises
+    short = replace(attn_out, data=attn_out.data[:-2])
+    for error, false in (
+        ("RootMismatch", [node, attn_out, h]),
+        ("RootMismatch", [node, h, replace(attn_out, data=attn_out.data[:-1] + b"x")]),
+        ("RootMismatch", [batch.node(0), h, attn_out]),
+        ("ProofLength", [node, h, replace(attn_out, siblings=attn_out.siblings[:-1])]),
+        ("ProofLength", [node, h, replace(attn_out, siblings=(*attn_out.siblings, bytes(32)))]),
+        ("RootMismatch", [node, h, short]),
+        ("OpeningCount", [node, h]),
+        ("OpeningCount", []),
+    ):
+        with pytest.raises(ChainError, match=error):
+            door.prepare(segment, batch.model, false)
+    for at, what in (
+        (replace(segment, kind=int(Kind.EMBED)), "kind"),
+        (replace(segment, unit=batch.weights.shape.hidden), "unit"),
+        (replace(segment, position=4096), "position"),
+        (replace(segment, layer=2), "layer"),
+        (replace(segment, stage=0, layer=0), "stage"),
+    ):
+        nodes = [batch.node(at.stage), h, attn_out]
+        with pytest.raises(ChainError, match=f"WrongSegment\\(what={what}"):
+            door.prepare(at, batch.model, nodes)
+
+
+def show_unprepared(table: Table, segment: Segment) -> None:
+    """Shows a LINK from what anybody prepared, or nobody."""
+    batch, chain = table.right, table.market.chain(CHALLENGER)
+    table.salt += 1
+    salt = table.salt.to_bytes(32, "big")
+    chain.disputes.commit(challenge_id(chain.account, segment, salt))
+    table.devnet.mine()
+    chain.disputes.show(segment, salt, batch.model, batch.shown(segment))
 
 
 def test_link_at_a_boundary_falls_to_whoever_lied_about_it(table: Table) -> None:
     served = serve(table.market.weights, changes={(LONG_AT, "1.h"): (9, 260)})
     for deflects in (False, True):
         batch = table.market.batch(True, served)
-        segment = batch.segment(Kind.LINK, 1, 0, 9, 1)
-        evidence = [batch.node(0), batch.node(1), *batch.judged(segment, sender=0)]
-        game_id = table.show(batch, segment, evidence)
+        segment = batch.segment(Kind.LINK, 1, 0, 9, 260)
+        game_id = table.show(batch, segment, batch.shown(segment))
         game, worker = table.game(game_id), table.worker(1)
         if not deflects:
             table.devnet.pass_seconds(CLOCK_SECONDS + 1)
@@ -187,9 +243,9 @@ def test_link_at_a_boundary_falls_to_whoever_lied_about_it(table: Table) -> None
         worker.disputes.deflect(game_id, game, good)
         assert table.ended(game_id) == (0, DEFLECTED)
     # The sender is not accused of what the receiver holds.
-    sender = table.right.segment(Kind.LINK, 0, 0, 9, 1)
-    judged = table.right.judged(replace(sender, stage=1), 0)
-    table.refused("WrongSegment", sender, [table.right.node(0), *judged])
+    sender = table.right.segment(Kind.LINK, 0, 0, 9, 260)
+    with pytest.raises(ChainError, match=r"WrongSegment\(what=stage"):
+        table.market.chain(STRANGER).disputes.prepare(sender, table.right.model, table.right.premises(sender))
 
 
 def test_length_falls_to_whoever_sent_or_made_up_the_position(table: Table) -> None:

@@ -275,8 +275,11 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
 def test_what_is_shown_deflected_and_flagged(court: Court) -> None:
     """A row at the boundary of two stages that is not what the layer's outputs add up to; its sender signed it."""
     arena, batch = court.arena, court.guilty
-    segment = batch.segment(Kind.LINK, 1, 0, 9, 1)
-    evidence = batch.shown(segment)
+    segment = batch.segment(Kind.LINK, 1, 0, 9, 260)
+    evidence, premises = batch.shown(segment), batch.premises(segment)
+    wrong = [(what, encode("prepare", segment, batch.model, openings)) for what, openings in of_openings(premises)]
+    wrong += [(what, encode("prepare", at, batch.model, premises)) for what, at in of_segment(segment)]
+    check(arena, CHALLENGER, encode("prepare", segment, batch.model, premises), wrong)
     salt = arena.commit(segment)
 
     def show(at: Segment, salt: bytes, openings: Sequence[Opening]) -> bytes:

@@ -276,7 +276,7 @@ def same(referee: Contract, steps: Sequence[Step]) -> list[Answer]:
 def test_honest_openings_give_the_same_value(referee: Contract, honest: list[Step]) -> None:
     answers = same(referee, honest)
     assert not [answer for answer in answers if isinstance(answer, Refusal)]
-    assert {step.instruction.op for step in honest} == set(Op), "every op is stepped"
+    assert {step.instruction.op for step in honest} == set(Op) - {Op.JOIN}, "every op of a program is stepped"
     assert len(set(answers)) > len(answers) // 4, "the values are not all alike"
 
 

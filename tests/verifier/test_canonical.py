@@ -170,8 +170,6 @@ PLACES = [
     (Kind.ATTEND, {"layer": 1, "position": 33, "unit": 1}),
     (Kind.MLP, {"layer": 1, "position": 5, "unit": 1}),
     (Kind.EMBED, {"position": 3, "unit": 1}),
-    (Kind.LINK, {"layer": 0, "position": 9, "unit": 1}),
-    (Kind.LINK, {"layer": 1, "position": 9, "unit": 0}),
     (Kind.TOKEN, {"layer": 1, "position": 4, "unit": 12}),
     (Kind.SAMPLE, {"layer": 1, "position": 4, "unit": 12}),
 ]
@@ -243,4 +241,3 @@ def test_a_verdict_sees_what_is_wrong_and_what_is_no_number(model: tiny.Tiny) ->
     ]
     assert verdicts == [False, True, True]
     assert not tiny.case_of(model, trace, Kind.MLP, layer=1, position=5, unit=1).verdict()
-    assert tiny.case_of(model, trace, Kind.LINK, layer=1, position=5, unit=0).verdict()

@@ -160,7 +160,7 @@ def test_the_program_tree_holds_headers_instructions_and_table() -> None:
         ["SUMSQ", "RSQRT", "NORM", "LINEAR", "VERDICT"],
         ["SCORE", "MAX", "EXP", "SUM", "WSUM", "DIV", "LINEAR", "VERDICT"],
         ["ADD", "SUMSQ", "RSQRT", "NORM", "LINEAR", "LINEAR", "GATED", "LINEAR", "VERDICT"],
-        ["JOIN"],
+        [],
         ["SUMSQ", "RSQRT", "NORM", "LOGIT", "COMPARE"],
         [],
         [],
@@ -170,7 +170,7 @@ def test_the_program_tree_holds_headers_instructions_and_table() -> None:
     for kind, steps in enumerate(lists):
         header = SegmentHeader.decode(leaves[kind])
         assert tuple(Instruction.decode(x) for x in leaves[header.first : header.first + header.steps]) == steps
-    assert [h.units for h in program.headers] == [3, 6, 2, 2, 3, 3, 3, 50, 0, 0, 0, 50]
+    assert [h.units for h in program.headers] == [3, 6, 2, 2, 3, 3, 0, 50, 0, 0, 0, 50]
     assert program.table_base == 12 + sum(map(len, lists)) == len(leaves) - 1
     assert leaves[-1] == b"".join(f.to_bytes(8, "big") for f in program.table)
     assert lists[1][4].y.base == lists[2][4].y.base == program.table_base

@@ -135,7 +135,7 @@ def test_every_opening_satisfies_the_referee_until_a_byte_flips(
     kind, instruction = data.draw(st.sampled_from(served_steps(shape)))
     layer = 2 if kind in (Kind.TOKEN, Kind.SAMPLE) else data.draw(st.integers(0, 1))
     position, unit = data.draw(st.integers(0, positions - 1)), 0
-    if kind in (Kind.ATTEND, Kind.MLP, Kind.LINK):
+    if kind in (Kind.ATTEND, Kind.MLP):
         unit = data.draw(st.integers(0, shape.blocks - 1))
     here, there = (trace, after)[layer == 2], (trace, after)[layer > 0]
     cell = Cell(layer, position, unit, 0, here.trace, there.trace)

@@ -15,6 +15,7 @@ from contracts.play import Followed
 from deploy.devnet import Devnet
 from tests.worker.pipeline_in_process import Tiny, within
 from tests.worker.village import CLOCK_SECONDS, WINDOW_SECONDS, Village
+from verifier import link
 from verifier.canonical import Case
 from verifier.commit import Request, StageTree
 from verifier.game import WRONG, Game, HandoffProof, Move, NothingWrong, Phase, Proof, Segment
@@ -176,12 +177,11 @@ def trace_of(agent: Agent, job: bytes, request: int) -> RequestTrace:
     return RequestTrace.load(trace_path(agent.folder(job).path, request), agent.stage.shape)
 
 
-def case_of(village: Village, segment: Segment, next_stage: int | None = None) -> Case:
-    """The truth about a segment of stage 0 or, with `next_stage`, about the boundary to it."""
-    agent = village.agents[segment.stage if next_stage is None else next_stage - 1]
-    following = None if next_stage is None else trace_of(village.agents[next_stage], segment.job, segment.request)
+def case_of(village: Village, segment: Segment) -> Case:
+    """The truth about a segment of stage 0."""
+    agent = village.agents[segment.stage]
     trace = trace_of(agent, segment.job, segment.request)
-    return Case(agent.model, agent.stage.weights, agent.responder.profile, segment, trace, following)
+    return Case(agent.model, agent.stage.weights, agent.responder.profile, segment, trace)
 
 
 def node(agent: Agent, job: bytes, request: int) -> Opening:
@@ -276,21 +276,18 @@ def test_a_receiver_shifts_the_blame_for_a_diverted_row(
         job = await village.open(requests_batch)
         await village.reaches(job, Status.COMMITTED)
         boundary = village.configs[0].end_layer - 1
-        segment = Segment(job, 1, int(Kind.LINK), 2, boundary, 7, 0)
-        case = case_of(village, segment, next_stage=1)
+        segment = Segment(job, 1, int(Kind.LINK), 2, boundary, 7, 5)
+        sent, received = (trace_of(agent, job, segment.request) for agent in village.agents[:2])
+        model = village.agents[0].model
 
         def show() -> bytes:
             disputes = village.challenger.disputes
             disputes.commit(challenge_id(village.challenger.account, segment, SALT))
             devnet.mine()
-            evidence = [
-                node(village.agents[0], job, 2),
-                node(village.agents[1], job, 2),
-                header(village.agents[1], Kind.LINK),
-                Opening(case.record(0), case.record_proof(0)),
-                *case.openings(0, 0, 0),
-            ]
-            return disputes.show(segment, SALT, case.model, evidence)
+            nodes = [node(agent, job, 2) for agent in village.agents[:2]]
+            disputes.prepare(segment, model, [nodes[0], *link.premises(segment, sent)])
+            evidence = [*nodes, *link.conclusion(segment, sent, received)]
+            return disputes.show(segment, SALT, model, evidence)
 
         game = await asyncio.to_thread(show)
         end = await ending(village, game)

@@ -8,10 +8,12 @@ import {Brief, IEscrow} from "../interfaces/IEscrow.sol";
 import {Cell, IReferee, Model, Opening, Proof, Trace} from "../interfaces/IReferee.sol";
 import {IWorkers, Stage} from "../interfaces/IWorkers.sol";
 import {Codec, SegmentHeader} from "../referee/Codec.sol";
+import {Floats} from "../referee/Floats.sol";
 import {Tree} from "../referee/Tree.sol";
 import {Descent} from "./Descent.sol";
 import {Exact} from "./Exact.sol";
 import {Records} from "./Records.sol";
+import {Rows} from "./Rows.sol";
 
 /// @notice What the evidence yields for a game: all of its state that segment and model do not tell.
 struct Charge {
@@ -25,14 +27,15 @@ struct Charge {
     uint32 firstInstruction;
     bytes32 sampling; // SAMPLE: the request's parameters, as in a Cell
     uint64 index; // EMBED: the output token
+    uint16 moves; // what the challenger has sent since its commitment, this included
     Trace trace;
-    bytes32 list; // LINK: leaf of the judged block, the last opening
+    bytes32 list; // LINK at a boundary: leaf that holds the judged element, the last opening
     bool deflectable; // a signed hand-off may shift the blame
 }
 
 /// @title Evidence: from a named segment and its openings to what is judged
-/// @notice docs/protocol.md, "Segments". Every opening is checked against a root that the chain already holds. Holds nothing; apart from Disputes
-/// because of the size limit of a contract.
+/// @notice docs/protocol.md, "Segments". Every opening is checked against a root that the chain already holds. Holds no more than sums that it
+/// computed from such; apart from Disputes because of the size limit of a contract.
 /// @dev INVARIANT: index < count for all a segment names: request, layer, position, unit, and the tokens these imply.
 contract Evidence {
     /// @dev An opening does not belong to the committed tree.
@@ -55,6 +58,9 @@ contract Evidence {
         keccak256("EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)");
     uint256 private constant KINDS = 12; // headers of a program; those of kinds that judge records have no units
     uint32 private constant NO_TOKEN = type(uint32).max;
+
+    /// @dev Of a LINK that was prepared: 1 + raw bits of its first sum. It never changes, for nor do a stage's roots.
+    mapping(bytes32 segment => uint256) private _sums;
 
     IEscrow public immutable escrow;
     IWorkers public immutable workers;
@@ -106,6 +112,18 @@ contract Evidence {
         return found;
     }
 
+    /// @notice LINK: adds up the first two numbers, for `find` to go on from. By anyone, once and for all: every opening is checked.
+    function prepare(Segment calldata segment, Model calldata model, Opening[] calldata evidence) external {
+        if (segment.kind != LINK) revert IDisputes.WrongSegment("kind");
+        _requireCount(evidence, 3);
+        Docket memory docket = _accuse(segment, model);
+        _findSent(segment, docket, model, evidence[0]);
+        Trace memory sent = docket.charge.trace;
+        uint256 h = Rows.element(segment, model, sent, segment.layer, Rows.H, evidence[1]);
+        uint256 attnOut = Rows.element(segment, model, sent, segment.layer, Rows.ATTN_OUT, evidence[2]);
+        _sums[keccak256(abi.encode(segment))] = 1 + Floats.add(model.servedDtype, h, attnOut);
+    }
+
     /// @notice EMBED, LINK, STOP, BILL and LENGTH: the same once the segment is proved wrong; reverts with NotWrong if it is right.
     function find(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
         external
@@ -131,6 +149,7 @@ contract Evidence {
         docket.stage = workers.pipelineStage(docket.job.pipeline, segment.stage);
 
         Charge memory found = docket.charge;
+        found.moves = 1;
         found.worker = docket.stage.worker;
         found.modelId = modelId;
         found.gasRate = docket.job.gasRate;
@@ -181,29 +200,59 @@ contract Evidence {
         Model calldata model,
         Opening[] calldata evidence
     ) private view {
+        _requireAtLeast(evidence, 3);
         Charge memory found = docket.charge;
-        // LINK of layer l judges the input of layer l + 1, so at a boundary the receiver is accused.
-        bool received = uint256(segment.layer) + 1 == docket.stage.firstLayer;
-        uint256 used = received ? 2 : 1;
-        _requireAtLeast(evidence, used);
-        Trace memory next;
-        if (received) {
-            Stage memory sent = workers.pipelineStage(docket.job.pipeline, segment.stage - 1);
-            found.trace = _trace(segment, segment.stage - 1, docket.job, sent, evidence[0]);
+        found.moves = 2; // `prepare` and `show`
+        found.deflectable = _findSent(segment, docket, model, evidence[0]);
+        _requireCount(evidence, found.deflectable ? 4 : 3);
+        Opening calldata judged = evidence[evidence.length - 1];
+        Trace memory next = found.trace;
+        if (found.deflectable) {
             next = _trace(segment, segment.stage, docket.job, docket.stage, evidence[1]);
+            if (segment.position >= next.positions) revert IDisputes.WrongSegment("position");
+            found.list = Tree.leaf(judged.data);
+        }
+        uint256 total = _total(segment, model, found.trace, evidence[evidence.length - 2]);
+        uint256 layer = uint256(segment.layer) + 1;
+        if (Rows.element(segment, model, next, layer, Rows.H, judged) == total) revert IDisputes.NotWrong();
+    }
+
+    /// @dev Finds the trace that holds the judged layer.
+    /// @return received whether another stage holds the next layer. LINK of layer l judges the input of layer l + 1, so then the receiver is accused
+    function _findSent(Segment calldata segment, Docket memory docket, Model calldata model, Opening calldata node)
+        private
+        view
+        returns (bool received)
+    {
+        if (segment.unit >= model.hidden) revert IDisputes.WrongSegment("unit");
+        Stage memory sent = docket.stage;
+        uint8 index = segment.stage;
+        received = uint256(segment.layer) + 1 == sent.firstLayer;
+        if (received) {
+            --index;
+            sent = workers.pipelineStage(docket.job.pipeline, index);
         } else {
-            _requireLayer(segment, docket.stage);
-            bool last = segment.layer + 1 == docket.stage.endLayer && docket.stage.endLayer != model.layers;
+            _requireLayer(segment, sent);
+            bool last = segment.layer + 1 == sent.endLayer && sent.endLayer != model.layers;
             if (last) revert IDisputes.WrongSegment("stage");
-            found.trace = _trace(segment, segment.stage, docket.job, docket.stage, evidence[0]);
-            next = found.trace;
         }
-        if (segment.position >= found.trace.positions || segment.position >= next.positions) {
-            revert IDisputes.WrongSegment("position");
-        }
-        _judge(segment, found, next, model, evidence, used);
-        found.deflectable = received;
-        found.list = Tree.leaf(evidence[evidence.length - 1].data);
+        Trace memory trace = _trace(segment, index, docket.job, sent, node);
+        if (segment.position >= trace.positions) revert IDisputes.WrongSegment("position");
+        docket.charge.trace = trace;
+    }
+
+    /// @dev What LINK's three numbers add up to.
+    function _total(Segment calldata segment, Model calldata model, Trace memory sent, Opening calldata mlpOut)
+        private
+        view
+        returns (uint256)
+    {
+        uint256 sum = _sums[keccak256(abi.encode(segment))];
+        if (sum == 0) revert IDisputes.NotPrepared();
+        return
+            Floats.add(
+                model.servedDtype, sum - 1, Rows.element(segment, model, sent, segment.layer, Rows.MLP_OUT, mlpOut)
+            );
     }
 
     function _findStop(
@@ -316,7 +365,7 @@ contract Evidence {
         if (place != segment.position) revert IDisputes.BadHandoff("position");
         // The sender has no such position, so any block of it contradicts.
         if (segment.kind == LENGTH) return;
-        if (third != segment.unit) revert IDisputes.BadHandoff("block");
+        if (third != segment.unit / Rows.BLOCK) revert IDisputes.BadHandoff("block");
         if (Tree.leaf(record[head:]) != game.list) revert IDisputes.BadHandoff("values");
     }
 

@@ -10,7 +10,7 @@ struct Segment {
     uint32 request;
     uint32 layer;
     uint32 position;
-    uint32 unit; // head, block or competing token; STOP: index of the shown token, or 0xffffffff
+    uint32 unit; // head, block, element (LINK) or competing token; STOP: index of the shown token, or 0xffffffff
 }
 
 enum Phase {
@@ -45,7 +45,7 @@ struct Game {
     uint64 index; // Nodes: index of the first listed node at `level`; Elements: leaf; Sums: element; Handoff: output token that EMBED read
     uint32 firstChunk; // Sums: the range that the list covers
     uint32 endChunk;
-    bytes32 list; // what the opponent posted last. Nodes: its fold; Elements, Sums: hash over those of its pieces; Handoff: leaf of the judged block
+    bytes32 list; // what the opponent posted last. Nodes: its fold; Elements, Sums: hash over those of its pieces; Handoff: leaf that holds the judged element
     bool workerTurn;
     uint64 turnStarted;
     uint32 workerSeconds;
@@ -103,6 +103,7 @@ interface IDisputes {
     error RecordMismatch();
     error MustProve(); // nothing beneath: prove instead
     error MustDescend(); // a long sum: descend instead
+    error NotPrepared(); // LINK's first sum is not known yet
     error NotWrong(); // the opponent's value is right
     error BadHandoff(string what);
     error CalldataTooLong(uint256 length);
@@ -120,9 +121,13 @@ interface IDisputes {
         bytes calldata steps
     ) external returns (bytes32 id);
 
+    /// @notice LINK, before `show`, so that neither is too large: adds up the first two of the three numbers. By anyone, once.
+    /// @param evidence trace node of the layer's stage; h and attn_out of the layer
+    function prepare(Segment calldata segment, Model calldata model, Opening[] calldata evidence) external;
+
     /// @param evidence by kind
     /// EMBED: trace node, request record, then (prompt token) prompt leaf or (output token) output record, token leaf; header, instruction, openings of SAME
-    /// LINK: trace node of the layer's stage, at a boundary also that of the accused; header, instruction, openings of JOIN
+    /// LINK, once prepared: trace node of the layer's stage, at a boundary also that of the accused; mlp_out of the layer, the next layer's h (or out)
     /// STOP: request record, output record, trace node of the accused; if unit != 0xffffffff the token leaf that holds token `unit`
     /// BILL: output record r; unless r is the last, output record r + 1
     /// LENGTH: trace node of the accused, trace node of its predecessor; position = the predecessor's positions

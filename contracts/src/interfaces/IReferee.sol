@@ -62,7 +62,7 @@ struct Trace {
 struct Cell {
     uint32 layer;
     uint32 position;
-    uint32 unit; // head, block or competing token (SAMPLE: the served token itself, where its membership is judged)
+    uint32 unit; // head, block, element (LINK) or competing token (SAMPLE: the served token itself, where its membership is judged)
     uint32 token; // the served token (TOKEN, SAMPLE) or the token that is embedded (EMBED)
     Trace trace;
     Trace next;

@@ -149,6 +149,7 @@ contract Villagers is Village {
             [Lie.EMBED, Lie.LINK_RECEIVER, Lie.OUT, Lie.STOP, Lie.BILL, Lie.LENGTH, Lie.TOKEN_SENDER][(seed >> 8) % 7];
         Segment memory s = _fault(job.id, b, 0);
         bytes32 salt = _commit(LIAR, s, 0);
+        _prepare(LIAR, b, s);
         (bool done,) = _send(LIAR, _openingCall(b, s, salt, ""));
         if (done) ++honestWorkersConvicted;
     }
@@ -233,6 +234,7 @@ contract Villagers is Village {
         bytes32 salt = _commit(challenger, s, seed);
         bytes32 id = _gameId(challenger, s, salt);
         uint256 alreadyOpen = escrow.openGames(job, s.stage);
+        _prepare(seed % 2 == 0 ? COPIER : challenger, _batch(lie), s);
         bytes memory call = _openingCall(_batch(lie), s, salt, steps);
         if (_sendQuietly(COPIER, call)) ++copiesAccepted;
         (bool done,) = _send(challenger, call);

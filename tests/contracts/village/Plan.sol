@@ -60,9 +60,6 @@ library Plan {
         if (kind == EMBED) {
             steps = new Instruction[](1);
             steps[0] = _ins(Op.SAME, 1, 0, 0, _blocks(H), _weight(TOKEN_LEAF), _none());
-        } else if (kind == LINK) {
-            steps = new Instruction[](1);
-            steps[0] = _ins(Op.JOIN, 1, 0, 0, _blocks(H), _blocks(ATTN), _blocks(MLP_OUT));
         } else if (kind == K) {
             steps = new Instruction[](2);
             steps[0] = _ins(Op.ADD, uint32(BLOCK), 0, 0, _blocks(H), _blocks(ATTN), _none());
@@ -94,7 +91,7 @@ library Plan {
     }
 
     function units(uint8 kind) internal pure returns (uint32) {
-        if (kind == EMBED || kind == K || kind == LINK) return 2;
+        if (kind == EMBED || kind == K) return 2;
         if (kind == MLP) return 1;
         return kind == TOKEN ? VOCABULARY : 0;
     }

@@ -41,6 +41,7 @@ abstract contract Scene is Village {
         vm.prank(challenger);
         disputes.commit(t.id);
         vm.roll(block.number + 1);
+        _prepare(challenger, b, s);
     }
 
     function _started(address challenger, Batch memory b, Segment memory s, bytes memory steps)

@@ -165,7 +165,13 @@ library Solver {
         if (s.kind == Plan.LINK) {
             bool boundary = s.layer < s.stage;
             Opening[] memory head = boundary ? _list(bare(b.nodes[0]), bare(b.nodes[1])) : _list(bare(b.nodes[1]));
-            return _join(_join(head, _exact(s.kind)), _joined(b, s, boundary));
+            return _join(
+                head,
+                _list(
+                    Cases.rowOf(b, s.layer, s.position, Plan.MLP_OUT, s.unit, 1),
+                    Cases.rowOf(b, 1, s.position, boundary ? Plan.H : Plan.OUT, s.unit, 1)
+                )
+            );
         }
         Opening memory prompt = bare(abi.encodePacked(Batches.PROMPT));
         Opening[] memory told = s.position == 0
@@ -179,13 +185,13 @@ library Solver {
         return _join(_join(told, _exact(s.kind)), same);
     }
 
-    function _joined(Batch memory b, Segment memory s, bool boundary) private pure returns (Opening[] memory list) {
-        uint256 column = s.unit * Plan.BLOCK;
-        list = new Opening[](4);
-        list[0] = Cases.rowOf(b, s.layer, s.position, Plan.H, column, 64);
-        list[1] = Cases.rowOf(b, s.layer, s.position, Plan.ATTN, column, 64);
-        list[2] = Cases.rowOf(b, s.layer, s.position, Plan.MLP_OUT, column, 64);
-        list[3] = Cases.rowOf(b, 1, s.position, boundary ? Plan.H : Plan.OUT, column, 64);
+    /// @notice What `prepare` wants to see of a LINK.
+    function premises(Batch memory b, Segment memory s) internal pure returns (Opening[] memory) {
+        return _list(
+            bare(b.nodes[s.layer]),
+            Cases.rowOf(b, s.layer, s.position, Plan.H, s.unit, 1),
+            Cases.rowOf(b, s.layer, s.position, Plan.ATTN, s.unit, 1)
+        );
     }
 
     function _exact(uint8 kind) private pure returns (Opening[] memory) {

@@ -112,8 +112,10 @@ abstract contract Village is Market {
         if (lie == Lie.NAN) return Segment(id, 1, Plan.MLP, 0, 1, 0, 0);
         if (lie == Lie.BLOCK) return Segment(id, 0, Plan.K, 0, 0, 0, 1);
         if (lie == Lie.EMBED) return Segment(id, 0, Plan.EMBED, 0, 0, 0, 1);
-        if (lie == Lie.LINK_RECEIVER || lie == Lie.LINK_SENDER) return Segment(id, 1, Plan.LINK, 0, 0, 1, 1);
-        if (lie == Lie.OUT) return Segment(id, 1, Plan.LINK, 0, 1, 0, 1);
+        if (lie == Lie.LINK_RECEIVER || lie == Lie.LINK_SENDER) {
+            return Segment(id, 1, Plan.LINK, 0, 0, 1, uint32(Plan.ALTERED_COLUMN));
+        }
+        if (lie == Lie.OUT) return Segment(id, 1, Plan.LINK, 0, 1, 0, uint32(Plan.ALTERED_COLUMN));
         if (lie == Lie.STOP) return Segment(id, 1, Plan.STOP, 0, 0, 0, NO_TOKEN);
         if (lie == Lie.BILL) return Segment(id, 1, Plan.BILL, 0, 0, 0, 0);
         if (lie == Lie.LENGTH) return Segment(id, 1, Plan.LENGTH, 0, 0, Batches.POSITIONS, 0);
@@ -148,6 +150,11 @@ abstract contract Village is Market {
     {
         if (_shown(s.kind)) return abi.encodeCall(IDisputes.show, (s, salt, model, Solver.exhibits(b, s)));
         return abi.encodeCall(IDisputes.challenge, (s, salt, model, Solver.evidence(b, s), steps));
+    }
+
+    /// @notice What a LINK wants before it is shown, which anyone may send.
+    function _prepare(address sender, Batch memory b, Segment memory s) internal {
+        if (s.kind == Plan.LINK) _send(sender, abi.encodeCall(IDisputes.prepare, (s, model, Solver.premises(b, s))));
     }
 
     /// @notice The call by which a mover answers; empty if it has none.
