@@ -74,14 +74,22 @@ library Codec {
         returns (int256[] memory values)
     {
         uint256 size = elementBytes(wide);
-        // SAFETY: the loop below reads memory unchecked.
+        // SAFETY: `valuesAt` reads memory unchecked.
         if (data.length < (first + count) * size) revert DataLength((first + count) * size, data.length);
+        uint256 source;
+        assembly ("memory-safe") {
+            source := add(add(data, 32), mul(first, size))
+        }
+        return valuesAt(source, count, wide);
+    }
+
+    /// @notice As `decodeValues`, from the address of the first.
+    function valuesAt(uint256 source, uint256 count, bool wide) internal pure returns (int256[] memory values) {
         // Room for three more: a word of narrow elements is unpacked as a whole, then the length is set right. What is read past the end is
         // never seen.
         values = new int256[](count + 3);
         assembly ("memory-safe") {
             mstore(values, count)
-            let source := add(add(data, 32), mul(first, size))
             let target := add(values, 32)
             let end := add(target, mul(count, 32))
             switch wide

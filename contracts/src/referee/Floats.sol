@@ -21,6 +21,13 @@ library Floats {
     /// @dev What VERDICT sees in place of a served value that is NaN, infinite or too large. No valid value comes near it.
     int256 internal constant INVALID = 1 << 62;
 
+    /// @dev Of bfloat16 weights and served values: the exponent field of a number whose lowest mantissa bit is the lowest that is kept, and the
+    /// lowest that is invalid.
+    uint256 internal constant WEIGHT_BASE = 134 - 24;
+    uint256 internal constant WEIGHT_BEYOND = 127 + WEIGHT_LIMIT;
+    uint256 internal constant SERVED_BASE = 134 - SERVED_FRACTION;
+    uint256 internal constant SERVED_BEYOND = 127 + SERVED_LIMIT;
+
     uint256 private constant INFINITY_32 = 0x7f800000;
 
     /// @notice Fraction bits of decoded weights, "G".
@@ -90,7 +97,7 @@ library Floats {
         pure
         returns (int256[] memory values)
     {
-        if (dtype == BFLOAT16) return _bfloats(data, first, count, SERVED_FRACTION, SERVED_LIMIT, instead);
+        if (dtype == BFLOAT16) return bfloatsAt(_at(data, first), count, SERVED_BASE, SERVED_BEYOND, instead);
         values = rawBits(data, first, count, dtype);
         decodeServed(values, dtype, instead);
     }
@@ -101,15 +108,24 @@ library Floats {
         pure
         returns (int256[] memory values)
     {
-        if (dtype == BFLOAT16) return _bfloats(data, first, count, weightFraction(dtype), WEIGHT_LIMIT, 0);
+        if (dtype == BFLOAT16) return bfloatsAt(_at(data, first), count, WEIGHT_BASE, WEIGHT_BEYOND, 0);
         values = rawBits(data, first, count, dtype);
         decodeWeights(values, dtype);
     }
 
-    /// @dev bfloat16, the dtype of nearly every model, without a list of raw bits: sixteen lanes of a word are taken apart side by side where all
-    /// are normal numbers that lose nothing to truncation, and one by one where any is not.
-    function _bfloats(bytes memory data, uint256 first, uint256 count, uint256 fraction, uint256 limit, int256 instead)
-        private
+    /// @dev Address of a two-byte element.
+    function _at(bytes memory data, uint256 index) private pure returns (uint256 source) {
+        assembly ("memory-safe") {
+            source := add(add(data, 32), shl(1, index))
+        }
+    }
+
+    /// @dev bfloat16, the dtype of nearly every model, from the address of the first, without a list of raw bits: sixteen of a word side by side
+    /// where all are plain, else one by one.
+    /// @param base the exponent field below which bits are lost
+    /// @param beyond the lowest exponent field that is invalid
+    function bfloatsAt(uint256 source, uint256 count, uint256 base, uint256 beyond, int256 instead)
+        internal
         pure
         returns (int256[] memory values)
     {
@@ -117,82 +133,84 @@ library Floats {
             // Whole words are decoded, then the length is set right.
             values = new int256[](count + 16);
         }
-        uint256 source;
         uint256 target;
+        uint256 end;
         assembly ("memory-safe") {
-            source := add(add(data, 32), shl(1, first))
             target := add(values, 32)
+            end := add(target, mul(count, 32))
             mstore(values, count)
         }
-        // The exponent field of a number whose lowest mantissa bit is 2^-fraction: below it bits are lost; and the lowest that is invalid.
-        _bfloatWords(source, target, target + 32 * count, 134 - fraction, 127 + limit, instead);
-    }
-
-    /// @dev Decodes words from `source` on to `target` .. `end`, and what the last word holds besides.
-    function _bfloatWords(uint256 source, uint256 target, uint256 end, uint256 base, uint256 beyond, int256 instead)
-        private
-        pure
-    {
-        assembly ("memory-safe") {
-            // A lane that may be anything.
-            function any(raw, low, tooHigh, other) -> value {
-                let exponent := and(shr(7, raw), 255)
-                // Zeros and subnormals: no hidden bit, and the exponent of the lowest normal numbers.
-                value := or(and(raw, 127), shl(7, gt(exponent, 0)))
-                value := shr(low, shl(or(exponent, iszero(exponent)), value))
-                if shr(15, raw) { value := sub(0, value) }
-                if iszero(lt(exponent, tooHigh)) { value := other }
+        while (target < end) {
+            uint256 word;
+            assembly ("memory-safe") {
+                word := mload(source)
+                source := add(source, 32)
             }
-            for {} lt(target, end) { source := add(source, 32) } {
-                let word := mload(source)
-                word := or(
-                    shl(8, and(word, 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)),
-                    and(shr(8, word), 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff)
-                )
-                let magnitude := and(word, 0x7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff)
-                let shift := 0x0001000100010001000100010001000100010001000100010001000100010001
-                // A lane's sum reaches bit 15 exactly if its exponent field is at least `beyond`; or, in the second, at least `base`.
-                switch and(
-                    or(
-                        add(magnitude, mul(shift, sub(0x8000, shl(7, beyond)))),
-                        not(add(magnitude, mul(shift, sub(0x8000, shl(7, base)))))
-                    ),
-                    0x8000800080008000800080008000800080008000800080008000800080008000
-                )
+            (bool plain, uint256 mantissas, uint256 shifts) = lanes(word, base, beyond);
+            assembly ("memory-safe") {
+                // A lane that may be anything.
+                function any(raw, low, tooHigh, other) -> value {
+                    let exponent := and(shr(7, raw), 255)
+                    // Zeros and subnormals: no hidden bit, and the exponent of the lowest normal numbers.
+                    value := or(and(raw, 127), shl(7, gt(exponent, 0)))
+                    value := shr(low, shl(or(exponent, iszero(exponent)), value))
+                    if shr(15, raw) { value := sub(0, value) }
+                    if iszero(lt(exponent, tooHigh)) { value := other }
+                }
+                switch plain
                 case 0 {
-                    shift := sub(
-                        and(shr(7, magnitude), 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff),
-                        mul(shift, base)
-                    )
-                    magnitude := or(
-                        and(word, 0x007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f),
-                        0x0080008000800080008000800080008000800080008000800080008000800080
-                    )
-                    // Twice the sign bit, taken from 1, is the factor.
-                    word := and(shr(14, word), 0x0002000200020002000200020002000200020002000200020002000200020002)
-                    // Eight lanes, then the other eight. INVARIANT: every magnitude has its hidden bit, so 0 means that both were done.
-                    for {} magnitude { magnitude := shl(128, magnitude) } {
-                        mstore(target, mul(sub(1, byte(1, word)), shl(byte(1, shift), byte(1, magnitude))))
-                        mstore(add(target, 32), mul(sub(1, byte(3, word)), shl(byte(3, shift), byte(3, magnitude))))
-                        mstore(add(target, 64), mul(sub(1, byte(5, word)), shl(byte(5, shift), byte(5, magnitude))))
-                        mstore(add(target, 96), mul(sub(1, byte(7, word)), shl(byte(7, shift), byte(7, magnitude))))
-                        mstore(add(target, 128), mul(sub(1, byte(9, word)), shl(byte(9, shift), byte(9, magnitude))))
-                        mstore(add(target, 160), mul(sub(1, byte(11, word)), shl(byte(11, shift), byte(11, magnitude))))
-                        mstore(add(target, 192), mul(sub(1, byte(13, word)), shl(byte(13, shift), byte(13, magnitude))))
-                        mstore(add(target, 224), mul(sub(1, byte(15, word)), shl(byte(15, shift), byte(15, magnitude))))
-                        target := add(target, 256)
-                        word := shl(128, word)
-                        shift := shl(128, shift)
+                    for { let lane := 0 } lt(lane, 32) { lane := add(lane, 2) } {
+                        let raw := or(byte(lane, word), shl(8, byte(add(lane, 1), word)))
+                        mstore(add(target, shl(4, lane)), any(raw, base, beyond, instead))
                     }
                 }
                 default {
-                    for { let lane := 256 } lane {} {
-                        lane := sub(lane, 16)
-                        mstore(target, any(and(shr(lane, word), 0xffff), base, beyond, instead))
-                        target := add(target, 32)
+                    for { let place := target } lt(place, add(target, 512)) { place := add(place, 128) } {
+                        mstore(place, shl(byte(1, shifts), sar(240, mantissas)))
+                        mstore(add(place, 32), shl(byte(3, shifts), sar(240, shl(16, mantissas))))
+                        mstore(add(place, 64), shl(byte(5, shifts), sar(240, shl(32, mantissas))))
+                        mstore(add(place, 96), shl(byte(7, shifts), sar(240, shl(48, mantissas))))
+                        mantissas := shl(64, mantissas)
+                        shifts := shl(64, shifts)
                     }
                 }
+                target := add(target, 512)
             }
+        }
+    }
+
+    /// @notice Sixteen bfloat16 of a little-endian word, taken apart side by side; lane i, of 16 bits, is element i.
+    /// @param base the exponent field below which bits would be lost
+    /// @param beyond the lowest exponent field that is invalid
+    /// @return plain whether all are valid normal numbers that lose nothing; only then the rest means anything
+    /// @return mantissas each with its hidden bit and its sign
+    /// @return shifts by how much each is to be shifted left, in the lane's lower byte
+    function lanes(uint256 word, uint256 base, uint256 beyond)
+        internal
+        pure
+        returns (bool plain, uint256 mantissas, uint256 shifts)
+    {
+        assembly ("memory-safe") {
+            let ones := 0x0001000100010001000100010001000100010001000100010001000100010001
+            let low := 0x00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff
+            word := or(shl(8, and(word, low)), and(shr(8, word), low))
+            let magnitude := and(word, 0x7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff7fff)
+            // A lane's sum reaches bit 15 exactly if its exponent field is at least `beyond`; or, in the second, at least `base`.
+            let above := add(magnitude, mul(ones, sub(0x8000, shl(7, base))))
+            plain := iszero(
+                and(
+                    or(add(magnitude, mul(ones, sub(0x8000, shl(7, beyond)))), not(above)),
+                    0x8000800080008000800080008000800080008000800080008000800080008000
+                )
+            )
+            shifts := and(shr(7, above), low)
+            let negative := and(shr(15, word), ones)
+            mantissas := or(
+                and(magnitude, 0x007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f007f),
+                0x0080008000800080008000800080008000800080008000800080008000800080
+            )
+            // Two's complement in each lane: all ones are 2^16 - 1, and no mantissa is 0.
+            mantissas := add(xor(mantissas, mul(negative, 0xffff)), negative)
         }
     }
 

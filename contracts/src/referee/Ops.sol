@@ -96,7 +96,7 @@ library Ops {
     /// @dev [x...]: the sum of squares, Q60.
     function sumsq(int256[][] memory args) internal pure returns (int256) {
         _lists(args, 1);
-        return _dot(args[0], args[0]);
+        return dot(args[0], args[0]);
     }
 
     /// @dev [x] a sum of b squares, a = floor(eps * 2^60): 1 / sqrt(x / b + eps), Q40; 0 where that divides by zero.
@@ -120,7 +120,7 @@ library Ops {
     /// @dev [x...], [y...]: the sum of products. LINEAR, WSUM and LOGIT differ in what they read and in `finish` only.
     function linear(int256[][] memory args) internal pure returns (int256) {
         _lists(args, 2);
-        return _dot(args[0], args[1]);
+        return dot(args[0], args[1]);
     }
 
     /// @dev [x0, x1], [frequency] at position a: the first (b = 0) or second half's element of the turned pair.
@@ -138,7 +138,7 @@ library Ops {
     /// @dev [q...], [k...]: their product times the scale a (Q40), for a softmax in base 2.
     function score(int256[][] memory args, uint256 a) internal pure returns (int256) {
         _lists(args, 2);
-        int256 product = Fixed.cl(Fixed.rs(_dot(args[0], args[1]), 30));
+        int256 product = Fixed.cl(Fixed.rs(dot(args[0], args[1]), 30));
         unchecked {
             return Fixed.rs(product * int256(a), 40);
         }
@@ -202,11 +202,8 @@ library Ops {
         _length(served, standard.length);
         _length(cell, 3);
         unchecked {
-            (bool bad, uint256 distance, uint256 size) = _distance(standard, served, a);
-            if (bad) return 1;
-            size += standard.length * uint256(cell[2] * cell[2]);
-            (uint256 num, uint256 den) = (uint256(cell[0]), uint256(cell[1]));
-            return distance * den * den > num * num * size ? int256(1) : int256(0);
+            (bool bad, uint256 distance_, uint256 size) = distance(standard, served, a);
+            return bad || outside(distance_, size, standard.length, cell) ? int256(1) : int256(0);
         }
     }
 
@@ -252,11 +249,24 @@ library Ops {
 
     // ---- what the ops share
 
-    /// @dev VERDICT's sums over the pairs whose S is valid, of equally long lists; bad where an invalid S is not excused.
-    function _distance(int256[] memory standard, int256[] memory served, uint256 a)
-        private
+    /// @dev Whether VERDICT's sums, over `count` pairs, are out of the tolerance [num, den, floor].
+    function outside(uint256 distance_, uint256 size, uint256 count, int256[] memory cell)
+        internal
         pure
-        returns (bool bad, uint256 distance, uint256 size)
+        returns (bool)
+    {
+        unchecked {
+            size += count * uint256(cell[2] * cell[2]);
+            (uint256 num, uint256 den) = (uint256(cell[0]), uint256(cell[1]));
+            return distance_ * den * den > num * num * size;
+        }
+    }
+
+    /// @dev VERDICT's sums over the pairs whose S is valid, of equally long lists; bad where an invalid S is not excused.
+    function distance(int256[] memory standard, int256[] memory served, uint256 a)
+        internal
+        pure
+        returns (bool bad, uint256 distance_, uint256 size)
     {
         int256 missing = Floats.INVALID;
         // Assembly for the same reason as the product below.
@@ -264,32 +274,6 @@ library Ops {
             let ahead := sub(served, standard)
             let place := add(standard, 32)
             let end := add(place, shl(5, mload(standard)))
-            // Four pairs a turn while they last and are valid, then one.
-            for { let whole := add(place, and(sub(end, place), not(127))) } lt(place, whole) {
-                place := add(place, 128)
-            } {
-                let there := add(place, ahead)
-                if or(
-                    or(eq(mload(there), missing), eq(mload(add(there, 32)), missing)),
-                    or(eq(mload(add(there, 64)), missing), eq(mload(add(there, 96)), missing))
-                ) { break }
-                let d := mload(place)
-                let s := sub(mload(there), d)
-                let more := mul(s, s)
-                let sizes := mul(d, d)
-                d := mload(add(place, 32))
-                s := sub(mload(add(there, 32)), d)
-                more := add(more, mul(s, s))
-                sizes := add(sizes, mul(d, d))
-                d := mload(add(place, 64))
-                s := sub(mload(add(there, 64)), d)
-                more := add(more, mul(s, s))
-                sizes := add(sizes, mul(d, d))
-                d := mload(add(place, 96))
-                s := sub(mload(add(there, 96)), d)
-                distance := add(distance, add(more, mul(s, s)))
-                size := add(size, add(sizes, mul(d, d)))
-            }
             for {} lt(place, end) { place := add(place, 32) } {
                 let d := mload(place)
                 let s := mload(add(place, ahead))
@@ -303,13 +287,14 @@ library Ops {
                     s := 0
                 }
                 s := sub(s, d)
-                distance := add(distance, mul(s, s))
+                distance_ := add(distance_, mul(s, s))
                 size := add(size, mul(d, d))
             }
         }
     }
 
-    function _dot(int256[] memory x, int256[] memory y) private pure returns (int256 total) {
+    /// @dev The sum of products.
+    function dot(int256[] memory x, int256[] memory y) internal pure returns (int256 total) {
         _length(y, x.length);
         // Assembly because bounds checks would double the cost of the 256-term step that most games end with.
         assembly ("memory-safe") {

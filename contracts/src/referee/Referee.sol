@@ -5,6 +5,7 @@ import {Cell, Instruction, IReferee, Model, Opening, Operand, Proof, Trace} from
 import {Codec} from "./Codec.sol";
 import {Floats} from "./Floats.sol";
 import {Op, Ops} from "./Ops.sol";
+import {Packed} from "./Packed.sol";
 import {Sampler} from "./Sampler.sol";
 import {Sampling} from "./Sampling.sol";
 import {Tree} from "./Tree.sol";
@@ -111,9 +112,10 @@ contract Referee is IReferee {
         if (openings.length != reads.length) revert OpeningCount(reads.length, openings.length);
         if (reads.length == 0) return 0;
 
+        if (_isPacked(place, ins, reads)) return _packed(place, ins, reads, openings);
         int256[][] memory args = new int256[][](reads.length);
         for (uint256 i = 0; i < args.length; ++i) {
-            args[i] = _read(place, reads[i], Opening(openings[i].data, openings[i].siblings));
+            args[i] = _read(place, reads[i], openings[i]);
             if (reads[i].ends) args[i] = _pair(args[i][0], args[i][args[i].length - 1]);
         }
         if (ins.op >= uint8(Op.RANK)) args = _withDraw(args, place.cell, chunk * Codec.chunkTerms(ins.op));
@@ -138,6 +140,38 @@ contract Referee is IReferee {
         return sampler.run(op, Sampling.pack(args));
     }
 
+    /// @dev Whether a step is a long sum over narrow integers and bfloat16, as most games end with.
+    function _isPacked(Place memory place, Instruction memory ins, Read[] memory reads) private pure returns (bool) {
+        bool verdict = ins.op == uint8(Op.VERDICT);
+        if (!verdict && ins.op != uint8(Op.LINEAR) && ins.op != uint8(Op.LOGIT)) return false;
+        uint8 dtype = verdict ? place.model.servedDtype : place.model.weightDtype;
+        return dtype == Floats.BFLOAT16 && !_isWide(reads[0].operand);
+    }
+
+    function _packed(Place memory place, Instruction memory ins, Read[] memory reads, Opening[] calldata openings)
+        private
+        pure
+        returns (int256)
+    {
+        uint256 x = _addressOf(place, reads[0], openings[0], 8);
+        uint256 y = _addressOf(place, reads[1], openings[1], 2);
+        if (ins.op != uint8(Op.VERDICT)) return Packed.linear(x, y, reads[0].count);
+        int256[] memory cell = _read(place, reads[2], openings[2]);
+        return Packed.verdict(x, y, reads[0].count, ins.a, cell);
+    }
+
+    /// @dev Where in memory the elements of a read, of `size` bytes each, lie.
+    function _addressOf(Place memory place, Read memory read, Opening calldata opening, uint256 size)
+        private
+        pure
+        returns (uint256 start)
+    {
+        (bytes memory data, uint256 from) = _open(place, read, opening);
+        assembly ("memory-safe") {
+            start := add(add(data, 32), mul(size, from))
+        }
+    }
+
     // ---- plan
 
     /// @dev The reads of one chunk of element e, one for each opening; none for the padding of a row of positions.
@@ -155,56 +189,41 @@ contract Referee is IReferee {
         if (op == Op.SCORE || op == Op.EXP) {
             (uint256 head, uint256 j) = (e / Codec.paddedPositions(t), e % Codec.paddedPositions(t));
             if (j > t) return reads;
-            reads = new Read[](2);
-            if (op == Op.EXP) {
-                reads[0] = _of(ins, ins.x, STEP, e, 1);
-                reads[1] = _of(ins, ins.y, STEP, head, 1);
-            } else {
-                reads[0] = _of(ins, ins.x, SERVED, head * ins.terms, ins.terms);
-                reads[1] = _of(ins, ins.y, SERVED, head / ins.b * ins.terms, ins.terms);
-                (reads[0].row, reads[1].row) = (t, j);
-            }
-        } else if (op == Op.SAME || op == Op.JOIN) {
-            return _planBlock(place, ins, op);
-        } else if (op == Op.RSQRT) {
-            reads = new Read[](1);
-            reads[0] = _of(ins, ins.x, STEP, 0, 1);
-        } else if (op == Op.NORM) {
-            reads = new Read[](3);
-            reads[0] = _of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, e, 1);
-            reads[0].row = t;
-            reads[1] = _of(ins, ins.y, STEP, 0, 1);
-            reads[2] = _of(ins, ins.z, WEIGHT, e, 1);
-        } else if (op == Op.VERDICT) {
-            uint256 n = _vectorLength(place, ins.x);
-            reads = new Read[](3);
-            reads[0] = _of(ins, ins.x, STEP, 0, n);
-            reads[1] = _of(ins, ins.y, SERVED, 0, n);
-            (reads[1].row, reads[1].view_) = (t, View.CHECKED);
-            reads[2] = _of(ins, ins.z, PROFILE, 0, 1);
-        } else if (op == Op.COMPARE) {
-            reads = new Read[](2);
-            reads[0] = _of(ins, ins.x, STEP, 0, 2);
-            reads[0].ends = true;
-            reads[1] = _of(ins, ins.z, PROFILE, 0, 1);
-        } else {
-            reads = new Read[](2);
-            if (op == Op.ADD) {
-                reads[0] = _of(ins, ins.x, SERVED, e, 1);
-                reads[1] = _of(ins, ins.y, SERVED, e, 1);
-                (reads[0].row, reads[0].view_) = (t, View.RAW);
-                (reads[1].row, reads[1].view_) = (t, View.RAW);
-            } else if (op == Op.ROPE) {
-                uint256 half = ins.cols / 2;
-                reads[0] = _of(ins, ins.x, STEP, e % half, half + 1);
-                reads[0].ends = true;
-                reads[1] = _of(ins, ins.y, TABLE, e % half, 1);
-            } else {
-                // DIV divides a row of its elements by one, GATED pairs them.
-                reads[0] = _of(ins, ins.x, STEP, e, 1);
-                reads[1] = _of(ins, ins.y, STEP, op == Op.DIV ? e / ins.cols : e, 1);
-            }
+            if (op == Op.EXP) return _two(_of(ins, ins.x, STEP, e, 1), _of(ins, ins.y, STEP, head, 1));
+            return _two(
+                _row(_of(ins, ins.x, SERVED, head * ins.terms, ins.terms), t),
+                _row(_of(ins, ins.y, SERVED, head / ins.b * ins.terms, ins.terms), j)
+            );
         }
+        if (op == Op.SAME || op == Op.JOIN) return _planBlock(place, ins, op);
+        if (op == Op.RSQRT) return _one(_of(ins, ins.x, STEP, 0, 1));
+        if (op == Op.NORM) {
+            return _three(
+                _row(_of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, e, 1), t),
+                _of(ins, ins.y, STEP, 0, 1),
+                _of(ins, ins.z, WEIGHT, e, 1)
+            );
+        }
+        if (op == Op.VERDICT) {
+            uint256 n = _vectorLength(place, ins.x);
+            reads = _three(
+                _of(ins, ins.x, STEP, 0, n), _row(_of(ins, ins.y, SERVED, 0, n), t), _of(ins, ins.z, PROFILE, 0, 1)
+            );
+            reads[1].view_ = View.CHECKED;
+            return reads;
+        }
+        if (op == Op.COMPARE) {
+            return _two(_ends(_of(ins, ins.x, STEP, 0, 2)), _of(ins, ins.z, PROFILE, 0, 1));
+        }
+        if (op == Op.ADD) {
+            return _two(_raw(_of(ins, ins.x, SERVED, e, 1), t), _raw(_of(ins, ins.y, SERVED, e, 1), t));
+        }
+        if (op == Op.ROPE) {
+            uint256 half = ins.cols / 2;
+            return _two(_ends(_of(ins, ins.x, STEP, e % half, half + 1)), _of(ins, ins.y, TABLE, e % half, 1));
+        }
+        // DIV divides a row of its elements by one, GATED pairs them.
+        return _two(_of(ins, ins.x, STEP, e, 1), _of(ins, ins.y, STEP, op == Op.DIV ? e / ins.cols : e, 1));
     }
 
     /// @dev The sums: terms start .. start+count-1.
@@ -218,8 +237,8 @@ contract Referee is IReferee {
         uint256 start = chunk * size;
         uint256 count = Codec.termCount(ins, t);
         count = count - start < size ? count - start : size;
-        bool pairs = op == Op.LINEAR || op == Op.LOGIT || op == Op.WSUM;
-        reads = new Read[](pairs ? 2 : 1);
+        bool alone = op == Op.SUMSQ || op == Op.MAX || op == Op.SUM;
+        reads = new Read[](alone ? 1 : 2);
         if (op == Op.SUMSQ) {
             reads[0] = _of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, start, count);
             reads[0].row = t;
@@ -240,24 +259,20 @@ contract Referee is IReferee {
     function _planSampled(Place memory place, Instruction memory ins, Op op, uint256 chunk)
         private
         pure
-        returns (Read[] memory reads)
+        returns (Read[] memory)
     {
-        reads = new Read[](op == Op.STANDING ? 2 : op == Op.RANK ? 3 : 4);
-        if (op == Op.STANDING) {
-            reads[0] = _of(ins, ins.x, STEP, 0, 1);
-            reads[1] = _of(ins, ins.y, STEP, 0, 1);
-            return reads;
-        }
+        if (op == Op.STANDING) return _two(_of(ins, ins.x, STEP, 0, 1), _of(ins, ins.y, STEP, 0, 1));
+        Read memory logits;
         if (op == Op.CHOICE) {
-            reads[0] = _of(ins, ins.x, STEP, place.cell.token, 1);
+            logits = _of(ins, ins.x, STEP, place.cell.token, 1);
         } else {
             uint256 size = Codec.chunkTerms(ins.op);
             uint256 rest = Codec.termCount(ins, place.cell.position) - chunk * size;
-            reads[0] = _of(ins, ins.x, STEP, chunk * size, rest < size ? rest : size);
+            logits = _of(ins, ins.x, STEP, chunk * size, rest < size ? rest : size);
         }
-        reads[1] = _of(ins, ins.x, STEP, place.cell.unit, 1);
-        if (op != Op.RANK) reads[2] = _of(ins, ins.y, STEP, 0, 1);
-        reads[reads.length - 1] = _of(ins, ins.z, PROFILE, 0, 1);
+        Read memory judged = _of(ins, ins.x, STEP, place.cell.unit, 1);
+        if (op == Op.RANK) return _three(logits, judged, _of(ins, ins.z, PROFILE, 0, 1));
+        return _four(logits, judged, _of(ins, ins.y, STEP, 0, 1), _of(ins, ins.z, PROFILE, 0, 1));
     }
 
     /// @dev `args` and, last, what the sampling ops know of the draw besides.
@@ -284,22 +299,14 @@ contract Referee is IReferee {
         // A unit beyond the tensor reads one column there, which is refused as out of range.
         uint256 count = start < ins.x.width ? ins.x.width - start : 1;
         if (count > BLOCK) count = BLOCK;
-        reads = new Read[](op == Op.SAME ? 2 : 4);
-        reads[0] = _of(ins, ins.x, SERVED, 0, count);
-        if (op == Op.SAME) {
-            reads[1] = _of(ins, ins.y, WEIGHT, start, count);
-        } else {
-            reads[1] = _of(ins, ins.y, SERVED, 0, count);
-            reads[2] = _of(ins, ins.z, SERVED, 0, count);
-            bool last = uint256(place.cell.layer) + 1 == place.model.layers;
-            Operand memory after_ = Operand(SERVED, last ? OUT : H, 0, 0, ins.x.unitStride, ins.x.width);
-            reads[3] = _of(ins, after_, SERVED, 0, count);
-            reads[3].next = true;
-        }
-        for (uint256 i = 0; i < reads.length; ++i) {
-            (reads[i].row, reads[i].view_) = (place.cell.position, View.RAW);
-        }
-        if (op == Op.SAME) reads[1].row = place.cell.token;
+        uint256 t = place.cell.position;
+        Read memory x = _raw(_of(ins, ins.x, SERVED, 0, count), t);
+        if (op == Op.SAME) return _two(x, _raw(_of(ins, ins.y, WEIGHT, start, count), place.cell.token));
+        bool last = uint256(place.cell.layer) + 1 == place.model.layers;
+        Operand memory after_ = Operand(SERVED, last ? OUT : H, 0, 0, ins.x.unitStride, ins.x.width);
+        Read memory next = _raw(_of(ins, after_, SERVED, 0, count), t);
+        next.next = true;
+        return _four(x, _raw(_of(ins, ins.y, SERVED, 0, count), t), _raw(_of(ins, ins.z, SERVED, 0, count), t), next);
     }
 
     /// @dev A read of one row from an operand, which must have the source that the op can read.
@@ -312,6 +319,52 @@ contract Referee is IReferee {
         return Read(operand, 0, 1, first, count, View.VALUE, false, false);
     }
 
+    /// @dev The same read, of a row.
+    function _row(Read memory read, uint256 row) private pure returns (Read memory) {
+        read.row = row;
+        return read;
+    }
+
+    /// @dev The raw bits of a row.
+    function _raw(Read memory read, uint256 row) private pure returns (Read memory) {
+        read.view_ = View.RAW;
+        return _row(read, row);
+    }
+
+    function _ends(Read memory read) private pure returns (Read memory) {
+        read.ends = true;
+        return read;
+    }
+
+    function _one(Read memory x) private pure returns (Read[] memory reads) {
+        reads = new Read[](1);
+        reads[0] = x;
+    }
+
+    function _two(Read memory x, Read memory y) private pure returns (Read[] memory reads) {
+        reads = new Read[](2);
+        (reads[0], reads[1]) = (x, y);
+    }
+
+    function _three(Read memory x, Read memory y, Read memory z) private pure returns (Read[] memory reads) {
+        reads = new Read[](3);
+        (reads[0], reads[1], reads[2]) = (x, y, z);
+    }
+
+    function _four(Read memory x, Read memory y, Read memory z, Read memory last)
+        private
+        pure
+        returns (Read[] memory reads)
+    {
+        reads = new Read[](4);
+        (reads[0], reads[1], reads[2], reads[3]) = (x, y, z, last);
+    }
+
+    /// @dev Whether a STEP operand's vector has wide elements.
+    function _isWide(Operand memory operand) private pure returns (bool) {
+        return operand.layerStride != 0;
+    }
+
     /// @dev Elements of the vector that a STEP operand reads.
     function _vectorLength(Place memory place, Operand memory operand) private pure returns (uint256) {
         return Codec.vectorLength(operand.base, operand.width, operand.unitStride, place.cell.position, place.cell.unit);
@@ -320,138 +373,151 @@ contract Referee is IReferee {
     // ---- read and check
 
     /// @dev The values of a read from its opening.
-    function _read(Place memory place, Read memory read, Opening memory opening)
-        private
-        pure
-        returns (int256[] memory values)
-    {
-        uint8 source = read.operand.source;
-        if (source == STEP) return _readStep(place, read, opening);
-        if (source == TABLE) return _readTable(place, read, opening);
-        if (source == PROFILE) return _readProfile(place, read, opening);
-        if (source == WEIGHT) return _readWeight(place, read, opening);
-        return read.operand.id == V ? _readTiles(place, read, opening) : _readServed(place, read, opening);
-    }
-
-    function _readStep(Place memory place, Read memory read, Opening memory opening)
+    function _read(Place memory place, Read memory read, Opening calldata opening)
         private
         pure
         returns (int256[] memory)
     {
-        Operand memory from = read.operand;
-        bool wide = from.layerStride != 0;
-        uint256 length = _vectorLength(place, from);
-        uint256 leaf =
-            _row(opening.data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
-        bytes32[] memory hashes = Tree.leaves(opening.data, Codec.leafBytes(wide));
-        bytes32 root = Tree.rootOfRange(hashes, leaf, Codec.leafCount(length, wide), opening.siblings);
-        if (from.id >= place.steps.length) revert Tree.IndexOutOfRange(from.id, 1, place.steps.length);
-        _rooted(place.steps[from.id], root);
-        return Codec.decodeValues(opening.data, read.first - leaf * Codec.elementsPerLeaf(wide), read.count, wide);
+        (bytes memory data, uint256 from) = _open(place, read, opening);
+        uint8 source = read.operand.source;
+        if (source == STEP) return Codec.decodeValues(data, from, read.count, _isWide(read.operand));
+        if (source == TABLE || source == PROFILE) return _fields(data, from, source == PROFILE);
+        uint256 count = read.rows * read.count;
+        uint256 dtype = source == WEIGHT ? place.model.weightDtype : place.model.servedDtype;
+        if (read.view_ == View.RAW) return Floats.rawBits(data, from, count, dtype);
+        if (source == WEIGHT) return Floats.weights(data, from, count, dtype);
+        return Floats.served(data, from, count, dtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0));
     }
 
-    function _readTable(Place memory place, Read memory read, Opening memory opening)
-        private
-        pure
-        returns (int256[] memory values)
-    {
-        uint256 leaf = _row(opening.data, read.first, read.count, read.operand.width, TABLE_LEAF, TABLE_BYTES);
-        _inTree(
-            place.model.programRoot,
-            opening,
-            TABLE_LEAF * TABLE_BYTES,
-            read.operand.base + leaf,
-            place.model.programLeaves
-        );
-        bytes memory data = opening.data;
-        uint256 offset = 32 + (read.first - leaf * TABLE_LEAF) * TABLE_BYTES;
+    /// @dev An entry of the RoPE table, or the three fields of a cell of the profile.
+    function _fields(bytes memory data, uint256 from, bool cell) private pure returns (int256[] memory fields) {
         uint256 word;
         assembly ("memory-safe") {
-            word := mload(add(data, offset))
+            word := mload(add(add(data, 32), mul(from, TABLE_BYTES)))
         }
-        values = new int256[](1);
-        values[0] = int256(word >> 192);
+        fields = new int256[](cell ? 3 : 1);
+        if (!cell) {
+            fields[0] = int256(word >> 192);
+            return fields;
+        }
+        fields[0] = int256(word >> 224);
+        fields[1] = int256((word >> 192) & type(uint32).max);
+        fields[2] = int256((word >> 128) & type(uint64).max);
     }
 
-    function _readProfile(Place memory place, Read memory read, Opening memory opening)
+    /// @dev Checks an opening.
+    /// @return data bytes in which the read's elements lie one after another
+    /// @return from the first of these elements
+    function _open(Place memory place, Read memory read, Opening calldata opening)
         private
         pure
-        returns (int256[] memory cell)
+        returns (bytes memory data, uint256 from)
+    {
+        data = opening.data;
+        uint8 source = read.operand.source;
+        if (source == STEP) return (data, _openStep(place, read, data, opening.siblings));
+        if (source == TABLE) return (data, _openTable(place, read, data, opening.siblings));
+        if (source == PROFILE) return (data, _openProfile(place, read, data, opening.siblings));
+        if (source == WEIGHT) return (data, _openWeight(place, read, data, opening.siblings));
+        if (read.operand.id == V) return (_openTiles(place, read, data, opening.siblings), 0);
+        return (data, _openServed(place, read, data, opening.siblings));
+    }
+
+    function _openStep(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
+        private
+        pure
+        returns (uint256)
     {
         Operand memory from = read.operand;
-        if (opening.data.length != PROFILE_BYTES) revert Codec.DataLength(PROFILE_BYTES, opening.data.length);
+        bool wide = _isWide(from);
+        uint256 length = _vectorLength(place, from);
+        uint256 leaf =
+            _leaf(data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
+        bytes32[] memory hashes = Tree.leaves(data, Codec.leafBytes(wide));
+        bytes32 root = Tree.rootOfRange(hashes, leaf, Codec.leafCount(length, wide), siblings);
+        if (from.id >= place.steps.length) revert Tree.IndexOutOfRange(from.id, 1, place.steps.length);
+        _rooted(place.steps[from.id], root);
+        return read.first - leaf * Codec.elementsPerLeaf(wide);
+    }
+
+    function _openTable(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
+        private
+        pure
+        returns (uint256)
+    {
+        uint256 leaf = _leaf(data, read.first, read.count, read.operand.width, TABLE_LEAF, TABLE_BYTES);
+        uint256 index = read.operand.base + leaf;
+        Model memory model = place.model;
+        _inTree(model.programRoot, data, siblings, TABLE_LEAF * TABLE_BYTES, index, model.programLeaves);
+        return read.first - leaf * TABLE_LEAF;
+    }
+
+    function _openProfile(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
+        private
+        pure
+        returns (uint256)
+    {
+        Operand memory from = read.operand;
+        if (data.length != PROFILE_BYTES) revert Codec.DataLength(PROFILE_BYTES, data.length);
         uint256 index = _layerBase(place, from) + uint256(place.cell.unit) * from.unitStride;
-        _inTree(place.model.profileRoot, opening, PROFILE_BYTES, index, place.model.profileLeaves);
-        uint256 word = uint256(bytes32(opening.data));
-        cell = new int256[](3);
-        cell[0] = int256(word >> 224);
-        cell[1] = int256((word >> 192) & type(uint32).max);
-        cell[2] = int256((word >> 128) & type(uint64).max);
+        _inTree(place.model.profileRoot, data, siblings, PROFILE_BYTES, index, place.model.profileLeaves);
+        return 0;
     }
 
     /// @dev A part of a weight's row.
-    function _readWeight(Place memory place, Read memory read, Opening memory opening)
+    function _openWeight(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
         private
         pure
-        returns (int256[] memory)
+        returns (uint256)
     {
         Operand memory from = read.operand;
         uint256 size = Floats.elementBytes(place.model.weightDtype);
-        uint256 leaf = _row(opening.data, read.first, read.count, from.width, BLOCK, size);
+        uint256 leaf = _leaf(data, read.first, read.count, from.width, BLOCK, size);
         uint256 row = uint256(place.cell.unit) * from.unitStride + read.row;
         uint256 index = _layerBase(place, from) + row * _parts(from.width, BLOCK) + leaf;
-        _inTree(place.model.weightsRoot, opening, BLOCK * size, index, place.model.weightsLeaves);
-        uint256 skipped = read.first - leaf * BLOCK;
-        if (read.view_ == View.RAW) return Floats.rawBits(opening.data, skipped, read.count, place.model.weightDtype);
-        return Floats.weights(opening.data, skipped, read.count, place.model.weightDtype);
+        _inTree(place.model.weightsRoot, data, siblings, BLOCK * size, index, place.model.weightsLeaves);
+        return read.first - leaf * BLOCK;
     }
 
     /// @dev A part of one position's row of a served tensor.
-    function _readServed(Place memory place, Read memory read, Opening memory opening)
+    function _openServed(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
         private
         pure
-        returns (int256[] memory)
+        returns (uint256)
     {
         uint256 width = read.operand.width;
         uint256 positions = _trace(place, read).positions;
         uint256 size = Floats.elementBytes(place.model.servedDtype);
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
-        uint256 leaf = _row(opening.data, column, read.count, width, BLOCK, size);
+        uint256 leaf = _leaf(data, column, read.count, width, BLOCK, size);
         uint256 first = read.row * _parts(width, BLOCK) + leaf;
-        _inTrace(place, read, opening, BLOCK * size, first, positions * _parts(width, BLOCK));
-        return _seen(place, read, opening.data, column - leaf * BLOCK, read.count);
+        _inTrace(place, read, data, siblings, BLOCK * size, first, positions * _parts(width, BLOCK));
+        return column - leaf * BLOCK;
     }
 
     /// @dev A part of one row, or of one column within a tile, of a tensor in tiles.
-    function _readTiles(Place memory place, Read memory read, Opening memory opening)
+    /// @return the elements alone
+    function _openTiles(Place memory place, Read memory read, bytes memory data, bytes32[] memory siblings)
         private
         pure
-        returns (int256[] memory)
+        returns (bytes memory)
     {
         uint256 width = read.operand.width;
         uint256 positions = _trace(place, read).positions;
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
         uint256 height = _part(positions, read.row / TILE_ROWS, TILE_ROWS);
-        uint256 tile;
         {
             // Tiles of one band are the leaves of a row whose every column is `height` elements tall.
             uint256 size = height * Floats.elementBytes(place.model.servedDtype);
-            tile = _row(opening.data, column, read.count, width, TILE_COLUMNS, size);
+            uint256 tile = _leaf(data, column, read.count, width, TILE_COLUMNS, size);
             _within(read.row % TILE_ROWS, read.rows, TILE_ROWS);
             uint256 first = read.row / TILE_ROWS * _parts(width, TILE_COLUMNS) + tile;
-            _inTrace(
-                place,
-                read,
-                opening,
-                TILE_COLUMNS * size,
-                first,
-                _parts(positions, TILE_ROWS) * _parts(width, TILE_COLUMNS)
-            );
+            uint256 tiles = _parts(positions, TILE_ROWS) * _parts(width, TILE_COLUMNS);
+            _inTrace(place, read, data, siblings, TILE_COLUMNS * size, first, tiles);
         }
-        uint256 size = Floats.elementBytes(place.model.servedDtype);
-        return _seen(place, read, _tiled(read, opening.data, column, height, size), 0, read.rows * read.count);
+        return _tiled(read, data, column, height, Floats.elementBytes(place.model.servedDtype));
     }
 
     /// @dev The bytes of a column within a tile, or of one row across tiles, of tiles that are `height` elements tall. All but the row's last
@@ -480,22 +546,11 @@ contract Referee is IReferee {
         }
     }
 
-    /// @dev Elements of served data, as the op sees them.
-    function _seen(Place memory place, Read memory read, bytes memory data, uint256 first, uint256 count)
-        private
-        pure
-        returns (int256[] memory)
-    {
-        uint256 dtype = place.model.servedDtype;
-        if (read.view_ == View.RAW) return Floats.rawBits(data, first, count, dtype);
-        return Floats.served(data, first, count, dtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0));
-    }
-
     // ---- what the reads share
 
     /// @dev Requires `data` to be the leaves that hold columns first .. first+count-1 of a row of `width`, cut into leaves of `perLeaf`.
     /// @return leaf the first of these leaves, counted from the row's start
-    function _row(bytes memory data, uint256 first, uint256 count, uint256 width, uint256 perLeaf, uint256 size)
+    function _leaf(bytes memory data, uint256 first, uint256 count, uint256 width, uint256 perLeaf, uint256 size)
         private
         pure
         returns (uint256 leaf)
@@ -508,11 +563,15 @@ contract Referee is IReferee {
     }
 
     /// @dev Requires the opened leaves of `leafBytes` each to be those from `first` on in the tree of a `root`.
-    function _inTree(bytes32 root, Opening memory opening, uint256 leafBytes, uint256 first, uint256 count)
-        private
-        pure
-    {
-        _rooted(root, Tree.rootOfRange(Tree.leaves(opening.data, leafBytes), first, count, opening.siblings));
+    function _inTree(
+        bytes32 root,
+        bytes memory data,
+        bytes32[] memory siblings,
+        uint256 leafBytes,
+        uint256 first,
+        uint256 count
+    ) private pure {
+        _rooted(root, Tree.rootOfRange(Tree.leaves(data, leafBytes), first, count, siblings));
     }
 
     /// @dev Requires the opened leaves to be those from `first` on in a served tensor of `count` leaves, and the tensor to be in the trace's
@@ -520,18 +579,18 @@ contract Referee is IReferee {
     function _inTrace(
         Place memory place,
         Read memory read,
-        Opening memory opening,
+        bytes memory data,
+        bytes32[] memory siblings,
         uint256 leafBytes,
         uint256 first,
         uint256 count
     ) private pure {
         (uint256 index, uint256 tensors) = _tensor(place, read);
-        (bytes32 root, uint256 used) =
-            Tree.climb(Tree.leaves(opening.data, leafBytes), first, count, opening.siblings, 0);
+        (bytes32 root, uint256 used) = Tree.climb(Tree.leaves(data, leafBytes), first, count, siblings, 0);
         bytes32[] memory hashes = new bytes32[](1);
         hashes[0] = Tree.leaf(bytes.concat(root));
-        (root, used) = Tree.climb(hashes, index, tensors, opening.siblings, used);
-        if (used != opening.siblings.length) revert Tree.ProofLength(used, opening.siblings.length);
+        (root, used) = Tree.climb(hashes, index, tensors, siblings, used);
+        if (used != siblings.length) revert Tree.ProofLength(used, siblings.length);
         _rooted(_trace(place, read).root, root);
     }
 
