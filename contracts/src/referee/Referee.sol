@@ -6,6 +6,7 @@ import {Codec} from "./Codec.sol";
 import {Floats} from "./Floats.sol";
 import {Op, Ops} from "./Ops.sol";
 import {Packed} from "./Packed.sol";
+import {Place, Plan, Read, View} from "./Plan.sol";
 import {Sampler} from "./Sampler.sol";
 import {Sampling} from "./Sampling.sol";
 import {Tree} from "./Tree.sol";
@@ -13,34 +14,23 @@ import {Tree} from "./Tree.sol";
 /// @title Referee: the one-step judge
 /// @notice docs/canonical.md, "Openings"; the Python twin is verifier/referee/referee.py.
 /// @dev Every step has the same beats: plan its reads, read and check each opening, compute. Nothing is taken from the caller that the
-/// model, the cell or the instruction implies. Longer than a sitting, because it is one argument: what a step reads, and no more.
+/// model, the cell or the instruction implies. What it reads is planned in Plan; longer than a sitting, because the checks of those reads are one argument.
 contract Referee is IReferee {
     /// @dev The instruction's vector has `count` elements at this place.
     error ElementOutOfRange(uint256 element, uint256 count);
     /// @dev The element's sum has `count` chunks at this place.
     error ChunkOutOfRange(uint256 chunk, uint256 count);
-    /// @dev The op cannot read an operand from this source.
-    error UnknownSource(uint8 op, uint8 source);
     /// @dev The step has `expected` reads, each with an opening.
     error OpeningCount(uint256 expected, uint256 actual);
     /// @dev An opening does not belong to the committed tree.
     error RootMismatch(bytes32 expected, bytes32 actual);
 
-    // Operand sources, as in the instruction.
-    uint8 private constant STEP = 1;
-    uint8 private constant SERVED = 2;
-    uint8 private constant WEIGHT = 3;
-    uint8 private constant TABLE = 4;
-    uint8 private constant PROFILE = 5;
-
     // Served tensor kinds, by their place among a layer's six.
-    uint8 private constant H = 0;
     uint8 private constant V = 3;
-    uint8 private constant OUT = 6;
     uint256 private constant KINDS = 6;
 
     /// @dev Elements of a served or weight leaf, and sides of the tiles of v: 8 x 32 is a leaf again.
-    uint256 private constant BLOCK = 256;
+    uint256 private constant BLOCK = Plan.BLOCK;
     uint256 private constant TILE_ROWS = Codec.WSUM_TERMS;
     uint256 private constant TILE_COLUMNS = 32;
     uint256 private constant TABLE_LEAF = 64;
@@ -49,33 +39,6 @@ contract Referee is IReferee {
 
     /// @notice Computes the ops of sampling.
     Sampler public immutable sampler = new Sampler();
-
-    /// @dev How an op sees the floats it reads: decoded with invalid ones as 0, or as INVALID, or as raw bits.
-    enum View {
-        VALUE,
-        CHECKED,
-        RAW
-    }
-
-    /// @dev One operand's part of a step: columns first .. first+count-1 of `row`, or `rows` rows of one column. Rows are positions (SERVED)
-    /// or rows of a tensor (WEIGHT), before the unit's stride; vectors and tables have none.
-    struct Read {
-        Operand operand;
-        uint256 row;
-        uint256 rows;
-        uint256 first;
-        uint256 count;
-        View view_;
-        bool ends; // only the first and the last element of the range are used
-        bool next; // reads the trace that holds the next layer's input
-    }
-
-    /// @dev What every read of a step needs.
-    struct Place {
-        Model model;
-        Cell cell;
-        bytes32[] steps;
-    }
 
     /// @inheritdoc IReferee
     function judge(Cell calldata cell, uint64 element, uint32 chunk, Proof calldata proof)
@@ -92,9 +55,9 @@ contract Referee is IReferee {
     /// @dev The operands that read a vector name its root's place in the proof from here on.
     function _number(Instruction memory ins) private pure {
         uint8 place = 0;
-        if (ins.x.source == STEP) ins.x.id = place++;
-        if (ins.y.source == STEP) ins.y.id = place++;
-        if (ins.z.source == STEP) ins.z.id = place;
+        if (ins.x.source == Plan.STEP) ins.x.id = place++;
+        if (ins.y.source == Plan.STEP) ins.y.id = place++;
+        if (ins.z.source == Plan.STEP) ins.z.id = place;
     }
 
     function _step(
@@ -108,7 +71,7 @@ contract Referee is IReferee {
         if (element >= elements) revert ElementOutOfRange(element, elements);
         uint256 chunks = Codec.chunkCount(ins, place.cell.position);
         if (chunk >= chunks) revert ChunkOutOfRange(chunk, chunks);
-        Read[] memory reads = _plan(place, ins, element, chunk);
+        Read[] memory reads = Plan.reads(place, ins, element, chunk);
         if (openings.length != reads.length) revert OpeningCount(reads.length, openings.length);
         if (reads.length == 0) return 0;
 
@@ -123,6 +86,19 @@ contract Referee is IReferee {
             return Ops.run(ins.op, args, place.cell.position, element < ins.cols / 2 ? 0 : 1);
         }
         return _run(ins.op, args, ins.a, ins.b);
+    }
+
+    /// @dev `args` and, last, what the sampling ops know of the draw besides.
+    function _withDraw(int256[][] memory args, Cell memory cell, uint256 first)
+        private
+        pure
+        returns (int256[][] memory all)
+    {
+        all = new int256[][](args.length + 1);
+        for (uint256 i = 0; i < args.length; ++i) {
+            all[i] = args[i];
+        }
+        all[args.length] = Sampling.listOf(cell.sampling, cell.position, cell.token, cell.unit, first);
     }
 
     /// @inheritdoc IReferee
@@ -172,205 +148,12 @@ contract Referee is IReferee {
         }
     }
 
-    // ---- plan
-
-    /// @dev The reads of one chunk of element e, one for each opening; none for the padding of a row of positions.
-    function _plan(Place memory place, Instruction memory ins, uint256 e, uint256 chunk)
-        private
-        pure
-        returns (Read[] memory reads)
-    {
-        Op op = Ops.named(ins.op);
-        uint256 t = place.cell.position;
-        if (op == Op.LINEAR || op == Op.LOGIT || op == Op.SUMSQ || op == Op.MAX || op == Op.SUM || op == Op.WSUM) {
-            return _planChunk(place, ins, op, e, chunk);
-        }
-        if (op >= Op.RANK) return _planSampled(place, ins, op, chunk);
-        if (op == Op.SCORE || op == Op.EXP) {
-            (uint256 head, uint256 j) = (e / Codec.paddedPositions(t), e % Codec.paddedPositions(t));
-            if (j > t) return reads;
-            if (op == Op.EXP) return _two(_of(ins, ins.x, STEP, e, 1), _of(ins, ins.y, STEP, head, 1));
-            return _two(
-                _row(_of(ins, ins.x, SERVED, head * ins.terms, ins.terms), t),
-                _row(_of(ins, ins.y, SERVED, head / ins.b * ins.terms, ins.terms), j)
-            );
-        }
-        if (op == Op.SAME || op == Op.JOIN) return _planBlock(place, ins, op);
-        if (op == Op.RSQRT) return _one(_of(ins, ins.x, STEP, 0, 1));
-        if (op == Op.NORM) {
-            return _three(
-                _row(_of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, e, 1), t),
-                _of(ins, ins.y, STEP, 0, 1),
-                _of(ins, ins.z, WEIGHT, e, 1)
-            );
-        }
-        if (op == Op.VERDICT) {
-            uint256 n = _vectorLength(place, ins.x);
-            reads = _three(
-                _of(ins, ins.x, STEP, 0, n), _row(_of(ins, ins.y, SERVED, 0, n), t), _of(ins, ins.z, PROFILE, 0, 1)
-            );
-            reads[1].view_ = View.CHECKED;
-            return reads;
-        }
-        if (op == Op.COMPARE) {
-            return _two(_ends(_of(ins, ins.x, STEP, 0, 2)), _of(ins, ins.z, PROFILE, 0, 1));
-        }
-        if (op == Op.ADD) {
-            return _two(_raw(_of(ins, ins.x, SERVED, e, 1), t), _raw(_of(ins, ins.y, SERVED, e, 1), t));
-        }
-        if (op == Op.ROPE) {
-            uint256 half = ins.cols / 2;
-            return _two(_ends(_of(ins, ins.x, STEP, e % half, half + 1)), _of(ins, ins.y, TABLE, e % half, 1));
-        }
-        // DIV divides a row of its elements by one, GATED pairs them.
-        return _two(_of(ins, ins.x, STEP, e, 1), _of(ins, ins.y, STEP, op == Op.DIV ? e / ins.cols : e, 1));
-    }
-
-    /// @dev The sums: terms start .. start+count-1.
-    function _planChunk(Place memory place, Instruction memory ins, Op op, uint256 e, uint256 chunk)
-        private
-        pure
-        returns (Read[] memory reads)
-    {
-        uint256 t = place.cell.position;
-        uint256 size = Codec.chunkTerms(ins.op);
-        uint256 start = chunk * size;
-        uint256 count = Codec.termCount(ins, t);
-        count = count - start < size ? count - start : size;
-        bool alone = op == Op.SUMSQ || op == Op.MAX || op == Op.SUM;
-        reads = new Read[](alone ? 1 : 2);
-        if (op == Op.SUMSQ) {
-            reads[0] = _of(ins, ins.x, ins.x.source == SERVED ? SERVED : STEP, start, count);
-            reads[0].row = t;
-        } else if (op == Op.MAX || op == Op.SUM) {
-            reads[0] = _of(ins, ins.x, STEP, e * Codec.paddedPositions(t) + start, count);
-        } else if (op == Op.WSUM) {
-            reads[0] = _of(ins, ins.x, STEP, e / ins.cols * Codec.paddedPositions(t) + start, count);
-            reads[1] = _of(ins, ins.y, SERVED, _valueColumn(ins, e), 1);
-            (reads[1].row, reads[1].rows) = (start, count);
-        } else {
-            reads[0] = _of(ins, ins.x, STEP, start, count);
-            reads[1] = _of(ins, ins.y, WEIGHT, start, count);
-            reads[1].row = op == Op.LINEAR ? e : e == 0 ? place.cell.token : place.cell.unit;
-        }
-    }
-
-    /// @dev The sampling ops: each reads its logits, or what was folded from them, and the margin.
-    function _planSampled(Place memory place, Instruction memory ins, Op op, uint256 chunk)
-        private
-        pure
-        returns (Read[] memory)
-    {
-        if (op == Op.STANDING) return _two(_of(ins, ins.x, STEP, 0, 1), _of(ins, ins.y, STEP, 0, 1));
-        Read memory logits;
-        if (op == Op.CHOICE) {
-            logits = _of(ins, ins.x, STEP, place.cell.token, 1);
-        } else {
-            uint256 size = Codec.chunkTerms(ins.op);
-            uint256 rest = Codec.termCount(ins, place.cell.position) - chunk * size;
-            logits = _of(ins, ins.x, STEP, chunk * size, rest < size ? rest : size);
-        }
-        Read memory judged = _of(ins, ins.x, STEP, place.cell.unit, 1);
-        if (op == Op.RANK) return _three(logits, judged, _of(ins, ins.z, PROFILE, 0, 1));
-        return _four(logits, judged, _of(ins, ins.y, STEP, 0, 1), _of(ins, ins.z, PROFILE, 0, 1));
-    }
-
-    /// @dev `args` and, last, what the sampling ops know of the draw besides.
-    function _withDraw(int256[][] memory args, Cell memory cell, uint256 first)
-        private
-        pure
-        returns (int256[][] memory all)
-    {
-        all = new int256[][](args.length + 1);
-        for (uint256 i = 0; i < args.length; ++i) {
-            all[i] = args[i];
-        }
-        all[args.length] = Sampling.listOf(cell.sampling, cell.position, cell.token, cell.unit, first);
-    }
-
-    /// @dev The column of v that element e of a WSUM weighs: b heads share a head of v.
-    function _valueColumn(Instruction memory ins, uint256 e) private pure returns (uint256) {
-        return e / ins.cols / ins.b * ins.cols + e % ins.cols;
-    }
-
-    /// @dev The exact segments: one block of raw bits of each operand.
-    function _planBlock(Place memory place, Instruction memory ins, Op op) private pure returns (Read[] memory reads) {
-        uint256 start = uint256(place.cell.unit) * ins.x.unitStride;
-        // A unit beyond the tensor reads one column there, which is refused as out of range.
-        uint256 count = start < ins.x.width ? ins.x.width - start : 1;
-        if (count > BLOCK) count = BLOCK;
-        uint256 t = place.cell.position;
-        Read memory x = _raw(_of(ins, ins.x, SERVED, 0, count), t);
-        if (op == Op.SAME) return _two(x, _raw(_of(ins, ins.y, WEIGHT, start, count), place.cell.token));
-        bool last = uint256(place.cell.layer) + 1 == place.model.layers;
-        Operand memory after_ = Operand(SERVED, last ? OUT : H, 0, 0, ins.x.unitStride, ins.x.width);
-        Read memory next = _raw(_of(ins, after_, SERVED, 0, count), t);
-        next.next = true;
-        return _four(x, _raw(_of(ins, ins.y, SERVED, 0, count), t), _raw(_of(ins, ins.z, SERVED, 0, count), t), next);
-    }
-
-    /// @dev A read of one row from an operand, which must have the source that the op can read.
-    function _of(Instruction memory ins, Operand memory operand, uint8 source, uint256 first, uint256 count)
-        private
-        pure
-        returns (Read memory)
-    {
-        if (operand.source != source) revert UnknownSource(ins.op, operand.source);
-        return Read(operand, 0, 1, first, count, View.VALUE, false, false);
-    }
-
-    /// @dev The same read, of a row.
-    function _row(Read memory read, uint256 row) private pure returns (Read memory) {
-        read.row = row;
-        return read;
-    }
-
-    /// @dev The raw bits of a row.
-    function _raw(Read memory read, uint256 row) private pure returns (Read memory) {
-        read.view_ = View.RAW;
-        return _row(read, row);
-    }
-
-    function _ends(Read memory read) private pure returns (Read memory) {
-        read.ends = true;
-        return read;
-    }
-
-    function _one(Read memory x) private pure returns (Read[] memory reads) {
-        reads = new Read[](1);
-        reads[0] = x;
-    }
-
-    function _two(Read memory x, Read memory y) private pure returns (Read[] memory reads) {
-        reads = new Read[](2);
-        (reads[0], reads[1]) = (x, y);
-    }
-
-    function _three(Read memory x, Read memory y, Read memory z) private pure returns (Read[] memory reads) {
-        reads = new Read[](3);
-        (reads[0], reads[1], reads[2]) = (x, y, z);
-    }
-
-    function _four(Read memory x, Read memory y, Read memory z, Read memory last)
-        private
-        pure
-        returns (Read[] memory reads)
-    {
-        reads = new Read[](4);
-        (reads[0], reads[1], reads[2], reads[3]) = (x, y, z, last);
-    }
+    // ---- read and check
 
     /// @dev Whether a STEP operand's vector has wide elements.
     function _isWide(Operand memory operand) private pure returns (bool) {
         return operand.layerStride != 0;
     }
-
-    /// @dev Elements of the vector that a STEP operand reads.
-    function _vectorLength(Place memory place, Operand memory operand) private pure returns (uint256) {
-        return Codec.vectorLength(operand.base, operand.width, operand.unitStride, place.cell.position, place.cell.unit);
-    }
-
-    // ---- read and check
 
     /// @dev The values of a read from its opening.
     function _read(Place memory place, Read memory read, Opening calldata opening)
@@ -380,12 +163,12 @@ contract Referee is IReferee {
     {
         (bytes memory data, uint256 from) = _open(place, read, opening);
         uint8 source = read.operand.source;
-        if (source == STEP) return Codec.decodeValues(data, from, read.count, _isWide(read.operand));
-        if (source == TABLE || source == PROFILE) return _fields(data, from, source == PROFILE);
+        if (source == Plan.STEP) return Codec.decodeValues(data, from, read.count, _isWide(read.operand));
+        if (source == Plan.TABLE || source == Plan.PROFILE) return _fields(data, from, source == Plan.PROFILE);
         uint256 count = read.rows * read.count;
-        uint256 dtype = source == WEIGHT ? place.model.weightDtype : place.model.servedDtype;
+        uint256 dtype = source == Plan.WEIGHT ? place.model.weightDtype : place.model.servedDtype;
         if (read.view_ == View.RAW) return Floats.rawBits(data, from, count, dtype);
-        if (source == WEIGHT) return Floats.weights(data, from, count, dtype);
+        if (source == Plan.WEIGHT) return Floats.weights(data, from, count, dtype);
         return Floats.served(data, from, count, dtype, read.view_ == View.CHECKED ? Floats.INVALID : int256(0));
     }
 
@@ -415,10 +198,10 @@ contract Referee is IReferee {
     {
         data = opening.data;
         uint8 source = read.operand.source;
-        if (source == STEP) return (data, _openStep(place, read, data, opening.siblings));
-        if (source == TABLE) return (data, _openTable(place, read, data, opening.siblings));
-        if (source == PROFILE) return (data, _openProfile(place, read, data, opening.siblings));
-        if (source == WEIGHT) return (data, _openWeight(place, read, data, opening.siblings));
+        if (source == Plan.STEP) return (data, _openStep(place, read, data, opening.siblings));
+        if (source == Plan.TABLE) return (data, _openTable(place, read, data, opening.siblings));
+        if (source == Plan.PROFILE) return (data, _openProfile(place, read, data, opening.siblings));
+        if (source == Plan.WEIGHT) return (data, _openWeight(place, read, data, opening.siblings));
         if (read.operand.id == V) return (_openTiles(place, read, data, opening.siblings), 0);
         return (data, _openServed(place, read, data, opening.siblings));
     }
@@ -430,7 +213,7 @@ contract Referee is IReferee {
     {
         Operand memory from = read.operand;
         bool wide = _isWide(from);
-        uint256 length = _vectorLength(place, from);
+        uint256 length = Plan.vectorLength(place, from);
         uint256 leaf =
             _leaf(data, read.first, read.count, length, Codec.elementsPerLeaf(wide), Codec.elementBytes(wide));
         bytes32[] memory hashes = Tree.leaves(data, Codec.leafBytes(wide));
@@ -507,7 +290,7 @@ contract Referee is IReferee {
         uint256 positions = _trace(place, read).positions;
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
-        uint256 height = _part(positions, read.row / TILE_ROWS, TILE_ROWS);
+        uint256 height = Plan.part(positions, read.row / TILE_ROWS, TILE_ROWS);
         {
             // Tiles of one band are the leaves of a row whose every column is `height` elements tall.
             uint256 size = height * Floats.elementBytes(place.model.servedDtype);
@@ -531,7 +314,7 @@ contract Referee is IReferee {
         wanted = new bytes(read.rows * read.count * size);
         uint256 done = 0;
         for (uint256 c = column; done < wanted.length;) {
-            uint256 wide = _part(read.operand.width, c / TILE_COLUMNS, TILE_COLUMNS);
+            uint256 wide = Plan.part(read.operand.width, c / TILE_COLUMNS, TILE_COLUMNS);
             uint256 here = wide - c % TILE_COLUMNS;
             if (here > column + read.count - c) here = column + read.count - c;
             uint256 from = (c - c % TILE_COLUMNS - start) * height + c % TILE_COLUMNS;
@@ -605,7 +388,7 @@ contract Referee is IReferee {
         uint256 kind = read.operand.id;
         uint256 layers = uint256(trace.endLayer) - trace.firstLayer;
         count = KINDS * layers + (trace.endLayer == place.model.layers ? 1 : 0);
-        if (kind == OUT) return (KINDS * layers, count);
+        if (kind == Plan.OUT) return (KINDS * layers, count);
         _within(kind, 1, KINDS);
         _within(layer, 1, trace.endLayer);
         if (layer < trace.firstLayer) revert Tree.IndexOutOfRange(layer, 1, trace.firstLayer);
@@ -624,12 +407,6 @@ contract Referee is IReferee {
     /// @dev Requires first .. first+count-1 to be at least one place below `limit`.
     function _within(uint256 first, uint256 count, uint256 limit) private pure {
         if (count == 0 || count > limit || first > limit - count) revert Tree.IndexOutOfRange(first, count, limit);
-    }
-
-    /// @dev Length of part `index` when `width` is cut into parts of `size`.
-    function _part(uint256 width, uint256 index, uint256 size) private pure returns (uint256) {
-        uint256 rest = width - index * size;
-        return rest < size ? rest : size;
     }
 
     /// @dev Into how many parts of `size` a width is cut.

@@ -142,34 +142,35 @@ library Tree {
                 first := shr(1, first)
                 count := shr(1, add(count, 1))
             }
-            // The way up of a single node, which is most of every proof: it or its sibling stands to the left.
+            // The way up of a single node, which is most of every proof: it or its sibling stands to the left. It has one unless it is
+            // the last of an odd number.
             let alone := mload(list)
-            for {} gt(count, 1) {} {
-                let odd := and(first, 1)
-                if or(odd, lt(add(first, 1), count)) {
+            for { let last := sub(count, 1) } last { last := shr(1, last) } {
+                if iszero(gt(xor(first, 1), last)) {
                     used := add(used, 1)
                     if gt(used, mload(siblings)) { break }
-                    odd := shl(5, odd)
-                    mstore(add(left, odd), alone)
-                    mstore(add(left, xor(odd, 32)), mload(add(siblings, shl(5, used))))
+                    let place := shl(5, and(first, 1))
+                    mstore(add(left, place), alone)
+                    mstore(add(left, xor(place, 32)), mload(add(siblings, shl(5, used))))
                     if iszero(staticcall(gas(), 2, preimage, 65, 0, 32)) { revert(0, 0) }
                     alone := mload(0)
                 }
                 first := shr(1, first)
-                count := shr(1, add(count, 1))
             }
             mstore(list, alone)
         }
         return used;
     }
 
-    /// @dev SHA-256 by the precompile, of a leaf's bytes in memory. Rationale: the built-in function copies its argument first.
+    /// @dev SHA-256 by the precompile, of a leaf's bytes in memory. Rationale: the built-in function copies its argument first; here the prefix
+    /// stands for a moment in the byte before.
     function _leafAt(uint256 start, uint256 length) private view returns (bytes32 hash) {
         assembly ("memory-safe") {
-            let preimage := mload(0x40)
-            mstore8(preimage, 0)
-            mcopy(add(preimage, 1), start, length)
-            if iszero(staticcall(gas(), 2, preimage, add(length, 1), 0, 32)) { revert(0, 0) }
+            let before := mload(sub(start, 32))
+            mstore8(sub(start, 1), 0)
+            // SAFETY: fails for lack of gas alone; then nothing must be taken for the hash.
+            if iszero(staticcall(gas(), 2, sub(start, 1), add(length, 1), 0, 32)) { revert(0, 0) }
+            mstore(sub(start, 32), before)
             hash := mload(0)
         }
     }
