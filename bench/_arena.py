@@ -205,7 +205,8 @@ class Arena:
             before, state, answer = live.last
             self.refused("WrongState", self._send, before, live.id, state, answer)
             self.refused("NotYourTurn", self._send, before, live.id, game, answer)
-        answer_ = live.players[works].answer(game, seen.list, seen.steps)
+        posted = self.door(STRANGER).posted
+        answer_ = live.players[works].answer(game, posted(seen.last), posted(seen.first))
         silent = live.silence is not None and live.silence.worker == works and live.moves >= live.silence.from_move
         if answer_ is None or silent or live.tries == 0:
             live.silenced |= silent

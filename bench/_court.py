@@ -211,7 +211,7 @@ class Court:
         chain = self.chain(STRANGER)
         events = chain.events(max(0, chain.block_number() - 5))
         last = [event for event in events if isinstance(event, GameMoved) and event.id == game_id][-1]
-        return last.game, last.list
+        return last.game, chain.disputes.posted(last)
 
     def _end(self, game_id: bytes) -> GameEnded:
         chain = self.chain(STRANGER)

@@ -37,6 +37,7 @@ _QUANTITIES = (
 _BLOCK_AT = {"eth_call": 1, "eth_getBalance": 1, "eth_getTransactionCount": 1, "eth_getBlockByNumber": 0}
 _FOUND = ("eth_getTransactionReceipt", "eth_getTransactionByHash")  # a node that has not heard of it says null
 _RECEIPT = ("transactionHash", "blockHash", "status", "gasUsed")
+_TRANSACTION = ("hash", "from", "to", "input")
 _BLOCK = ("hash", "number", "timestamp", "gasLimit", "baseFeePerGas")
 _LOG = ("address", "topics", "data", "blockNumber", "blockHash", "transactionHash", "logIndex")
 
@@ -196,7 +197,7 @@ def _gist(method: str, answer: RPCResponse) -> str:
     if isinstance(result, list):
         return json.dumps([[log.get(name) for name in _LOG] if isinstance(log, dict) else log for log in result])
     if isinstance(result, dict):
-        names = _RECEIPT if method == _FOUND[0] else _BLOCK
+        names = dict(zip(_FOUND, (_RECEIPT, _TRANSACTION), strict=True)).get(method, _BLOCK)
         return json.dumps([result.get(name) for name in names])
     return json.dumps(result)
 

@@ -10,6 +10,7 @@ from typing import Any
 from web3.types import TxReceipt
 
 from contracts.abi import functions
+from contracts.events import GameMoved
 from contracts.records import Acceptance, Brief, Claim, Consent, Job, Stage, Status, Worker
 from contracts.signing import challenge_id, demand_id, job_id, model_id, pipeline_id
 from contracts.transport import Transport
@@ -250,6 +251,13 @@ class DisputesDoor(Door):
 
     def flag(self, game_id: bytes, game: Game) -> TxReceipt:
         return self._send("flag", game_id, game)
+
+    def posted(self, moved: GameMoved) -> bytes:
+        """The list that a move posted. SAFETY: a node may lie about calldata; verifier.game.is_posted knows better."""
+        if moved.place == 0:
+            return moved.list
+        data = self._transport.calldata(moved.transaction)
+        return data[moved.place : moved.place + int.from_bytes(data[moved.place - 32 : moved.place], "big")]
 
     def deposit(self, amount: int) -> TxReceipt:
         """Adds to the credit from which bonds are taken first. Disputes must be approved for it."""

@@ -192,6 +192,8 @@ class ChallengeCommitted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GameMoved(Event):
+    """What was posted is `list`, or lies at byte `place` of the transaction's calldata: DisputesDoor.posted."""
+
     """`game` is the state after the move; `list` what was posted."""
 
     id: bytes
@@ -199,6 +201,7 @@ class GameMoved(Event):
     mover: str
     game: Game
     list: bytes
+    place: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from eth_utils.crypto import keccak
-
 from contracts.client import Chain, ChainError
 from contracts.events import Event, GameEnded, GameMoved
-from verifier.game import Game, HandoffProof, Move, NothingWrong, Phase, Proof, may_flag, remaining_seconds, solve
+from verifier.game import (
+    Game,
+    HandoffProof,
+    Move,
+    NothingWrong,
+    Phase,
+    Proof,
+    is_posted,
+    may_flag,
+    remaining_seconds,
+    solve,
+)
 
 if TYPE_CHECKING:  # Rationale: following games needs no torch
     from verifier.canonical import Case
@@ -32,12 +41,15 @@ OVERTAKEN = ("WrongState", "FlagNotFallen", "FlagFallen")
 
 @dataclass(frozen=True)
 class Followed:
-    """A live game as its events tell it. list: what was posted last; steps: the challenger's instruction roots."""
+    """A live game as its events tell it. last: its last move; first: that which posted the instruction roots."""
 
     id: bytes
-    game: Game
-    list: bytes
-    steps: bytes
+    last: GameMoved
+    first: GameMoved
+
+    @property
+    def game(self) -> Game:
+        return self.last.game
 
 
 @dataclass
@@ -54,8 +66,8 @@ class GameLog:
         for event in events:
             if isinstance(event, GameMoved):
                 known = self.games.get(event.id)
-                steps = event.list if event.game.phase == Phase.STEPS or known is None else known.steps
-                self.games[event.id] = Followed(event.id, event.game, event.list, steps)
+                first = event if event.game.phase == Phase.STEPS or known is None else known.first
+                self.games[event.id] = Followed(event.id, event, first)
                 self.ended.pop(event.id, None)
             elif isinstance(event, GameEnded):
                 self.games.pop(event.id, None)
@@ -79,14 +91,16 @@ class Player:
         """What is to be said on our turn.
 
         Raises NothingWrong if that is nothing (the opponent's list is true: only its mistake, or ours, leads there),
-        what `case_of` raises, ValueError for a list that is not of the game.
+        what `case_of` raises, ContractsError where the node does not tell what was posted, ValueError for a list that
+        is not of the game.
         """
         game = followed.game
         if game.phase == Phase.HANDOFF:
             return self.deflection(game)
-        if game.phase == Phase.STEPS and keccak(followed.steps) != game.steps:
-            raise ValueError("expected the list of the game's first move, got a later one: its first event was missed")
-        return solve(game, followed.list, self.case_of(game), followed.steps)
+        posted, steps = self.chain.disputes.posted(followed.last), self.chain.disputes.posted(followed.first)
+        if not is_posted(game, posted):
+            raise ValueError(f"expected the list of the game's last move, got {len(posted)} other bytes")
+        return solve(game, posted, self.case_of(game), steps)
 
     def deflection(self, game: Game) -> HandoffProof:
         """A signed hand-off that puts the blame on its sender. Only workers have any. Raises NothingWrong."""

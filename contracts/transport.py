@@ -231,6 +231,13 @@ class Transport:
             yield from sorted(found, key=lambda log: (log["blockNumber"], log["logIndex"]))
             first = last + 1
 
+    def calldata(self, transaction: bytes) -> bytes:
+        """What a transaction was sent with. Raises ChainError where the node has none of that hash (any more)."""
+        try:
+            return bytes(self.web3.eth.get_transaction(HexBytes(transaction))["input"])
+        except TransactionNotFound as error:
+            raise ChainError("NoTransaction", {"hash": transaction}, "eth_getTransactionByHash") from error
+
     def block_hash(self, block: int) -> bytes | None:
         """None for a block that the chain does not have (any more)."""
         try:

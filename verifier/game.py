@@ -23,7 +23,7 @@ from verifier.referee.codec import (
     vector_leaf_elements,
 )
 from verifier.referee.errors import DataLength
-from verifier.referee.tree import Tree, depth, leaf, nodes_at
+from verifier.referee.tree import Tree, depth, fold, leaf, nodes_at
 
 if TYPE_CHECKING:  # Rationale: the chain's client needs the structs without loading torch
     from verifier.canonical import Case
@@ -246,6 +246,18 @@ def quoted(posted: bytes, pick: int, size: int) -> tuple[bytes, tuple[bytes, ...
     """The piece of a posted list that holds entry `pick` of `size` bytes, and the hashes of the other pieces."""
     index, hashes = pick * size // PIECE_BYTES, _piece_hashes(posted)
     return slices(posted, PIECE_BYTES)[index], hashes[:index] + hashes[index + 1 :]
+
+
+def is_posted(game: Game, posted: bytes) -> bool:
+    """Whether this is the list that the state remembers, wherever it was read."""
+    match game.phase:
+        case Phase.STEPS:
+            return keccak256(posted) == game.steps
+        case Phase.NODES:
+            return bool(posted) and fold(slices(posted, HASH_BYTES)) == game.list
+        case Phase.ELEMENTS | Phase.SUMS:
+            return told(posted) == game.list
+    return True
 
 
 def _piece_hashes(posted: bytes) -> tuple[bytes, ...]:

@@ -90,7 +90,7 @@ contract Disputes is IDisputes {
     ) external bounded returns (bytes32 id) {
         uint64 committedAt;
         (id, committedAt) = _reveal(segment, salt);
-        Charge memory found = evidence.charge(segment, model, openings);
+        Charge memory found = _found(Evidence.charge.selector);
         // `step` is a byte.
         if (found.steps == 0 || found.steps > type(uint8).max) revert WrongSegment("kind");
         _requireLength(steps, 32 * uint256(found.steps));
@@ -116,21 +116,31 @@ contract Disputes is IDisputes {
     {
         uint64 committedAt;
         (id, committedAt) = _reveal(segment, salt);
-        Charge memory found = evidence.find(segment, model, openings);
+        Charge memory found = _found(Evidence.find.selector);
 
         Game memory game = _game(segment, model, found, committedAt);
         if (found.deflectable) {
             game.phase = Phase.Handoff;
             // LINK's last opening is the leaf that holds the judged element.
-            bytes memory block_;
-            if (found.list != 0) block_ = openings[openings.length - 1].data;
-            _start(id, game, found.clock, block_);
+            _start(id, game, found.clock, found.list == 0 ? msg.data[:0] : openings[openings.length - 1].data);
         } else {
             game.challenger = msg.sender;
-            emit GameMoved(id, segment.job, msg.sender, Games.pack(game), "");
+            emit GameMoved(id, segment.job, msg.sender, Games.pack(game), "", 0);
             escrow.gameOpened(segment.job, segment.stage);
             _end(id, game, segment.stage, SHOWN);
         }
+    }
+
+    /// @dev Asks Evidence in the words of this very call, whose parameters it shares: decoding and encoding them anew would cost about as much as
+    /// judging them.
+    function _found(bytes4 selector) private view returns (Charge memory) {
+        (bool done, bytes memory answer) = address(evidence).staticcall(bytes.concat(selector, msg.data[4:]));
+        if (!done) {
+            assembly ("memory-safe") {
+                revert(add(answer, 32), mload(answer))
+            }
+        }
+        return abi.decode(answer, (Charge));
     }
 
     function _game(Segment calldata segment, Model calldata model, Charge memory found, uint64 committedAt)
@@ -156,7 +166,7 @@ contract Disputes is IDisputes {
     }
 
     /// @dev The worker is to move. It has `grace` more for each game already open against its stage.
-    function _start(bytes32 id, Game memory game, uint32 clock, bytes memory list) private {
+    function _start(bytes32 id, Game memory game, uint32 clock, bytes calldata list) private {
         uint256 alreadyOpen = escrow.gameOpened(game.segment.job, game.segment.stage);
         uint256 workerSeconds = uint256(clock) + alreadyOpen * game.grace;
         game.workerSeconds = workerSeconds > type(uint32).max ? type(uint32).max : uint32(workerSeconds);
@@ -496,10 +506,20 @@ contract Disputes is IDisputes {
         return game.workerTurn ? game.workerSeconds : game.challengerSeconds;
     }
 
-    function _store(bytes32 id, Game memory game, bytes memory list) private {
+    /// @dev A mover's own transaction holds the list for all to read, so that the event need not repeat it.
+    function _store(bytes32 id, Game memory game, bytes calldata list) private {
         bytes memory packed = Games.pack(game);
         _slots[id] = keccak256(packed);
-        emit GameMoved(id, game.segment.job, msg.sender, packed, list);
+        uint32 place;
+        // SAFETY: an origin without code is nobody's callee, so its transaction's calldata is this call's. One that delegates (EIP-7702) may have
+        // called through itself.
+        if (msg.sender == tx.origin && msg.sender.code.length == 0) {
+            assembly ("memory-safe") {
+                place := list.offset
+            }
+            list = msg.data[:0];
+        }
+        emit GameMoved(id, game.segment.job, msg.sender, packed, list, place);
     }
 
     // ---- money

@@ -1,5 +1,6 @@
 """Players against the contract's twin, without a chain: who tells the truth wins, and nothing is sent twice."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -30,6 +31,9 @@ class Rules:
         self.game = opened(case, steps, self.now)
         self.ended: GameEnded | None = None
         self._tell(steps)
+
+    def posted(self, moved: GameMoved) -> bytes:
+        return moved.list
 
     def descend(self, id: bytes, game: Game, move: Move) -> None:
         self._same(game)
@@ -63,8 +67,10 @@ class Rules:
         self.events.append(self.ended)
 
     def _tell(self, posted: bytes) -> None:
-        place = {"contract": "Disputes", "block": len(self.events), "log_index": 0, "transaction": bytes(32)}
-        self.events.append(GameMoved(id=ID, job=JOB, mover="", game=self.game, list=posted, **cast(Any, place)))
+        where = {"contract": "Disputes", "block": len(self.events), "log_index": 0, "transaction": bytes(32)}
+        self.events.append(
+            GameMoved(id=ID, job=JOB, mover="", game=self.game, list=posted, place=0, **cast(Any, where))
+        )
 
 
 def opened(case: Case, steps: bytes, now: int) -> Game:
@@ -189,18 +195,51 @@ def test_who_has_no_answer_computes_it_once_and_who_is_late_sends_nothing(guilty
     assert len(asked) == 1
 
 
-def test_without_the_games_first_list_nothing_is_sent(guilty: Case) -> None:
+def test_to_a_list_that_the_state_does_not_remember_nothing_is_sent(guilty: Case) -> None:
+    liar = Liar(guilty, [Lie(3, delta=1 << 12)], wrong=False, follows=True)
     rules = Rules(guilty, opening_steps(guilty))
-    followed = Followed(ID, rules.game, b"\x11" * 32, b"\x11" * 32)
-    worker, _ = players(rules, guilty, guilty)
-    with pytest.raises(ValueError, match="its first event was missed"):
-        worker.step(followed, rules.now)
-    assert len(rules.events) == 1
+    told = rules.posted
+    phases = set()
+    while (followed := followed_by(rules)) is not None:
+        phases.add(followed.game.phase)
+        side = players(rules, liar, guilty)[not followed.game.worker_turn]
+        for false in (told(followed.last)[:-1] + b"\x11", told(followed.last)[:-1], b""):
+            rules.posted = lambda moved, false=false: false  # type: ignore[method-assign, misc]
+            with pytest.raises(ValueError, match="expected the list of the game's last move"):
+                side.answer(followed)
+        rules.posted = told  # type: ignore[method-assign]
+        with contextlib.suppress(ChainError):
+            side.step(followed, rules.now)
+    assert phases == {Phase.STEPS, Phase.NODES, Phase.ELEMENTS, Phase.SUMS}
+
+
+def test_without_the_games_first_list_nothing_is_proved(guilty: Case) -> None:
+    liar = Liar(guilty, [Lie(3, delta=1 << 12)], wrong=False, follows=True)
+    rules = Rules(guilty, opening_steps(guilty))
+    while (followed := followed_by(rules)) is not None:
+        missed = replace(followed, first=followed.last)
+        side = players(rules, liar, guilty)[not followed.game.worker_turn]
+        try:
+            answer = side.answer(missed)
+        except ValueError as error:
+            assert "its first event was missed" in str(error) and len(rules.events) > 1
+            return
+        assert isinstance(answer, Move)
+        rules.descend(ID, followed.game, answer)
+    raise AssertionError("expected a proof to be due")
+
+
+def followed_by(rules: Rules) -> Followed | None:
+    log = GameLog()
+    log.feed(rules.events)
+    return log.games.get(ID)
 
 
 def test_who_has_no_signed_hand_off_is_speechless(guilty: Case) -> None:
     rules = Rules(guilty, opening_steps(guilty))
-    followed = Followed(ID, replace(rules.game, phase=Phase.HANDOFF), b"", b"")
+    seen = cast(GameMoved, rules.events[0])
+    shown = replace(seen, game=replace(rules.game, phase=Phase.HANDOFF))
+    followed = Followed(ID, shown, shown)
     worker, _ = players(rules, guilty, guilty)
     assert not worker.is_speechless(followed)
     assert not worker.step(followed, rules.now) and worker.is_speechless(followed)

@@ -16,6 +16,7 @@ interface Vm {
     function fee(uint256 basefee_wei) external;
     function label(address account, string calldata name) external;
     function prank(address sender) external;
+    function prank(address sender, address origin) external;
     function startPrank(address sender) external;
     function stopPrank() external;
     function recordLogs() external;

@@ -18,12 +18,12 @@ contract DisputesGasTest is DisputesTable {
         bytes32 id = keccak256(abi.encode(CHALLENGER, segment, bytes32(uint256(1))));
         Opening[] memory evidence = _evidence();
         bytes memory steps = _steps();
-        vm.prank(CHALLENGER);
+        vm.prank(CHALLENGER, CHALLENGER);
         disputes.commit(id);
         _note("commit");
         vm.roll(block.number + 1);
         vm.recordLogs();
-        vm.prank(CHALLENGER);
+        vm.prank(CHALLENGER, CHALLENGER);
         disputes.challenge(segment, bytes32(uint256(1)), model, evidence, steps);
         _note("challenge");
         (Game memory game,) = _last();
@@ -43,7 +43,7 @@ contract DisputesGasTest is DisputesTable {
         Move memory told = _quoting(0, 3, new bytes(512), 16, "");
         Proof memory proof = Proof(model, records[0], 3, told.claim, told.siblings, _read(records[0]), new Opening[](0));
         bytes memory state = Games.pack(game);
-        vm.prank(WORKER);
+        vm.prank(WORKER, WORKER);
         disputes.prove(id, state, proof);
         _note("prove");
     }
@@ -62,7 +62,7 @@ contract DisputesGasTest is DisputesTable {
     {
         bytes memory state = Games.pack(game);
         vm.recordLogs();
-        vm.prank(mover);
+        vm.prank(mover, mover);
         disputes.descend(id, state, move);
         _note(name);
         (next,) = _last();

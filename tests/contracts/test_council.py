@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from contracts.client import Chain, ChainUnreachable, Worker
+from contracts.client import Chain, ChainError, ChainUnreachable, Worker
 from contracts.council import Council, open_council
 from contracts.errors import Disagreement
 from deploy.devnet import free_port
@@ -109,6 +109,24 @@ def test_two_of_three_nodes_outvote_the_third(
     assert ours.token.balance(ours.account) == before + 7
     assert ours.block_number() == truth.block_number()
     assert list(ours.events(0)) == list(truth.events(0)) != []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_calldata_is_what_two_of_three_nodes_say(world: Any, doors: Callable[..., list[Door]], place: int) -> None:
+    def forging(method: str, params: list[Any], ask: Callable[[], Answer]) -> Answer | None:
+        answer = ask()
+        if method == "eth_getTransactionByHash" and answer["result"]:
+            answer["result"]["input"] = "0x11"
+        return answer
+
+    twists: list[Twist] = [honest, honest]
+    twists.insert(place, forging)
+    ours, truth = chain(world, doors(*twists)), world.chain(5)
+    sent = bytes(truth.token.mint(truth.account, 7)["transactionHash"])
+    assert ours.transport.calldata(sent) == truth.transport.calldata(sent)
+    assert len(truth.transport.calldata(sent)) == 68
+    with pytest.raises(ChainError, match="NoTransaction"):
+        ours.transport.calldata(b"\x11" * 32)
 
 
 def test_one_of_two_nodes_is_enough(world: Any, doors: Callable[..., list[Door]]) -> None:

@@ -45,7 +45,7 @@ def moved(segment: Segment = SEGMENT, id: bytes = GAME) -> GameMoved:
         *(segment, "", "", 0, 0, 0, 0, nothing, nothing, 0, 0, trace, nothing, 0, nothing, Phase.STEPS, 0),
         *(0, 0, 0, 0, nothing, True, 0, 0, 0, 0, 0),
     )
-    return GameMoved(id=id, job=segment.job, mover="", game=game, list=b"", **AT)
+    return GameMoved(id=id, job=segment.job, mover="", game=game, list=b"", place=0, **AT)
 
 
 def ended(stage: int, convicted: int, reason: int, id: bytes = GAME, job: bytes = JOB) -> GameEnded:

@@ -61,7 +61,7 @@ class Table:
         events = chain.events(max(0, chain.block_number() - 40))
         last = [e for e in events if isinstance(e, GameMoved) and e.id == game_id][-1]
         assert chain.disputes.state_of(game_id) == game_hash(last.game)
-        return last.game, last.list
+        return last.game, chain.disputes.posted(last)
 
     def end(self, game_id: bytes) -> GameEnded:
         chain = self.market.chain(STRANGER)

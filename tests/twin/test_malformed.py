@@ -254,7 +254,8 @@ def test_a_game_from_its_challenge_to_its_proof(court: Court) -> None:
         seen = arena.seen(id)
         phases.append(seen.game.phase)
         index = WORKERS[1] if seen.game.worker_turn else CHALLENGER
-        answer = solve(seen.game, seen.list, truth if seen.game.worker_turn else liar, steps)
+        posted = arena.door(index).posted(seen.last)
+        answer = solve(seen.game, posted, truth if seen.game.worker_turn else liar, steps)
         if isinstance(answer, Proof):
             right = encode("prove", id, seen.game, answer)
             for field in (RECORD_FIELD, STEPS_FIELD):

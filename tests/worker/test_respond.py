@@ -106,7 +106,7 @@ def moved(worker: str = ACCOUNT, turn_started: int = 990, seconds: int = 100, wo
     }
     game = Game(**place_and_turn, **roots, **zero)
     place: dict[str, Any] = {"contract": "Disputes", "block": 1, "log_index": 0, "transaction": bytes(32)}
-    return GameMoved(id=GAME, job=bytes(32), mover="", game=game, list=b"", **place)
+    return GameMoved(id=GAME, job=bytes(32), mover="", game=game, list=b"", place=0, **place)
 
 
 def ticks(responder: Responder, now: int, count: int = 1) -> None:
@@ -239,7 +239,7 @@ def test_an_honest_worker_wins_by_proof_and_by_flag(
         steps = await asyncio.to_thread(case.steps)
         game = await asyncio.to_thread(accuse, village, segment, b"".join([b"\x11" * 32, *steps[1:-1], WRONG]))
         moved = await moved_by(village, game, village.agents[0].account)
-        nodes = slices(moved.list, 32)
+        nodes = slices(await asyncio.to_thread(village.requester.disputes.posted, moved), 32)
         false_leaf = encode_vector([7, *decode_vector(case.leaf(0, 3), False)[1:]], False)
         move = Move(case.record(0), tuple(Tree(nodes).prove(3)), 3, nodes[3], false_leaf)
         await asyncio.to_thread(village.challenger.disputes.descend, game, moved.game, move)

@@ -36,7 +36,8 @@ struct Charge {
 /// @title Evidence: from a named segment and its openings to what is judged
 /// @notice docs/protocol.md, "Segments". Every opening is checked against a root that the chain already holds. Holds no more than sums that it
 /// computed from such; apart from Disputes because of the size limit of a contract.
-/// @dev INVARIANT: index < count for all a segment names: request, layer, position, unit, and the tokens these imply.
+/// @dev Over 400 lines: each kind of segment has its evidence, and what they share would fall apart in two files.
+/// INVARIANT: index < count for all a segment names: request, layer, position, unit, and the tokens these imply.
 contract Evidence {
     /// @dev An opening does not belong to the committed tree.
     error RootMismatch(bytes32 expected, bytes32 actual);
@@ -80,11 +81,14 @@ contract Evidence {
     }
 
     /// @notice Q, K, V, ATTEND, MLP, TOKEN and SAMPLE: a game that can start, but for its list, its clocks and its bond.
-    function charge(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
-        external
-        view
-        returns (Charge memory)
-    {
+    /// @dev The parameters of IDisputes.challenge.
+    function charge(
+        Segment calldata segment,
+        bytes32,
+        Model calldata model,
+        Opening[] calldata evidence,
+        bytes calldata
+    ) external view returns (Charge memory) {
         bool token = segment.kind == TOKEN || segment.kind == SAMPLE;
         if (!token && (segment.kind < Q || segment.kind > MLP)) revert IDisputes.WrongSegment("kind");
         _requireCount(evidence, token ? 5 : 2);
@@ -96,8 +100,18 @@ contract Evidence {
         SegmentHeader memory header = _header(segment, model, evidence[1]);
         found.firstInstruction = header.first;
         found.steps = header.steps;
-        if (!token) return found;
+        if (token) _findToken(segment, docket, model, evidence);
+        return found;
+    }
 
+    /// @dev What TOKEN and SAMPLE judge besides the row.
+    function _findToken(
+        Segment calldata segment,
+        Docket memory docket,
+        Model calldata model,
+        Opening[] calldata evidence
+    ) private view {
+        Charge memory found = docket.charge;
         if (docket.stage.endLayer != model.layers) revert IDisputes.WrongSegment("stage");
         bytes memory request = _open(evidence[2], _requestsRoot(segment), segment.request, docket.job.requests);
         // A request that draws its tokens is judged by another program than a greedy one.
@@ -109,7 +123,6 @@ contract Evidence {
         uint256 place = uint256(segment.position) + 1 - prompt;
         (uint256 id,) = _outputToken(segment, docket, evidence[3], evidence[4], place);
         found.token = _known(id, model.vocabulary);
-        return found;
     }
 
     /// @notice LINK: adds up the first two numbers, for `find` to go on from. By anyone, once and for all: every opening is checked.
@@ -125,7 +138,8 @@ contract Evidence {
     }
 
     /// @notice EMBED, LINK, STOP, BILL and LENGTH: the same once the segment is proved wrong; reverts with NotWrong if it is right.
-    function find(Segment calldata segment, Model calldata model, Opening[] calldata evidence)
+    /// @dev The parameters of IDisputes.show.
+    function find(Segment calldata segment, bytes32, Model calldata model, Opening[] calldata evidence)
         external
         view
         returns (Charge memory)

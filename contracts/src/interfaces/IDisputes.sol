@@ -75,8 +75,11 @@ struct HandoffProof {
 /// @notice See docs/protocol.md, "The game". Game id = the challenge's commitment.
 interface IDisputes {
     event ChallengeCommitted(bytes32 indexed id, address indexed sender);
-    /// @notice `game` is the state after the move: whoever follows the events can make the next one. `list` is what was posted.
-    event GameMoved(bytes32 indexed id, bytes32 indexed job, address indexed mover, bytes game, bytes list);
+    /// @notice `game` is the state after the move: whoever follows the events can make the next one. `list` is what was posted; where `place` is not 0,
+    /// it is not here but at that byte of the transaction's calldata, behind a word that tells its length.
+    event GameMoved(
+        bytes32 indexed id, bytes32 indexed job, address indexed mover, bytes game, bytes list, uint32 place
+    );
     /// @notice convicted = 255: the challenger lost.
     event GameEnded(bytes32 indexed id, bytes32 indexed job, uint8 stage, uint8 convicted, uint8 reason); // reason: 1 proved, 2 flag, 3 shown, 4 deflected
 
