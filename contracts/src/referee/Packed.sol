@@ -46,13 +46,21 @@ library Packed {
         returns (bool bad, uint256 total, uint256 size)
     {
         unchecked {
-            for (uint256 n; count > 0 && !bad; (x, y, count) = (x + 8 * n, y + 2 * n, count - n)) {
-                n = count < GROUP ? count : GROUP;
+            while (count > 0) {
+                uint256 n = count < GROUP ? count : GROUP;
                 (bool plain, uint256 more, uint256 sizes) =
                     Floats.lanes(_word(y), Floats.SERVED_BASE, Floats.SERVED_BEYOND);
-                if (plain && n == GROUP) (more, sizes) = _squares(x, more, sizes);
-                else (bad, more, sizes) = _listed(x, y, n, a);
-                (total, size) = (total + more, size + sizes);
+                if (plain && n == GROUP) {
+                    (more, sizes) = _squares(x, more, sizes);
+                } else {
+                    (bad, more, sizes) = _listed(x, y, n, a);
+                    if (bad) break;
+                }
+                total += more;
+                size += sizes;
+                x += 8 * n;
+                y += 2 * n;
+                count -= n;
             }
         }
     }
