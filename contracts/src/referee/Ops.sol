@@ -302,17 +302,13 @@ library Ops {
             let ahead := sub(y, x)
             let place := add(x, 32)
             let end := add(place, length)
-            // Eight terms a turn while they last, then one.
-            for { let whole := add(place, and(length, not(255))) } lt(place, whole) { place := add(place, 256) } {
-                let y8 := add(place, ahead)
-                let t := mul(mload(place), mload(y8))
-                t := add(t, mul(mload(add(place, 32)), mload(add(y8, 32))))
-                t := add(t, mul(mload(add(place, 64)), mload(add(y8, 64))))
-                t := add(t, mul(mload(add(place, 96)), mload(add(y8, 96))))
-                t := add(t, mul(mload(add(place, 128)), mload(add(y8, 128))))
-                t := add(t, mul(mload(add(place, 160)), mload(add(y8, 160))))
-                t := add(t, mul(mload(add(place, 192)), mload(add(y8, 192))))
-                total := add(total, add(t, mul(mload(add(place, 224)), mload(add(y8, 224)))))
+            // Four terms a turn while they last, then one.
+            for { let whole := add(place, and(length, not(127))) } lt(place, whole) { place := add(place, 128) } {
+                let y4 := add(place, ahead)
+                let t := mul(mload(place), mload(y4))
+                t := add(t, mul(mload(add(place, 32)), mload(add(y4, 32))))
+                t := add(t, mul(mload(add(place, 64)), mload(add(y4, 64))))
+                total := add(total, add(t, mul(mload(add(place, 96)), mload(add(y4, 96)))))
             }
             for {} lt(place, end) { place := add(place, 32) } {
                 total := add(total, mul(mload(place), mload(add(place, ahead))))

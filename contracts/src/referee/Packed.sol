@@ -46,13 +46,21 @@ library Packed {
         returns (bool bad, uint256 total, uint256 size)
     {
         unchecked {
-            for (uint256 n; count > 0 && !bad; (x, y, count) = (x + 8 * n, y + 2 * n, count - n)) {
-                n = count < GROUP ? count : GROUP;
+            while (count > 0) {
+                uint256 n = count < GROUP ? count : GROUP;
                 (bool plain, uint256 more, uint256 sizes) =
                     Floats.lanes(_word(y), Floats.SERVED_BASE, Floats.SERVED_BEYOND);
-                if (plain && n == GROUP) (more, sizes) = _squares(x, more, sizes);
-                else (bad, more, sizes) = _listed(x, y, n, a);
-                (total, size) = (total + more, size + sizes);
+                if (plain && n == GROUP) {
+                    (more, sizes) = _squares(x, more, sizes);
+                } else {
+                    (bad, more, sizes) = _listed(x, y, n, a);
+                    if (bad) break;
+                }
+                total += more;
+                size += sizes;
+                x += 8 * n;
+                y += 2 * n;
+                count -= n;
             }
         }
     }
@@ -89,15 +97,12 @@ library Packed {
     /// @dev The squares of the distances of sixteen integers from as many lanes, and of the integers.
     function _squares(uint256 x, uint256 mantissas, uint256 shifts) private pure returns (uint256 total, uint256 size) {
         assembly ("memory-safe") {
-            for { let end := add(x, 128) } lt(x, end) { x := add(x, 32) } {
+            let half := 0x7fffffffffffffff7fffffffffffffff7fffffffffffffff7fffffffffffffff
+            let low := 0x0000000000000001000000000000000100000000000000010000000000000001
+            // Eight pairs a turn.
+            for { let end := add(x, 128) } lt(x, end) { x := add(x, 64) } {
                 let word := mload(x)
-                word := xor(
-                    and(shr(1, word), 0x7fffffffffffffff7fffffffffffffff7fffffffffffffff7fffffffffffffff),
-                    mul(
-                        and(word, 0x0000000000000001000000000000000100000000000000010000000000000001),
-                        0xffffffffffffffff
-                    )
-                )
+                word := xor(and(shr(1, word), half), mul(and(word, low), 0xffffffffffffffff))
                 let d := sar(192, word)
                 let s := sub(shl(byte(1, shifts), sar(240, mantissas)), d)
                 let more := mul(s, s)
@@ -112,10 +117,28 @@ library Packed {
                 sizes := add(sizes, mul(d, d))
                 d := signextend(7, word)
                 s := sub(shl(byte(7, shifts), sar(240, shl(48, mantissas))), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                word := mload(add(x, 32))
+                word := xor(and(shr(1, word), half), mul(and(word, low), 0xffffffffffffffff))
+                d := sar(192, word)
+                s := sub(shl(byte(9, shifts), sar(240, shl(64, mantissas))), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                d := sar(192, shl(64, word))
+                s := sub(shl(byte(11, shifts), sar(240, shl(80, mantissas))), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                d := sar(192, shl(128, word))
+                s := sub(shl(byte(13, shifts), sar(240, shl(96, mantissas))), d)
+                more := add(more, mul(s, s))
+                sizes := add(sizes, mul(d, d))
+                d := signextend(7, word)
+                s := sub(shl(byte(15, shifts), sar(240, shl(112, mantissas))), d)
                 total := add(total, add(more, mul(s, s)))
                 size := add(size, add(sizes, mul(d, d)))
-                mantissas := shl(64, mantissas)
-                shifts := shl(64, shifts)
+                mantissas := shl(128, mantissas)
+                shifts := shl(128, shifts)
             }
         }
     }
