@@ -20,7 +20,7 @@ from contracts.events import EVENTS, Credited, Event, GameEnded
 from contracts.play import Followed, GameLog
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
-from verifier.game import Game, HandoffProof, Move, Proof, Segment, remaining_seconds
+from verifier.game import Game, HandoffProof, Move, Phase, Proof, Segment, remaining_seconds
 from verifier.referee.codec import Model, Opening
 
 COPIER = 6
@@ -48,6 +48,7 @@ class Manners:
 
     copied: bool = False  # the commitment is front-run, the challenge and every move sent by a copier too
     strange: bool = False  # a stranger makes the mover's move before it does
+    disordered: bool = False  # who moves first sends a move of another phase, and its own last one
     repeated: bool = False  # every move is sent again, into the state it was for and into the one after it
     hasty: bool = False  # the flag is called before its time, in the last second or the one before
     last_second: bool = False  # every move is made in its last second
@@ -71,13 +72,16 @@ class Silence:
 
 @dataclass
 class Ended:
-    """How a game ended. moves: transactions that counted, behind the commitment; silenced: a `Silence` came to pass."""
+    """How a game ended. moves: transactions that counted, behind the commitment; silenced: a `Silence` came to pass;
+
+    last: the state that was proved wrong, deflected or left unanswered; None where a show ended it at once.
+    """
 
     convicted: int
     reason: int
     moves: int
     silenced: bool = False
-    gas: int = 0
+    last: Game | None = None
 
 
 @dataclass
@@ -92,8 +96,9 @@ class _Live:
     moves: int = 1
     silenced: bool = False
     tries: int = TRIES
-    gas: int = 0
-    last: tuple[int, Game, Answer] | None = field(default=None)
+    met: Game | None = None  # the state before the last call that counted
+    last: tuple[int, Game, Answer] | None = None
+    own: dict[bool, Answer] = field(default_factory=dict)  # the last answer of each side
 
 
 class Arena:
@@ -195,11 +200,12 @@ class Arena:
             self.refused("WrongState", self._send, index, id, game, answer)
             self.refused("WrongState", self.door(STRANGER).flag, id, game)
         self._log.forget(id)
-        return Ended(end.convicted, end.reason, live.moves, live.silenced)
+        return Ended(end.convicted, end.reason, live.moves, live.silenced, live.met)
 
     def _turn(self, live: _Live) -> None:
         seen, manners = self._log.games[live.id], live.manners
         game, works = seen.game, seen.game.worker_turn
+        live.met = game
         index = self._account(game, manners)
         if live.last is not None and manners.repeated:
             before, state, answer = live.last
@@ -212,7 +218,7 @@ class Arena:
             live.silenced |= silent
             self._run_out(live, index, game, answer_)
             return
-        self._around(live, game, answer_)
+        self._around(live, index, game, answer_)
         deadline = game.turn_started + remaining_seconds(game, game.turn_started)
         if manners.hasty and self.at(deadline - 1):
             self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
@@ -228,13 +234,18 @@ class Arena:
             return
         live.moves += 1
         live.last = (index, game, answer_)
+        live.own[works] = answer_
 
-    def _around(self, live: _Live, game: Game, answer: Answer) -> None:
-        """Others make the mover's move before it does."""
+    def _around(self, live: _Live, mover: int, game: Game, answer: Answer) -> None:
+        """Others make the mover's move before it does, and it makes others itself."""
         others = [STRANGER] * live.manners.strange + [COPIER] * live.manners.copied
         other = CHALLENGER if game.worker_turn else WORKERS[game.segment.stage]
         for index in [*others, *[other] * live.manners.strange]:
             self.refused("NotYourTurn", self._send, index, live.id, game, answer)
+        if live.manners.disordered:
+            self.refused("WrongPhase", self._send, mover, live.id, game, _of_another_phase(game))
+            if (earlier := live.own.get(game.worker_turn)) is not None:
+                self.refused_by_name(self._send, mover, live.id, game, earlier)
 
     def _run_out(self, live: _Live, index: int, game: Game, answer: Answer | None) -> None:
         """The mover's time passes; anybody calls the flag."""
@@ -334,3 +345,9 @@ class Arena:
             return False
         self._node.ask("evm_setNextBlockTimestamp", timestamp)
         return True
+
+
+def _of_another_phase(game: Game) -> Answer:
+    if game.phase == Phase.HANDOFF:
+        return Move(bytes(128), (), 0, bytes(32), bytes(32))
+    return HandoffProof(bytes(32), 1, 0, bytes(44), (), bytes(65))

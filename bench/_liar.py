@@ -161,26 +161,37 @@ def _false(digest: bytes) -> bytes:
     return sha256(b"a lie" + digest).digest()
 
 
-def places(truth: Case, step: int) -> list[tuple[int, int]]:
-    """(element, chunk) of each class: first and last; both sides of the borders of leaves, heads and groups of heads;
-    the first and the last element of padding; both sides of the borders of lists of sums.
+def classes(truth: Case, step: int) -> dict[str, tuple[int, int]]:
+    """(element, chunk) of each class that instruction `step` has: ends and both sides of every border that the law
+    knows, of leaves, rows (heads), groups of heads, positions and lists of sums.
     """
     ins, t = truth.instructions[step], truth.segment.position
     n, chunks = len(truth.vector(step)), truth.chunks(step)
     per_leaf = vector_leaf_elements(bool(ins.wide))
     row = padded(t) if ins.cols == 0 else ins.cols
-    borders = {per_leaf, n // per_leaf * per_leaf}
+    borders = {"leaf": per_leaf, "last leaf": (n - 1) // per_leaf * per_leaf}
     if row < n:
-        group = row * (ins.b if ins.op in (Op.SCORE, Op.WSUM) else 1)
-        borders |= {row, group, n - row}
+        borders |= {"row": row, "last row": n - row}
+        if ins.op in (Op.SCORE, Op.WSUM):
+            borders["group"] = row * ins.b
     if ins.op in (Op.SCORE, Op.EXP):
-        borders |= {t + 1, n - row + t + 1}
-    found = sorted({e for border in borders for e in (border - 1, border)} | {0, n - 1})
-    elements = [e for e in found if 0 <= e < n]
-    step_chunks = span(chunks)
-    sums = sorted({0, chunks - 1, *(c for c in (step_chunks - 1, step_chunks, chunks // 2) if 0 <= c < chunks)})
-    pairs = [(e, sums[k % len(sums)]) for k, e in enumerate(elements)]
-    return pairs + [(elements[-1], c) for c in sums if (elements[-1], c) not in pairs]
+        borders |= {"padding": t + 1, "last padding": n - row + t + 1}
+    elements = {"first": 0, "last": n - 1}
+    for name, border in borders.items():
+        if 0 < border < n:
+            elements |= {f"before {name}": border - 1, name: border}
+    listed = span(chunks)
+    sums = {"first chunk": 0, "middle chunk": chunks // 2, "last chunk": chunks - 1} if chunks > 1 else {}
+    if listed > 1:
+        sums |= {"before list": listed - 1, "list": listed}
+    order = sorted(set(sums.values())) or [0]
+    found = {name: (e, order[k % len(order)]) for k, (name, e) in enumerate(elements.items())}
+    return found | {name: (n - 1, c) for name, c in sums.items()}
+
+
+def places(truth: Case, step: int) -> list[tuple[int, int]]:
+    """(element, chunk) of all classes."""
+    return sorted(set(classes(truth, step).values()))
 
 
 def depths(truth: Case, step: int) -> list[Depth]:

@@ -50,6 +50,8 @@ SHORT = Request(prompt=(1, 2), limit=5, stops=(STOP, 298))
 SHORT_TOKENS = (7, STOP)
 REQUESTS = (SHORT, LONG)
 LONG_AT = 1  # its index
+POSITION = 597  # of it: WSUM has 75 chunks there, two lists; MAX and SUM three; heads are padded to 768
+OUTPUT_AT = 7  # a place among its tokens
 LONG_OUTPUT = Output(2, len(LONG_TOKENS), 2, LONG_TOKENS)
 NO_TOKEN = 0xFFFFFFFF  # STOP: no token is shown
 # What the short request's output may be wrong in, and the token that shows it.
@@ -245,6 +247,20 @@ class Batch:
         trace = self.served.traces[segment.request][segment.stage]
         sampling = self.requests[segment.request].sampling(segment.request) if segment.kind == Kind.SAMPLE else GREEDY
         return Case(self.model, self.weights, self.profile, segment, trace, None, token, sampling)
+
+    def piece(self, kind: Kind, guilty: bool, position: int = POSITION, unit: int = 1) -> tuple[Segment, Case]:
+        """A challenged segment that is wrong or right, and the truth about it. TOKEN and SAMPLE are at an output's
+        position and search for a competitor. Raises ValueError if there is none.
+        """
+        by_token = kind in (Kind.TOKEN, Kind.SAMPLE)
+        at = len(LONG.prompt) - 1 + OUTPUT_AT if by_token else position
+        layer = int(by_token)
+        for competitor in range(self.weights.shape.vocabulary) if by_token else (unit,):
+            segment = self.segment(kind, layer, layer, at, competitor)
+            case = self.case(segment, LONG_TOKENS[OUTPUT_AT] if by_token else 0)
+            if case.verdict() == guilty:
+                return segment, case
+        raise ValueError(f"expected a {kind.name} that is {'wrong' if guilty else 'right'}, found none at {at}")
 
     def node(self, stage: int, request: int = LONG_AT) -> Opening:
         return self.served.stage_trees[stage].opening(request)

@@ -23,9 +23,8 @@ from bench._ledger import Ledger, Row, in_gas, joined
 from bench._liar import Depth, Liar, Lie, Solver, places
 from bench._market import (
     CHALLENGER,
-    LONG,
     LONG_AT,
-    LONG_TOKENS,
+    POSITION,
     REQUESTER,
     REQUESTS,
     SHORT,
@@ -50,7 +49,6 @@ from verifier.referee.ops import Op
 from verifier.weights import Weights
 
 FUNDS = 10**30
-POSITION, UNIT, OUTPUT = 597, 1, 7  # of the pieces that are fought about; OUTPUT: the token
 ACCUSED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 AT_ONCE = 12  # accusations: the bond doubles with every four
 QUEUED = 4  # demands of 64 KB
@@ -283,14 +281,7 @@ class Scene:
     def _piece(self, kind: Kind, guilty: bool) -> tuple[Batch, Segment, Case]:
         """A job, a segment of it, and the truth about that."""
         batch = self._batch(guilty, drawn=kind == Kind.SAMPLE)
-        by_token = kind in (Kind.TOKEN, Kind.SAMPLE)
-        position = len(LONG.prompt) - 1 + OUTPUT if by_token else POSITION
-        for unit in range(self._market.weights.shape.vocabulary) if by_token else (UNIT,):
-            segment = batch.segment(kind, int(by_token), int(by_token), position, unit)
-            case = batch.case(segment, LONG_TOKENS[OUTPUT] if by_token else 0)
-            if case.verdict() == guilty:
-                return batch, segment, case
-        raise ValueError(f"expected a {kind.name} that is {'wrong' if guilty else 'right'}, found none")
+        return (batch, *batch.piece(kind, guilty))
 
     def _challenge(self, batch: Batch, segment: Segment, case: Case) -> bytes:
         return self._arena.challenge(segment, batch.model, batch.evidence(segment), b"".join(case.steps()))
