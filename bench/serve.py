@@ -42,8 +42,8 @@ class WatchedStage(Stage):
 
     made: list[Cache]
 
-    def cache(self) -> Cache:
-        self.made = [*getattr(self, "made", ()), super().cache()]
+    def cache(self, buffer: int = 0) -> Cache:
+        self.made = [*getattr(self, "made", ()), super().cache(buffer)]
         return self.made[-1]
 
     @property

@@ -10,6 +10,7 @@ import torch
 from verifier.commit import Request
 from worker import ring_pb2 as pb
 from worker.batch import Batch, Token
+from worker.channel import pack_tensor
 from worker.errors import BadHandoff, BadMessage, JobFailed
 from worker.handoff import Handoff
 
@@ -48,6 +49,11 @@ class Step:
 
     def times(self) -> pb.Times:
         return pb.Times(busy=int(1e6 * self.busy_seconds), slowest=int(1e6 * self.slowest_seconds))
+
+    def rows(self, dtype: int) -> pb.Rows:
+        """For the next stage. dtype: by the code in docs/canonical.md."""
+        pieces = (pb.Piece(request=p.request, first=p.first, count=p.count) for p in self.batch.pieces)
+        return pb.Rows(pieces=pieces, hidden=pack_tensor(self.hidden, dtype), ended=self.ended, times=self.times())
 
 
 def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positions: Sequence[int]) -> None:

@@ -6,7 +6,8 @@ run, one behind the other with the same room each: then all their positions are 
 nothing. Not for two threads at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,11 @@ class Cache:
         """Positions of `request` that the last finished forward left here."""
         return self._lengths.get(request, 0)
 
+    @property
+    def device_bytes(self) -> int:
+        """Of the pools, in use or not."""
+        return sum(pool.nbytes for pools in self._pools.values() for pool in pools)
+
     def extend(self, batch: Batch) -> None:
         """Makes room for the rows of `batch`, in new pages where they are needed."""
         for piece in batch.pieces:
@@ -133,6 +139,15 @@ class Cache:
                 for pool in self._pool(layer)
             )
         return keys, values
+
+    def coming(self, batch: Batch, guests: Mapping[int, int]) -> None:
+        """Told of every microbatch, in their order, as soon as it is known. guests: those of its requests that live on
+        the host (worker.swap), and what each may grow to.
+        """
+
+    def holding(self, batch: Batch) -> AbstractContextManager[None]:
+        """While it lasts, the microbatch's requests are on the device."""
+        return nullcontext()
 
     def advance(self, request: int, count: int) -> None:
         self._lengths[request] = self.positions(request) + count
@@ -198,11 +213,11 @@ class Cache:
         self._free[slots[::PAGE] // PAGE] = True
 
     def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """With room for all pages; pools double, so n appends copy O(n) rows."""
+        """With room for all pages; pools grow by a quarter or more, so n appends copy O(n) rows."""
         slots = len(self._free) * PAGE
         held = self._pools.get(layer)
         if held is None or len(held[0]) < slots:
-            room = max(slots, 2 * len(held[0]) if held is not None else 0)
+            room = max(slots, len(held[0]) * 5 // 4 if held is not None else 0)
             grown = [torch.zeros(room, *self._shape, dtype=self._dtype, device=self._device) for _ in range(2)]
             if held is not None:
                 for new, old in zip(grown, held, strict=True):

@@ -67,7 +67,9 @@ class Serving:
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
-    cache_positions: int = 65_536  # positions of all requests in flight together
+    cache_positions: int = 65_536  # of requests whose keys and values stay on the device
+    swap_positions: int = 0  # of one microbatch's requests that live on the host; 0: none do (worker.swap)
+    host_positions: int = 0  # of all of these together
     recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
     retain: str = "store"  # traces; or "regenerate": compute them again when they are asked for (worker.retain)
     regenerate_checked: float = 1.0  # the share of requests whose trace is computed again before it is dropped
@@ -82,6 +84,16 @@ class Serving:
     max_body_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
+        if min(self.max_rows, self.cache_positions) < 1:
+            came = f"{self.max_rows}, {self.cache_positions}"
+            raise ConfigError(f"serving.max_rows, serving.cache_positions: expected 1 or more, came {came}")
+        if not 0 <= self.swap_positions <= self.host_positions or (self.swap_positions == 0) != (
+            self.host_positions == 0
+        ):
+            raise ConfigError(
+                "serving.swap_positions, serving.host_positions: expected 0 < swap_positions <= host_positions, or "
+                f"neither, came {self.swap_positions}, {self.host_positions}"
+            )
         if self.retain not in RETAIN:
             raise ConfigError(f"serving.retain: expected one of {', '.join(RETAIN)}, came {self.retain!r}")
         if not 0 <= self.regenerate_checked <= 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 from contracts.wire import parse_requests, request_json
 from verifier.commit import Request, TraceNode
+from worker import ring_pb2 as pb
 from worker.errors import UnknownJob
 from worker.handoff import Handoff
 
@@ -47,6 +48,13 @@ class JobState:
     rings: int = 0  # pipelines that served the job before the one that this is of
     held_until: float = 0.0  # unix seconds by our clock, until which nothing is sealed: the job may be moved
     extra: dict[str, str] = field(default_factory=dict)  # e.g. transaction notes for people
+
+    def finish_message(self, job: bytes) -> pb.Envelope:
+        """What a sealed stage says last."""
+        sent = self.sent
+        assert sent is not None
+        finish = pb.Finish(root=sent.root, leaves=sent.leaves, signature=sent.signature)
+        return pb.Envelope(job=job, attempt=self.attempt, sequence=self.sent_sequence, finish=finish)
 
     def to(self, phase: Phase, **changes: Any) -> "JobState":
         return replace(self, phase=phase, **changes)

@@ -20,14 +20,14 @@ class Pace:
     than MOST.
     """
 
-    def __init__(self, stages: int, fixed: int = 0) -> None:
+    def __init__(self, stages: int, fixed: int = 0, swaps: bool = False) -> None:
         """fixed: microbatches in flight whatever is measured; 0 measures, beginning with one for each stage and one
-        on the way. A single stage has nothing to wait for: one at a time.
+        on the way. A single stage has nothing to wait for: one at a time; swaps: and one whose keys and values come in.
         """
         if stages < 1 or fixed < 0:
             raise ValueError(f"expected one stage or more and no negative bound, came {stages} and {fixed}")
         self.fixed = bool(fixed) or stages == 1
-        self.microbatches = self.groups = fixed or (stages + 1 if stages > 1 else 1)
+        self.microbatches = self.groups = fixed or (stages + 1 if stages > 1 else 1 + swaps)
         self.slowest_seconds = 0.0  # max T, smoothed
         self.busy_seconds = 0.0  # sum T, smoothed
         self.hops_seconds = math.inf  # sum L

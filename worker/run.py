@@ -26,10 +26,11 @@ from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
 from worker.attempt import Notary, Sender, Step, cancelled, check_pieces, failure_of, judge_handoff, retrieved
 from worker.batch import Batch, Token, sampling
-from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
+from worker.channel import Peer, unpack_rows, unpack_tokens
 from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
+from worker.homes import Homes
 from worker.job import JobFolder, JobState, Phase
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
@@ -189,7 +190,9 @@ class Run:
         self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
         self._inbox = asyncio.Queue(INBOX)
-        self._cache = self._stage.cache()
+        bounds = self._serving
+        self._homes = Homes(self.requests, bounds.cache_positions, bounds.swap_positions, bounds.host_positions)
+        self._cache = self._stage.cache(self._serving.swap_positions)
         self._positions = [0] * len(self.requests)
         self._ended: set[int] = set()
         self._kept = self.tokens
@@ -296,12 +299,12 @@ class Run:
 
     async def _drive(self) -> None:
         """Rows go out and tokens come back at the same time: nothing here waits for a round to end."""
-        self.pace = Pace(self.state.stages, self._serving.microbatches)
+        self.pace = Pace(self.state.stages, self._serving.microbatches, bool(self._homes.guests))
         scheduler = Scheduler(
             self.requests,
             max_rows=self._serving.max_rows,
             pace=self.pace,
-            cache_positions=self._serving.cache_positions,
+            homes=self._homes,
             kept=self._kept,
         )
         began: deque[float] = deque()  # of the microbatches in flight
@@ -472,13 +475,15 @@ class Run:
             self._positions[piece.request] = piece.end
         pulse = self._pulse
         pulse.took(time.monotonic())
+        cache.coming(batch, self._homes.visiting(batch))
 
         def work() -> Step:
             began = time.perf_counter()
             for request in ended:
                 cache.drop(request)
                 recorder.ended(request)
-            out, captured = stage.forward(hidden(), batch, cache)
+            with cache.holding(batch):
+                out, captured = stage.forward(hidden(), batch, cache)
             ids = stage.tokens(out[[row for _, _, row in sampled]], draws) if sampled else []
             recorder.rows(batch, captured, None if stage.is_last else out)
             tokens = [
@@ -496,10 +501,7 @@ class Run:
         return work
 
     async def _send_rows(self, step: Step) -> None:
-        pieces = (pb.Piece(request=p.request, first=p.first, count=p.count) for p in step.batch.pieces)
-        hidden = pack_tensor(step.hidden, int(self._stage.shape.served_dtype))
-        rows = pb.Rows(pieces=pieces, hidden=hidden, ended=step.ended, times=step.times())
-        await self._send(pb.Envelope(rows=rows))
+        await self._send(pb.Envelope(rows=step.rows(int(self._stage.shape.served_dtype))))
 
     async def _send(self, envelope: pb.Envelope) -> None:
         """Numbers the message, unless it has its number, and sends it. Raises Stalled."""
@@ -568,14 +570,7 @@ class Run:
         )
         self._final = True
         if sent is not None:
-            await self._send(self._finish_message())
-
-    def _finish_message(self) -> pb.Envelope:
-        sent = self.state.sent
-        assert sent is not None
-        envelope = pb.Envelope(job=self.folder.job, attempt=self.state.attempt, sequence=self.state.sent_sequence)
-        envelope.finish.CopyFrom(pb.Finish(root=sent.root, leaves=sent.leaves, signature=sent.signature))
-        return envelope
+            await self._send(self.state.finish_message(self.folder.job))
 
     def _judge_handoff(self, finish: pb.Finish, root: bytes, leaves: int) -> Handoff:
         sender = (self.state.stage - 1) % self.state.stages
@@ -590,7 +585,7 @@ class Run:
         """After a restart of a sealed job."""
         try:
             if self.state.sent is not None:
-                await self._send(self._finish_message())
+                await self._send(self.state.finish_message(self.folder.job))
             if self.state.phase is Phase.SEALED:
                 if self.state.stage == 0 and self.state.stages > 1:
                     await self._await_finish()

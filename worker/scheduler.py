@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from verifier.commit import Request
 from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed
+from worker.homes import Homes, needed
 from worker.pace import Pace
 
 
@@ -51,8 +52,8 @@ class _Progress:
 class Scheduler:
     """Continuous batching: whoever waited longest goes first, prompts in chunks, new requests as the cache has room.
 
-    `max_rows` bounds one microbatch, `pace` how many are in flight, `cache_positions` the sum of what the
-    admitted requests may grow to (one request is always admitted, however long).
+    `max_rows` bounds one microbatch, `pace` how many are in flight, `homes` the sum of what the admitted requests may
+    grow to (one request is always admitted, however long) and, of one microbatch, what its guests take.
 
     Tokens of a broken attempt are fed as if they were of the prompt. The last stage chooses them again all the same,
     from this attempt's rows: what is committed is what one trace yields. Where it chooses another, `diverged` is
@@ -65,18 +66,18 @@ class Scheduler:
         *,
         max_rows: int,
         pace: Pace,
-        cache_positions: int,
+        homes: Homes,
         kept: Sequence[Sequence[int]] = (),
     ) -> None:
         """kept: each request's tokens of earlier attempts."""
-        if min(max_rows, cache_positions) < 1:
-            raise ValueError(f"expected positive bounds, came {max_rows}, {cache_positions}")
+        if max_rows < 1:
+            raise ValueError(f"expected a positive bound, came {max_rows}")
         self._progress = [_Progress(request) for request in requests]
         for progress, tokens in zip(self._progress, kept or [()] * len(requests), strict=True):
             progress.tokens = unfinished(progress.request, tokens)
         self._max_rows = max_rows
         self._pace = pace
-        self._room = cache_positions
+        self._homes = homes
         self._unadmitted = deque(range(len(requests)))
         self._active: deque[int] = deque()  # the longest unserved first
         self._ended: list[int] = []
@@ -119,7 +120,7 @@ class Scheduler:
         if self._in_flight >= self._pace.microbatches:
             return None
         if self.diverged:
-            ready = [r for r in self._active if self._unsure(r)]
+            ready = self._fitting([r for r in self._active if self._unsure(r)])
         else:
             self._admit()
             ready = self._ready()
@@ -145,10 +146,26 @@ class Scheduler:
     def _ready(self) -> list[int]:
         # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
         # each takes its share of the requests.
-        share = -(-len(self._active) // self._pace.groups)
-        ready = [r for r in self._active if not self._progress[r].waiting][:share]
+        share = -(-len(self._active) // max(self._pace.groups, self._homes.turns))
+        ready = self._fitting([r for r in self._active if not self._progress[r].waiting], share)
         # Single rows first, prompts share what is left.
         return sorted(ready, key=lambda r: self._progress[r].known - self._progress[r].sent > 1)
+
+    def _fitting(self, waiting: Sequence[int], most: int | None = None) -> list[int]:
+        """Those whose guests a buffer holds together; the longest unserved is always among them."""
+        guests: list[Piece] = []
+        chosen: list[int] = []
+        for r in waiting:
+            if len(chosen) == most:
+                break
+            if r in self._homes.guests:
+                progress = self._progress[r]
+                count = min(progress.known - progress.sent, self._max_rows)
+                if needed([*guests, Piece(r, progress.sent, count)]) > self._homes.buffer:
+                    continue
+                guests.append(Piece(r, progress.sent, count))
+            chosen.append(r)
+        return chosen
 
     def _unsure(self, r: int) -> bool:
         """Whether rows are to be sent whose tokens an earlier attempt chose."""
@@ -187,16 +204,10 @@ class Scheduler:
         if stopped(progress.request, progress.tokens):
             self._active.remove(token.request)
             self._ended.append(token.request)
-            self._room += _reserve(progress.request)
+            self._homes.leave(token.request)
 
     def _admit(self) -> None:
         while self._unadmitted:
-            need = _reserve(self._progress[self._unadmitted[0]].request)
-            if need > self._room and self._active:
+            if not self._homes.admit(self._unadmitted[0], forced=not self._active):
                 return
-            self._room -= need
             self._active.append(self._unadmitted.popleft())
-
-
-def _reserve(request: Request) -> int:
-    return len(request.prompt) + request.limit

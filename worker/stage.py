@@ -23,6 +23,7 @@ from verifier.weights import Weights
 from worker.batch import Batch
 from worker.cache import Cache, Places
 from worker.sampler import Draw, choose_all
+from worker.swap import SwappingCache
 
 ATTENTION = "plumb"
 
@@ -178,7 +179,11 @@ class Stage:
     def is_last(self) -> bool:
         return self.end_layer == self.shape.layers
 
-    def cache(self) -> Cache:
+    def cache(self, buffer: int = 0) -> Cache:
+        """buffer: positions of each of the two that guests come into; 0: there are no guests."""
+        if buffer:
+            layers = range(self.first_layer, self.end_layer)
+            return SwappingCache(self.kv_heads, self.head_size, self.dtype, self.device, layers, buffer)
         return Cache(self.kv_heads, self.head_size, self.dtype, self.device)
 
     @torch.inference_mode()

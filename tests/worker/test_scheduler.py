@@ -4,12 +4,13 @@ import pytest
 
 from verifier.commit import Request
 from worker.batch import Piece, Token
+from worker.homes import Homes
 from worker.pace import Pace
 from worker.scheduler import Scheduler, UnexpectedToken, stopped
 
 
 def made(*requests: Request, rows: int = 8, flights: int = 2, cache: int = 1000) -> Scheduler:
-    return Scheduler(requests, max_rows=rows, pace=Pace(2, flights), cache_positions=cache)
+    return Scheduler(requests, max_rows=rows, pace=Pace(2, flights), homes=Homes(requests, cache))
 
 
 def ask(prompt: int, limit: int, stops: tuple[int, ...] = ()) -> Request:
