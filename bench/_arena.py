@@ -242,7 +242,9 @@ class Arena:
         other = CHALLENGER if game.worker_turn else WORKERS[game.segment.stage]
         for index in [*others, *[other] * live.manners.strange]:
             self.refused("NotYourTurn", self._send, index, live.id, game, answer)
-        if live.manners.disordered:
+        # A block takes a second at least, and the move itself must still be in time.
+        deadline = game.turn_started + remaining_seconds(game, game.turn_started)
+        if live.manners.disordered and deadline - self._now() > 2:
             self.refused("WrongPhase", self._send, mover, live.id, game, _of_another_phase(game))
             if (earlier := live.own.get(game.worker_turn)) is not None:
                 self.refused_by_name(self._send, mover, live.id, game, earlier)
@@ -339,9 +341,13 @@ class Arena:
                 account = self._credited.setdefault(event.id, {})
                 account[event.account] = account.get(event.account, 0) + event.amount
 
+    def _now(self) -> int:
+        """The last block's time, unix seconds."""
+        return int(self._node.ask("eth_getBlockByNumber", "latest", False)["timestamp"], 16)
+
     def at(self, timestamp: int) -> bool:
         """Gives the next block that time, unix seconds; False if it is later already."""
-        if int(self._node.ask("eth_getBlockByNumber", "latest", False)["timestamp"], 16) >= timestamp:
+        if self._now() >= timestamp:
             return False
         self._node.ask("evm_setNextBlockTimestamp", timestamp)
         return True

@@ -205,6 +205,7 @@ class Scene:
         batch = self._batch(guilty=True, served=served)
         segment = batch.segment(Kind.LINK, 1, 0, POSITION, 0)
         mark, opened = self._ledger.mark(), self._now()
+        self._arena.prepare(segment, batch.model, batch.premises(segment))
         id = self._arena.show(segment, batch.model, batch.shown(segment))
         bond = self._arena.seen(id).game.bond
         row = handoff_row(LONG_AT, POSITION, 0, served.traces[LONG_AT][1].block_leaf("1.h", POSITION, 0))
