@@ -4,6 +4,7 @@ mutual TLS, and between neighbours a relay that holds every byte back for the ho
 
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -134,7 +135,7 @@ async def _conduct(doors: Sequence[Connection], latencies_seconds: Sequence[floa
     ports = [(await _read(door))["port"] for door in doors]
     relays = []
     for i, door in enumerate(doors):
-        relay, port = await _relay(ports[(i + 1) % len(doors)], latencies_seconds[i])
+        relay, port = await relay(ports[(i + 1) % len(doors)], latencies_seconds[i])
         relays.append(relay)
         door.send_bytes(json.dumps({"port": port}).encode())
     answers = [await _read(door) for door in doors]
@@ -157,16 +158,19 @@ async def _read(door: Connection) -> dict[str, Any]:
     return await asyncio.to_thread(wait)
 
 
-async def _relay(target: int, latency_seconds: float) -> tuple[asyncio.Server, int]:
+async def relay(target: int, latency_seconds: float, bytes_per_second: float = math.inf) -> tuple[asyncio.Server, int]:
+    """Before a port of this machine: a slow link, alike both ways. (It, its own port.)"""
     tasks = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
         async def take() -> None:
+            free = 0.0
             while data := await reader.read(2**16):
-                waiting.put_nowait((time.monotonic() + latency_seconds, data))
-            waiting.put_nowait((time.monotonic() + latency_seconds, b""))
+                free = max(free, time.monotonic()) + len(data) / bytes_per_second
+                waiting.put_nowait((free + latency_seconds, data))
+            waiting.put_nowait((max(free, time.monotonic()) + latency_seconds, b""))
 
         taking = asyncio.create_task(take())
         try:

@@ -121,7 +121,7 @@ class Agent:
         )  # the server knows the agent's class, so the agent can't import it at the top
 
         self.peers = Peers(self.chain, self.config.peer_hosts, self.config.serving.max_body_bytes)
-        self.links = Links(self.certificate, self._key, self._max_message_bytes)
+        self.links = Links(self.certificate, self._key, self._max_message_bytes, self.config.serving.compress)
         self.ring = Ring(self.certificate, self._key, self._receive, self._max_message_bytes)
         await self.ring.start(self.config.grpc)
         host, port = split_address(self.config.http, "http")

@@ -7,6 +7,7 @@ again, and the receiver passes over what it has. A Ring receives from the predec
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from worker import ring_pb2 as pb
 from worker import ring_pb2_grpc
 from worker.batch import Batch, Piece, Token
 from worker.errors import BadMessage, ConfigError
+from worker.packing import PACKED, PLAIN, pack, unpack
 from worker.stage import BITS, from_bits, to_bits
 from worker.tls import PEER_NAME, fingerprint
 
@@ -33,6 +35,9 @@ WINDOW_BYTES = 128 * 2**20  # or one message
 # gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
 # by us, by name.
 SLACK_BYTES = 2**20
+
+# Told by a receiver at the start of a stream: that it takes packed rows.
+PACKING_TAKEN = ("plumb-packing", str(PACKED))
 
 BACKOFF_SECONDS = (0.05, 2.0)  # first and longest pause between connections
 
@@ -84,18 +89,56 @@ def unpack_tokens(sender: str, tokens: pb.Tokens, vocabulary: int) -> list[Token
     return [Token(t.request, t.index, t.token) for t in tokens.tokens]
 
 
+def packed(envelope: pb.Envelope) -> pb.Envelope:
+    """The same message with its rows packed, if that makes it smaller."""
+    plain = envelope.rows.hidden
+    data = pack(plain.data, plain.dtype)
+    if len(data) >= len(plain.data):
+        return envelope
+    rows = pb.Rows(pieces=envelope.rows.pieces, ended=envelope.rows.ended, times=envelope.rows.times)
+    rows.hidden.CopyFrom(pb.Tensor(dtype=plain.dtype, shape=plain.shape, data=data, packing=PACKED))
+    return pb.Envelope(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence, rows=rows)
+
+
+def unpacked(sender: str, envelope: pb.Envelope, limit: int) -> pb.Envelope:
+    """Undoes `packed`, in place. Raises BadMessage naming the sender; nothing larger than `limit` bytes is made."""
+    tensor = envelope.rows.hidden
+    if tensor.packing != PACKED or tensor.dtype >= len(BITS):
+        what = f"packing {tensor.packing} of dtype {tensor.dtype}"
+        raise BadMessage(sender, f"rows: expected packing {PACKED} of a dtype below {len(BITS)}, came {what}")
+    count = math.prod(tensor.shape)
+    if count * np.dtype(BITS[tensor.dtype]).itemsize > limit:
+        raise BadMessage(sender, f"rows: expected at most {limit} bytes unpacked, came shape {list(tensor.shape)[:8]}")
+    try:
+        tensor.data = unpack(tensor.data, count, tensor.dtype)
+    except ValueError as error:
+        raise BadMessage(sender, f"rows: {error}") from error
+    tensor.packing = PLAIN
+    return envelope
+
+
 # ----------------------------------------------------------------------------------------------------------------- send
 
 
 class Link:
     """To one successor. `send` returns once the message is queued; order is kept."""
 
-    def __init__(self, peer: Peer, address: str, certificate: bytes, key: bytes, max_message_bytes: int) -> None:
-        """address: host:port; certificate, key: our own, PEM."""
+    def __init__(
+        self,
+        peer: Peer,
+        address: str,
+        certificate: bytes,
+        key: bytes,
+        max_message_bytes: int,
+        compress: bool = False,
+    ) -> None:
+        """address: host:port; certificate, key: our own, PEM; compress: rows, if the peer takes them so."""
         self.peer = peer
         self.address = address
         self.refusal: str | None = None  # why the peer dropped us for good
         self._limit = max_message_bytes
+        self._compress = compress
+        self._packing = False  # in this connection
         self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
         self._unacknowledged: deque[pb.Envelope] = deque()
         self._bytes = 0  # of them
@@ -160,8 +203,11 @@ class Link:
             try:
                 async with grpc.aio.secure_channel(self.address, self._credentials, options=options) as channel:
                     self._next = 0
+                    self._packing = False
                     # wait_for_ready stays off: a refused handshake should show as an error, not as silence
                     call = ring_pb2_grpc.RingStub(channel).Flow(self._outgoing())
+                    if self._compress:
+                        self._packing = PACKING_TAKEN in tuple(await call.initial_metadata())
                     async for ack in call:
                         self._acknowledged(ack)
                         pause = BACKOFF_SECONDS[0]
@@ -182,6 +228,8 @@ class Link:
                 await self._changed.wait()
             envelope = self._unacknowledged[self._next]
             self._next += 1
+            if self._packing and envelope.WhichOneof("body") == "rows":
+                envelope = await asyncio.to_thread(packed, envelope)
             yield envelope
 
     def _acknowledged(self, ack: pb.Ack) -> None:
@@ -268,11 +316,14 @@ class Ring(ring_pb2_grpc.RingServicer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this certificate is not one of our predecessors'")
             return
         try:
+            await context.send_initial_metadata((PACKING_TAKEN,))
             async for envelope in request_iterator:
                 if envelope.ByteSize() > self._limit:
                     raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {envelope.ByteSize()}")
                 if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
                     raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
+                if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
+                    envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
                 await self._handler(peer, envelope)
                 yield pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
         except BadMessage as error:

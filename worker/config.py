@@ -80,6 +80,7 @@ class Serving:
     stall_seconds: float = 60.0  # without a token, or with a message that isn't taken, after which it is given up too
     attempts: int = 3
     claim_seconds: float = 5.0  # how long a stage leaves its claim to stage 0 before it posts it alone
+    compress: bool = False  # rows to the successor, without loss: for links slower than the stages (worker.packing)
     max_message_bytes: int = 64 * 2**20
     max_body_bytes: int = 64 * 2**20
 

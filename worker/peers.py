@@ -153,10 +153,11 @@ async def _patience(name: str, seconds: float) -> AsyncIterator[None]:
 class Links:
     """One Link a successor, shared by all jobs that go there."""
 
-    def __init__(self, certificate: bytes, key: bytes, max_message_bytes: int) -> None:
+    def __init__(self, certificate: bytes, key: bytes, max_message_bytes: int, compress: bool = False) -> None:
         self._certificate = certificate
         self._key = key
         self._max_message_bytes = max_message_bytes
+        self._compress = compress
         self._links: dict[tuple[bytes, str], Link] = {}
 
     def to(self, peer: Peer, address: str) -> Link:
@@ -164,7 +165,7 @@ class Links:
         found = self._links.get((peer.certificate, address))
         if found is None:
             found = self._links[peer.certificate, address] = Link(
-                peer, address, self._certificate, self._key, self._max_message_bytes
+                peer, address, self._certificate, self._key, self._max_message_bytes, self._compress
             )
         return found
 

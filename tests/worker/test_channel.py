@@ -37,8 +37,11 @@ def talk(
     admitted: str = "client",
     limit: int = LIMIT,
     handler_error: bool = False,
+    compress: bool = False,
+    ring_class: type[Ring] = Ring,
 ) -> None:
     """Runs `act` between a link of "client" and a ring of "server"."""
+    tmp_path.mkdir(exist_ok=True)
     parties = {name: Party(tmp_path, name) for name in ("client", "server", "stranger")}
 
     async def work() -> None:
@@ -51,12 +54,12 @@ def talk(
             got.append(envelope)
 
         server = parties["server"]
-        ring = Ring(server.certificate, server.key, handler, limit)
+        ring = ring_class(server.certificate, server.key, handler, limit)
         port = await ring.start("127.0.0.1:0")
         ring.admit(parties[admitted].peer)
         client = parties["client"]
         target = Peer("server", "server", parties[pinned_at_client].certificate)
-        link = Link(target, f"127.0.0.1:{port}", client.certificate, client.key, LIMIT)
+        link = Link(target, f"127.0.0.1:{port}", client.certificate, client.key, LIMIT, compress)
         try:
             await act(link, got)
         finally:
