@@ -135,14 +135,14 @@ async def _conduct(doors: Sequence[Connection], latencies_seconds: Sequence[floa
     ports = [(await _read(door))["port"] for door in doors]
     relays = []
     for i, door in enumerate(doors):
-        relay, port = await relay(ports[(i + 1) % len(doors)], latencies_seconds[i])
-        relays.append(relay)
+        before, port = await relay(ports[(i + 1) % len(doors)], latencies_seconds[i])
+        relays.append(before)
         door.send_bytes(json.dumps({"port": port}).encode())
     answers = [await _read(door) for door in doors]
     for door in doors:
         door.send_bytes(b"{}")
-    for relay in relays:
-        relay.close()
+    for before in relays:
+        before.close()
     return answers[0]
 
 
