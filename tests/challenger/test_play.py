@@ -1,6 +1,5 @@
 """Players against the contract's twin, without a chain: who tells the truth wins, and nothing is sent twice."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -196,7 +195,7 @@ def test_who_has_no_answer_computes_it_once_and_who_is_late_sends_nothing(guilty
 
 
 def test_to_a_list_that_the_state_does_not_remember_nothing_is_sent(guilty: Case) -> None:
-    liar = Liar(guilty, [Lie(3, delta=1 << 12)], wrong=False, follows=True)
+    liar = Liar(guilty, [Lie(4, delta=1 << 12)], wrong=False, follows=True)
     rules = Rules(guilty, opening_steps(guilty))
     told = rules.posted
     phases = set()
@@ -208,8 +207,10 @@ def test_to_a_list_that_the_state_does_not_remember_nothing_is_sent(guilty: Case
             with pytest.raises(ValueError, match="expected the list of the game's last move"):
                 side.answer(followed)
         rules.posted = told  # type: ignore[method-assign]
-        with contextlib.suppress(ChainError):
+        try:
             side.step(followed, rules.now)
+        except ChainError:
+            break  # the liar's last move
     assert phases == {Phase.STEPS, Phase.NODES, Phase.ELEMENTS, Phase.SUMS}
 
 
