@@ -133,12 +133,12 @@ _PRODUCTS = "if (op == Op.LINEAR || op == Op.WSUM || op == Op.LOGIT) return line
 
 IN_OPS: dict[str, tuple[str, str, str]] = {
     "add": (_OPS, "Floats.decodeServed(bits, b, 0)", "Floats.decodeServed(bits, b, Floats.INVALID)"),
-    "sumsq": (_OPS, "return _dot(args[0], args[0]);", "args[0][0] = 0; return _dot(args[0], args[0]);"),
+    "sumsq": (_OPS, "return dot(args[0], args[0]);", "args[0][0] = 0; return dot(args[0], args[0]);"),
     "rsqrt": (_OPS, "(x > 0 ? uint256(x) : 0)", "uint256(x)"),
     "norm": (_OPS, "Fixed.rs(_only(args[0]) * _only(args[1]), 40)", "((_only(args[0]) * _only(args[1])) >> 40)"),
     "linear": (_OPS, _PRODUCTS, f"if (op == Op.LINEAR) return linear(args) >> 1; {_PRODUCTS}"),
     "rope": (_OPS, "Fixed.rs(x0 * c, 30) - Fixed.rs(x1 * s, 30)", "Fixed.rs(x0 * c - x1 * s, 30)"),
-    "score": (_OPS, "Fixed.cl(Fixed.rs(_dot(args[0], args[1]), 30))", "Fixed.rs(_dot(args[0], args[1]), 30)"),
+    "score": (_OPS, "Fixed.cl(Fixed.rs(dot(args[0], args[1]), 30))", "Fixed.rs(dot(args[0], args[1]), 30)"),
     "max": (_OPS, "if sgt(other, largest)", "if or(sgt(other, largest), sgt(sub(0, other), largest))"),
     "exp": (_OPS, "Fixed.exp2(_only(args[0]) - _only(args[1]))", "Fixed.exp2(_only(args[1]) - _only(args[0]))"),
     "sum": (_OPS, "let place := add(x, 32) } lt(place, end)", "let place := add(x, 64) } lt(place, end)"),
