@@ -219,7 +219,7 @@ class Arena:
             self._run_out(live, index, game, answer_)
             return
         self._around(live, index, game, answer_)
-        deadline = game.turn_started + remaining_seconds(game, game.turn_started)
+        deadline = _deadline(game)
         if manners.hasty and self.at(deadline - 1):
             self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
         if manners.last_second:
@@ -243,15 +243,14 @@ class Arena:
         for index in [*others, *[other] * live.manners.strange]:
             self.refused("NotYourTurn", self._send, index, live.id, game, answer)
         # A block takes a second at least, and the move itself must still be in time.
-        deadline = game.turn_started + remaining_seconds(game, game.turn_started)
-        if live.manners.disordered and deadline - self._now() > 2:
+        if live.manners.disordered and _deadline(game) - self._now() > 2:
             self.refused("WrongPhase", self._send, mover, live.id, game, _of_another_phase(game))
             if (earlier := live.own.get(game.worker_turn)) is not None:
                 self.refused_by_name(self._send, mover, live.id, game, earlier)
 
     def _run_out(self, live: _Live, index: int, game: Game, answer: Answer | None) -> None:
         """The mover's time passes; anybody calls the flag."""
-        deadline = game.turn_started + remaining_seconds(game, game.turn_started)
+        deadline = _deadline(game)
         if live.manners.hasty and self.at(deadline):
             self.refused("FlagNotFallen", self.door(STRANGER).flag, live.id, game)
         self.at(deadline + 1)
@@ -351,6 +350,11 @@ class Arena:
             return False
         self._node.ask("evm_setNextBlockTimestamp", timestamp)
         return True
+
+
+def _deadline(game: Game) -> int:
+    """The last second in which the mover is in time."""
+    return game.turn_started + remaining_seconds(game, game.turn_started)
 
 
 def _of_another_phase(game: Game) -> Answer:

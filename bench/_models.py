@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from verifier.tolerance import uniform_profile
+from verifier.weights import Weights
+
 SEED = 3
 
 
@@ -32,3 +35,9 @@ def write_llama(
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
     model.save_pretrained(folder, safe_serialization=True)
     return model
+
+
+def write_tolerant(folder: Path, *, hidden: int, layers: int) -> None:
+    """A random Llama in float32 and a profile so wide that it convicts nobody honest: for benchmarks of whole jobs."""
+    write_llama(folder, torch.float32, hidden=hidden, layers=layers)
+    uniform_profile(Weights.open(folder).shape, 1, 8, 1 << 24, 1 << 30).save(folder)

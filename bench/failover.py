@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
-from bench._models import write_llama
+from bench._models import write_tolerant
 from challenger.evidence import Archive, read_facts
 from challenger.fetch import Fetcher
 from challenger.judge import Judge
@@ -29,8 +28,6 @@ from deploy.demo import nursery
 from deploy.demo.village import Player, Village
 from requester.client import Requester
 from verifier.commit import Request, requests_root
-from verifier.tolerance import uniform_profile
-from verifier.weights import Weights
 
 STAGES = 3
 WINDOW_SECONDS = 600
@@ -51,8 +48,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="plumb-failover-") as name:
         home = Path(name)
         folder = home / "model"
-        write_llama(folder, torch.float32, hidden=hidden, layers=layers)
-        uniform_profile(Weights.open(folder).shape, 1, 8, 1 << 24, 1 << 30).save(folder)
+        write_tolerant(folder, hidden=hidden, layers=layers)
         batch = [Request(tuple((7 * r + 13 * i) % 1000 + 1 for i in range(prompt + r)), limit) for r in range(requests)]
         serving, policy = {"beat_seconds": 0.5, "silence_seconds": 3.0}, {"replaceable": True}
         with Village(folder, home / "village", serving=serving, policy=policy) as village:

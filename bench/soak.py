@@ -15,16 +15,13 @@ from statistics import median
 from typing import Any
 
 import httpx
-import torch
 
-from bench._models import write_llama
+from bench._models import write_tolerant
 from contracts.client import Status
 from deploy.demo import nursery
 from deploy.demo.village import Player, Village
 from requester.client import Requester, Terms, make_job
 from verifier.commit import Output, Request
-from verifier.tolerance import uniform_profile
-from verifier.weights import Weights
 
 WARM_SHARE = 0.5  # of the jobs, not counted: pools and caches fill, and the heap takes the shape of what comes
 POLL_SECONDS = 0.1
@@ -69,8 +66,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="plumb-soak-") as name:
         home = Path(name)
         folder = home / "model"
-        write_llama(folder, torch.float32, hidden=hidden, layers=layers)
-        uniform_profile(Weights.open(folder).shape, 1, 8, 1 << 24, 1 << 30).save(folder)
+        write_tolerant(folder, hidden=hidden, layers=layers)
         with Village(folder, home / "village", serving=SERVING | {"retain": retain}) as village:
             bounds = [round(i * layers / stages) for i in range(stages + 1)]
             line = [village.worker("honest", bounds[i], bounds[i + 1], f"stage{i}") for i in range(stages)]

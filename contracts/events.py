@@ -192,9 +192,9 @@ class ChallengeCommitted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GameMoved(Event):
-    """What was posted is `list`, or lies at byte `place` of the transaction's calldata: DisputesDoor.posted."""
-
-    """`game` is the state after the move; `list` what was posted."""
+    """`game` is the state after the move; what was posted is `list`, or lies at byte `place` of the transaction's
+    calldata: DisputesDoor.posted.
+    """
 
     id: bytes
     job: bytes

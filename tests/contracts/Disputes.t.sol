@@ -6,6 +6,7 @@ import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {Disputes} from "../../contracts/src/Disputes.sol";
 import {Token} from "../../contracts/src/dev/Token.sol";
 import {Evidence} from "../../contracts/src/game/Evidence.sol";
+import {Rows} from "../../contracts/src/game/Rows.sol";
 import {Descent} from "../../contracts/src/game/Descent.sol";
 import {Games} from "../../contracts/src/game/Games.sol";
 import {Game, HandoffProof, IDisputes, Move, Phase, Proof, Segment} from "../../contracts/src/interfaces/IDisputes.sol";
@@ -383,7 +384,7 @@ contract DisputesOpeningTest is DisputesTable {
         Opening[] memory evidence = _evidence();
         evidence[0].data = bytes.concat(node, hex"00");
         bytes memory expected =
-            abi.encodeWithSelector(Evidence.RootMismatch.selector, Tree.leaf(node), Tree.leaf(evidence[0].data));
+            abi.encodeWithSelector(Rows.RootMismatch.selector, Tree.leaf(node), Tree.leaf(evidence[0].data));
         _refused(expected, _segment(), evidence, _steps());
         bytes memory steps = bytes.concat(_steps(), bytes32(0));
         _refused(abi.encodeWithSelector(IDisputes.WrongListLength.selector, 96, 128), _segment(), _evidence(), steps);

@@ -39,8 +39,6 @@ struct Charge {
 /// @dev Over 400 lines: each kind of segment has its evidence, and what they share would fall apart in two files.
 /// INVARIANT: index < count for all a segment names: request, layer, position, unit, and the tokens these imply.
 contract Evidence {
-    /// @dev An opening does not belong to the committed tree.
-    error RootMismatch(bytes32 expected, bytes32 actual);
     /// @dev The evidence for this segment has `expected` openings (at least, where a program's own follow).
     error OpeningCount(uint256 expected, uint256 actual);
 
@@ -379,7 +377,7 @@ contract Evidence {
         if (place != segment.position) revert IDisputes.BadHandoff("position");
         // The sender has no such position, so any block of it contradicts.
         if (segment.kind == LENGTH) return;
-        if (third != segment.unit / Rows.BLOCK) revert IDisputes.BadHandoff("block");
+        if (third != segment.unit / Codec.BLOCK) revert IDisputes.BadHandoff("block");
         if (Tree.leaf(record[head:]) != game.list) revert IDisputes.BadHandoff("values");
     }
 
@@ -393,7 +391,7 @@ contract Evidence {
     {
         data = opening.data;
         bytes32 actual = Descent.rootOf(Tree.leaf(data), index, count, opening.siblings);
-        if (actual != root) revert RootMismatch(root, actual);
+        if (actual != root) revert Rows.RootMismatch(root, actual);
     }
 
     function _trace(

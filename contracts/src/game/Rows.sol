@@ -11,11 +11,9 @@ import {Tree} from "../referee/Tree.sol";
 /// @notice docs/canonical.md, "Served tensors". All of these are as wide as the model, so its id says where an element lies.
 /// @dev INVARIANT: segment.unit < model.hidden; position and tensor lie within the trace.
 library Rows {
-    /// @dev An opening does not belong to the trace.
+    /// @dev An opening does not belong to the committed tree.
     error RootMismatch(bytes32 expected, bytes32 actual);
 
-    /// @dev Elements of a leaf, and of a hand-off's record.
-    uint256 internal constant BLOCK = 256;
     // Tensors of a layer, by their place among its six.
     uint256 internal constant H = 0;
     uint256 internal constant ATTN_OUT = 4;
@@ -36,8 +34,8 @@ library Rows {
         uint256 used;
         bytes32[] memory siblings = opening.siblings;
         {
-            uint256 blocks = (uint256(model.hidden) + BLOCK - 1) / BLOCK;
-            uint256 leaf = segment.position * blocks + segment.unit / BLOCK;
+            uint256 blocks = (uint256(model.hidden) + Codec.BLOCK - 1) / Codec.BLOCK;
+            uint256 leaf = segment.position * blocks + segment.unit / Codec.BLOCK;
             (root, used) = _climb(data, leaf, trace.positions * blocks, siblings, 0);
         }
         {
@@ -63,9 +61,9 @@ library Rows {
 
     /// @dev One element of the leaf that holds that column of a row.
     function _bits(bytes memory data, uint256 column, uint256 width, uint256 dtype) private pure returns (uint256) {
-        uint256 skipped = column % BLOCK;
+        uint256 skipped = column % Codec.BLOCK;
         uint256 held = width - (column - skipped);
-        uint256 expected = (held < BLOCK ? held : BLOCK) * Floats.elementBytes(dtype);
+        uint256 expected = (held < Codec.BLOCK ? held : Codec.BLOCK) * Floats.elementBytes(dtype);
         if (data.length != expected) revert Codec.DataLength(expected, data.length);
         return uint256(Floats.rawBits(data, skipped, 1, dtype)[0]);
     }

@@ -16,6 +16,8 @@ library Codec {
     /// @dev A leaf or record must have exactly `expected` bytes.
     error DataLength(uint256 expected, uint256 actual);
 
+    /// @dev Elements of a full leaf of a row of served or stored floats, and of a hand-off's record.
+    uint256 internal constant BLOCK = 256;
     /// @dev Elements of a full leaf of an integer vector. Rationale: the one long vector of wide elements, WSUM's, has two lists of partial sums
     /// beneath; with 128 a leaf one list of nodes leads there even from the 64 heads of a 70B model.
     uint256 private constant NARROW_LEAF = 64;

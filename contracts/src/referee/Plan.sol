@@ -49,9 +49,6 @@ library Plan {
     uint8 private constant H = 0;
     uint8 internal constant OUT = 6;
 
-    /// @dev Elements of a served or weight leaf: those of one unit of an exact segment.
-    uint256 internal constant BLOCK = 256;
-
     /// @dev The reads of one chunk of element e, one for each opening; none for the padding of a row of positions.
     function reads(Place memory place, Instruction memory ins, uint256 e, uint256 chunk)
         internal
@@ -167,7 +164,7 @@ library Plan {
         uint256 start = uint256(place.cell.unit) * ins.x.unitStride;
         // A unit beyond the tensor reads one column there, which is refused as out of range.
         uint256 count = start < ins.x.width ? ins.x.width - start : 1;
-        if (count > BLOCK) count = BLOCK;
+        if (count > Codec.BLOCK) count = Codec.BLOCK;
         uint256 t = place.cell.position;
         Read memory x = _raw(_of(ins, ins.x, SERVED, 0, count), t);
         if (op == Op.SAME) return _two(x, _raw(_of(ins, ins.y, WEIGHT, start, count), place.cell.token));

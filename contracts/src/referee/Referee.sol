@@ -30,7 +30,7 @@ contract Referee is IReferee {
     uint256 private constant KINDS = 6;
 
     /// @dev Elements of a served or weight leaf, and sides of the tiles of v: 8 x 32 is a leaf again.
-    uint256 private constant BLOCK = Plan.BLOCK;
+    uint256 private constant BLOCK = Codec.BLOCK;
     uint256 private constant TILE_ROWS = Codec.WSUM_TERMS;
     uint256 private constant TILE_COLUMNS = 32;
     uint256 private constant TABLE_LEAF = 64;
