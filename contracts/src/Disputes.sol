@@ -206,19 +206,17 @@ contract Disputes is IDisputes {
         if (!Descent.readsEarlier(ins, game.step)) revert RecordMismatch();
         bytes32 modelId = Descent.modelId(proof.model);
         if (modelId != game.modelId) revert WrongModel(game.modelId, modelId);
-        if (keccak256(abi.encodePacked(proof.steps)) != game.steps) revert ClaimMismatch();
+        if (Descent.hashOf(proof.steps) != game.steps) revert ClaimMismatch();
 
-        bytes memory claimed;
+        bytes calldata claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings);
         uint256 element = game.index;
         uint256 chunk = 0;
         bool wide = true; // as partial sums are
         if (game.phase == Phase.Elements) {
             wide = ins.wide != 0;
-            claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings);
             element = element * Codec.elementsPerLeaf(wide) + proof.pick;
             if (Codec.chunkCount(ins, game.segment.position) > 1) revert MustDescend();
         } else {
-            claimed = _claimed(game, ins, proof.pick, proof.claim, proof.siblings);
             uint256 end;
             (chunk, end) = Descent.sumRange(game.firstChunk, game.endChunk, proof.pick);
             if (end - chunk > 1) revert MustDescend();
@@ -320,7 +318,7 @@ contract Disputes is IDisputes {
     function _pickElement(Game memory game, Move calldata move) private pure {
         Instruction memory ins = _instruction(game, move.record);
         bool wide = ins.wide != 0;
-        bytes memory disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
+        bytes calldata disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
         uint256 chunks = Codec.chunkCount(ins, game.segment.position);
         if (chunks == 1) revert MustProve();
         _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(chunks));
@@ -334,7 +332,7 @@ contract Disputes is IDisputes {
 
     function _pickSum(Game memory game, Move calldata move) private pure {
         Instruction memory ins = _instruction(game, move.record);
-        bytes memory disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
+        bytes calldata disputed = _claimed(game, ins, move.pick, move.claim, move.siblings);
         (uint256 first, uint256 end) = Descent.sumRange(game.firstChunk, game.endChunk, move.pick);
         if (end - first == 1) revert MustProve();
         _requireLength(move.list, Descent.SUM_BYTES * Descent.sums(end - first));
@@ -386,7 +384,7 @@ contract Disputes is IDisputes {
         uint256 pick,
         bytes calldata piece,
         bytes32[] calldata others
-    ) private pure returns (bytes memory) {
+    ) private pure returns (bytes calldata) {
         bool wide = ins.wide != 0;
         bool sums = game.phase == Phase.Sums;
         uint256 size = sums ? Descent.SUM_BYTES : Codec.elementBytes(wide);
@@ -456,7 +454,7 @@ contract Disputes is IDisputes {
         if (list.length != expected) revert WrongListLength(expected, list.length);
     }
 
-    function _equal(bytes memory a, bytes memory b) private pure returns (bool) {
+    function _equal(bytes memory a, bytes calldata b) private pure returns (bool) {
         return keccak256(a) == keccak256(b);
     }
 

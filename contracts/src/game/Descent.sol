@@ -38,6 +38,16 @@ library Descent {
         }
     }
 
+    /// @notice keccak256 of concatenated words, as they came.
+    function hashOf(bytes32[] calldata list) internal pure returns (bytes32 hash) {
+        assembly ("memory-safe") {
+            let copy := mload(0x40)
+            let size := shl(5, list.length)
+            calldatacopy(copy, list.offset, size)
+            hash := keccak256(copy, size)
+        }
+    }
+
     /// @notice Root of a tree of `count` nodes, from one of them.
     function rootOf(bytes32 node, uint256 index, uint256 count, bytes32[] memory siblings)
         internal

@@ -125,7 +125,7 @@ library Codec {
     /// @notice Reads an instruction from its program leaf.
     function instruction(bytes memory data) internal pure returns (Instruction memory ins) {
         if (data.length != INSTRUCTION_BYTES) revert DataLength(INSTRUCTION_BYTES, data.length);
-        (uint256 word, uint256 x, uint256 y, uint256 z) = abi.decode(data, (uint256, uint256, uint256, uint256));
+        (uint256 word, uint256 x, uint256 y, uint256 z) = _words(data);
         ins.op = uint8(word >> 248);
         ins.wide = uint8(word >> 240);
         ins.rows = uint32(word >> 208);
@@ -146,6 +146,16 @@ library Codec {
         head.first = uint32(word >> 224);
         head.steps = uint32(word >> 192);
         head.units = uint32(word >> 160);
+    }
+
+    /// @dev SAFETY: the length was checked. abi.decode would check it once more, a word at a time.
+    function _words(bytes memory data) private pure returns (uint256 word, uint256 x, uint256 y, uint256 z) {
+        assembly ("memory-safe") {
+            word := mload(add(data, 32))
+            x := mload(add(data, 64))
+            y := mload(add(data, 96))
+            z := mload(add(data, 128))
+        }
     }
 
     function _operand(uint256 word) private pure returns (Operand memory operand) {
