@@ -54,8 +54,10 @@ prove: setup ## halmos proves the arithmetic and the trees for every input (test
 
 slither: setup ## static analysis of the contracts; docs/threats.md answers its findings
 	$(call TOOL,slither,slither-analyzer==0.11.6)
-	export PATH="$$(dirname "$(FORGE)"):$$PATH" FOUNDRY_TEST=contracts/src; \
-	build/tools/slither/bin/slither . --foundry-out-directory build/out --exclude-dependencies --filter-paths node_modules --fail-none
+	export PATH="$$(dirname "$(FORGE)"):$$PATH" FOUNDRY_OUT=build/slither/out FOUNDRY_CACHE_PATH=build/slither/cache; \
+	forge build --build-info --force contracts/src; \
+	build/tools/slither/bin/slither . --ignore-compile --foundry-out-directory build/slither/out --exclude-dependencies \
+		--filter-paths node_modules --fail-none
 
 check: setup ## style, types, and that what is generated is current
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from verifier.weights import Weights
 
 FUNDS = 10**30
 KEPT_FAILURES = 20
-ODD: dict[str, Any] = {"hidden_size": 328, "intermediate_size": 600, "vocab_size": 301}  # no block is full at the end
+ODD: dict[str, Any] = {"hidden_size": 329, "intermediate_size": 601, "vocab_size": 301}  # no block is full at the end
 
 
 def run(games: int = 10_000, seed: int = 1, first: int = 0, head_dim: int = 64) -> dict[str, Any]:

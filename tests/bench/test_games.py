@@ -32,7 +32,7 @@ def test_no_honest_party_loses_and_no_lie_escapes() -> None:
 
 @pytest.mark.parametrize("head_dim", [80, 96, 128])
 def test_models_whose_sizes_divide_no_block_are_judged_alike(head_dim: int) -> None:
-    """Heads of 80, 96 and 128 columns, a hidden width of 328, 600 between, a vocabulary of 301; 64 and 320 above."""
+    """Heads of 80, 96 and 128 columns, a hidden width of 329, 601 between, a vocabulary of 301; 64 and 320 above."""
     report = games.run(games=60, seed=head_dim, head_dim=head_dim)
     assert report["failures"] == [] and report["failed"] == 0
     assert (report["honest_lost"], report["lies_escaped"]) == (0, 0)

@@ -7,103 +7,30 @@ misbehaves: moves in the last second, repeated, out of order, copied, from stran
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 
-from bench._arena import NOBODY, Arena, Ended, Manners, Player, Silence
-from bench._docket import CHALLENGED, DRAWN, ROUND
-from bench._liar import Bluffer, Depth, Liar, Lie, Solver, classes, depths, every_lie
-from bench._market import CHALLENGER, LONG_AT, POSITION, REQUESTS, SHORT, Batch, Market, serve, write_model
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
-from deploy.keys import dev_account
-from verifier.canonical import Case
-from verifier.game import Phase, Segment
+from bench._arena import NOBODY, Silence
+from bench._docket import CHALLENGED
+from bench._liar import Depth, Liar, Lie, classes, depths, every_lie
+from bench._market import LONG_AT, POSITION, serve
+from tests.twin.stand import MANNERS, Mute, Stand, assert_at, opened, told
 from verifier.program import Kind
 from verifier.referee.codec import vector_leaf_elements
-from verifier.weights import Weights
 
 ELEMENTS = {"first", "last"}
 BORDERS = {"leaf", "last leaf", "row", "last row", "group", "padding", "last padding"}
 CHUNKS = {"first chunk", "before list", "list", "middle chunk", "last chunk"}
 CLASSES = ELEMENTS | BORDERS | {f"before {name}" for name in BORDERS} | CHUNKS
-MANNERS = [Manners(), *(Manners(**{each.name: True}) for each in fields(Manners))]
 EXACT = {Kind.EMBED, Kind.LINK}  # shown at once: there is no descent in which to lie
 COLUMNS = (0, 255, 256, 319)  # first, last, and both sides of the border of blocks
 
 
-@dataclass
-class Stand:
-    """A chain with jobs: every piece of them wrong or right, greedy or drawn."""
-
-    market: Market
-    arena: Arena
-    batches: dict[tuple[bool, bool], Batch]
-    played: int = 0
-
-    def piece(self, kind: Kind, guilty: bool) -> tuple[Batch, Segment, Case]:
-        batch = self.batches[guilty, kind == Kind.SAMPLE]
-        return (batch, *batch.piece(kind, guilty))
-
-    def play(
-        self,
-        piece: tuple[Batch, Segment, Case],
-        guilty: bool,
-        liar: Liar,
-        manners: Manners = Manners(),
-        silence: Silence | None = None,
-        bluffs: bool = False,
-    ) -> Ended:
-        """guilty: the worker lies, else the challenger; bluffs: with nonsense when it is caught."""
-        if self.played % ROUND == 0:
-            self.arena.put_back()
-        self.played += 1
-        batch, segment, truth = piece
-        steps = b"".join((truth if guilty else liar).steps())
-        id = self.arena.challenge(segment, batch.model, batch.evidence(segment), steps, manners)
-        lies: Player = Bluffer(liar, self.played) if bluffs else Solver(liar)
-        challenger, worker = (Solver(truth), lies) if guilty else (lies, Solver(truth))
-        return self.arena.play(id, challenger, worker, (guilty, not guilty), manners, silence)
-
-
 @pytest.fixture(scope="module")
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
-    weights = Weights.open(write_model(tmp_path_factory.mktemp("model")), threads=1)
-    with Devnet() as devnet:
-        market = Market(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), weights)
-        market.settle_in()
-        market.chain(CHALLENGER).disputes.deposit(10**29)
-        arena, served = Arena(devnet, market.addresses.disputes), serve(weights)
-        asked = {False: REQUESTS, True: (SHORT, DRAWN[0])}
-        batches = {(g, d): market.batch(g, served, asked[d]) for g in (True, False) for d in (True, False)}
-        arena.keep()
-        yield Stand(market, arena, batches)
-        arena.close()
-
-
-def told(number: int, lie: Lie) -> Lie:
-    """Small lies and large ones."""
-    return replace(lie, delta=lie.delta << (40 if number % 3 == 0 else 0))
-
-
-def assert_at(end: Ended, lie: Lie, truth: Case) -> None:
-    """The game came down to the place of the lie."""
-    game, wide = end.last, bool(truth.instructions[lie.step].wide)
-    assert game is not None
-    if game.phase == Phase.STEPS:  # a worker that denies a root has nothing to post beneath it
-        assert lie.depth == Depth.ROOT
-        return
-    assert game.step == lie.step
-    if game.phase == Phase.ELEMENTS:
-        assert game.index == lie.element // vector_leaf_elements(wide)
-    elif game.phase == Phase.SUMS:
-        assert game.index == lie.element
-        assert game.first_chunk <= lie.chunk < game.end_chunk or lie.depth != Depth.CHUNK
-    else:
-        assert lie.depth < Depth.ELEMENT and game.phase == Phase.NODES
-    if lie.depth == Depth.CHUNK:
-        assert game.phase == (Phase.SUMS if truth.chunks(lie.step) > 1 else Phase.ELEMENTS)
+    with opened(tmp_path_factory.mktemp("model")) as made:
+        yield made
 
 
 @pytest.mark.parametrize("guilty", [True, False], ids=["worker lies", "challenger lies"])
@@ -182,10 +109,3 @@ def test_a_bit_at_any_class_of_an_exact_row_convicts_at_once(stand: Stand, colum
         end = stand.arena.play(id, Mute(), Mute(), (True, False))
         assert end.convicted == stage, (kind, layer)
     stand.arena.put_back()
-
-
-class Mute:
-    """Has nothing to say."""
-
-    def answer(self, game: object, posted: bytes, steps: bytes) -> None:
-        return None
