@@ -259,6 +259,7 @@ class Town:
         self.pipeline = requester.workers.create_pipeline(self.model, stages, 1, joins)
         self.hall.info = {
             "model": self.model.hex(),
+            "max_positions": self.weights.shape.max_positions,
             "min_prompt_price": "0",
             "min_token_price": "0",
             "min_gas_rate": "0",

@@ -108,7 +108,7 @@ def submit(
         requester = Requester(chain)
         job = make_job(chain, served, line, parsed.requests, terms)
         try:
-            requester.check(job)
+            requester.check(job, parsed.requests)
         except RequesterError as error:
             raise RequesterError(f"{error}; nothing was sent and nothing is charged") from error
         id = chain.escrow.job_id(chain.account, job)

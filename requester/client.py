@@ -79,8 +79,9 @@ class Requester:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job, requests: Sequence[Request]) -> None:
         """Whether every stage would take the job, asked before any money moves. Raises RequesterError."""
+        longest = max(len(request.prompt) + request.limit for request in requests)
         stages = self.chain.workers.pipeline_stages(job.pipeline)
         for index, stage in enumerate(stages):
             who = f"stage {index} ({stage.worker})"
@@ -91,11 +92,13 @@ class Requester:
             try:
                 info = json.loads(_ask("GET", url, MAX_INFO_BYTES))
                 least = {key: int(info[f"min_{key}"]) for key in ("prompt_price", "token_price", "gas_rate")}
-                model = info["model"]
+                model, most = info["model"], int(info["max_positions"])
             except (RequesterError, KeyError, TypeError, ValueError) as error:
                 raise RequesterError(f"{who} does not say what it serves: {error}") from error
             if model != job.model.hex():
                 raise RequesterError(f"{who} serves model 0x{model}, the pipeline is one of 0x{job.model.hex()}")
+            if longest > most:
+                raise RequesterError(f"{who} keeps {most} positions of a request, the longest may take {longest}")
             for key, value in least.items():
                 if getattr(job, key) < value:
                     raise RequesterError(f"{who} takes a {key} of {value} or more, the job offers {getattr(job, key)}")

@@ -9,8 +9,10 @@ from worker.config import Policy
 from worker.errors import Refused
 
 
-def check_requests(job: Job, requests: Sequence[Request], shape: ModelShape) -> None:
-    """The prompts are the ones that the job names, and the law can serve each. Raises Refused."""
+def check_requests(job: Job, requests: Sequence[Request], shape: ModelShape, most_positions: int) -> None:
+    """The prompts are the ones that the job names, the law can serve each, and there is room for its keys and values.
+    most_positions: of one request. Raises Refused.
+    """
     if len(requests) != job.requests or not requests:
         raise Refused(f"expected {job.requests} requests, came {len(requests)}")
     for r, request in enumerate(requests):
@@ -18,6 +20,11 @@ def check_requests(job: Job, requests: Sequence[Request], shape: ModelShape) -> 
             validate_request(request, shape)
         except InvalidRequest as error:
             raise Refused(f"request {r}: {error}") from error
+        if len(request.prompt) + request.limit > most_positions:
+            came = f"{len(request.prompt)} + {request.limit}"
+            raise Refused(
+                f"request {r}: expected prompt and limit within the {most_positions} positions kept here, came {came}"
+            )
     prompt_tokens = sum(len(request.prompt) for request in requests)
     if prompt_tokens != job.prompt_tokens:
         raise Refused(f"expected {job.prompt_tokens} prompt tokens, came {prompt_tokens}")
@@ -57,6 +64,12 @@ def check_terms(job: Job, policy: Policy, model: bytes, free_stake: int, now: in
     for name, value, most in ceilings:
         if value > most:
             raise Refused(f"{name}: expected at most {most}, came {value}")
+
+
+def check_disk(needed_bytes: int, free_bytes: int) -> None:
+    """There is room for a job's traces, with those of the jobs that are being served. Raises Refused."""
+    if needed_bytes > free_bytes:
+        raise Refused(f"disk: expected {needed_bytes} bytes free for traces, {free_bytes} are")
 
 
 def own_stage(stages: Sequence[Stage], account: str, first_layer: int, end_layer: int) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,20 +45,21 @@ from verifier.commit import Request
 from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 from worker import ring_pb2 as pb
-from worker.admission import check_join, own_stage
+from worker.admission import check_disk, check_join, check_requests, own_stage
 from worker.channel import Peer, Ring
 from worker.config import WorkerConfig, split_address
 from worker.consent import place
 from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
-from worker.job import JobFolder
+from worker.homes import largest
+from worker.job import JobFolder, JobState, Phase
 from worker.notary import Notary
 from worker.peers import Links, Peers
 from worker.recorder import Recorder
 from worker.repeat import RepeatableStage
 from worker.respond import Responder
-from worker.retain import Traces
+from worker.retain import Traces, position_bytes
 from worker.settle import Settler, stage_name
 from worker.spare import Spare
 from worker.stage import Stage as ModelStage
@@ -108,6 +110,27 @@ class Agent:
 
     def folder(self, job: bytes) -> JobFolder:
         return JobFolder(self.config.data, job)
+
+    @property
+    def most_positions(self) -> int:
+        """Of one request: what the model takes, and what there is room for."""
+        serving = self.config.serving
+        return min(self.stage.shape.max_positions, largest(serving.cache_positions, serving.swap_positions))
+
+    def check_requests(self, job: Job, requests: Sequence[Request]) -> None:
+        """Whether these are the job's, and can be served here. Raises Refused."""
+        check_requests(job, requests, self.stage.shape, self.most_positions)
+
+    def check_disk(self, id: bytes, job: Job) -> None:
+        """Whether its traces have room beside those of the jobs that are being served. Blocking. Raises Refused."""
+        served = [
+            other.job
+            for other in list(self._engagements.values())
+            if other.id != id and other.state.phase in (Phase.SIGNED, Phase.SERVING)
+        ]
+        positions = sum(one.prompt_tokens + one.max_tokens for one in (job, *served))
+        needed = positions * position_bytes(self.stage, self.config.serving.retain)
+        check_disk(needed, shutil.disk_usage(self.config.data).free)
 
     def now(self) -> int:
         """Unix seconds: the chain's, or this machine's if no block has come for a while. Blocking."""
@@ -302,6 +325,11 @@ class Agent:
     async def consent(self, job: bytes, pipeline: bytes) -> Consent:
         """Ours to the job's move to `pipeline`. Raises Refused."""
         return await (await self.engagement(job)).consents.give(pipeline)
+
+    def state(self, job: bytes) -> JobState:
+        """Raises UnknownJob."""
+        engagement = self._engagements.get(job)
+        return engagement.state if engagement is not None else self.folder(job).load_state()
 
     def held_seconds(self, job: bytes) -> float:
         """For how long we have had a microbatch of the job that is not computed."""

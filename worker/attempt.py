@@ -13,6 +13,7 @@ from worker.batch import Batch, Token
 from worker.channel import pack_tensor
 from worker.errors import BadHandoff, BadMessage, JobFailed
 from worker.handoff import Handoff
+from worker.scheduler import stopped
 
 
 class Notary(Protocol):
@@ -71,6 +72,20 @@ def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positio
             raise BadMessage(sender, f"request {piece.request}: expected at most {end} positions, came {piece.end}")
 
 
+def check_all(
+    sender: str, requests: Sequence[Request], positions: Sequence[int], tokens: Sequence[Sequence[int]] | None
+) -> None:
+    """At a Finish: every request has its prompt's positions; at the last stage, which knows the tokens, exactly theirs.
+    Raises BadMessage naming the sender.
+    """
+    for r, (request, count) in enumerate(zip(requests, positions, strict=True)):
+        least = len(request.prompt)
+        if tokens is not None and not (stopped(request, tokens[r]) and count == least + len(tokens[r]) - 1):
+            raise BadMessage(sender, f"finished, but request {r} has {count} positions and {len(tokens[r])} tokens")
+        if count < least:
+            raise BadMessage(sender, f"finished, but request {r} has only {count} positions")
+
+
 def judge_handoff(
     notary: Notary, job: bytes, sender: int, name: str, finish: pb.Finish, root: bytes, leaves: int
 ) -> Handoff:
@@ -100,7 +115,7 @@ def failure_of(error: Exception) -> JobFailed:
     return error if isinstance(error, JobFailed) else JobFailed(f"{type(error).__name__}: {error}")
 
 
-def retrieved(future: asyncio.Future[Any]) -> None:
+def seen(future: asyncio.Future[Any]) -> None:
     """Marks a failure as seen: it is in the job's state, whoever awaits it or not."""
     if not future.cancelled():
         future.exception()

@@ -4,12 +4,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
 from verifier.commit import Request
-from worker.admission import check_requests, check_terms
+from worker.admission import check_terms
 from worker.channel import Link, Peer
 from worker.consent import Consents
 from worker.errors import JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
@@ -108,7 +109,7 @@ class Engagement:
         """Stage 0: the requester's prompts. Raises Refused."""
         if self.index != 0:
             raise Refused(f"prompts go to stage 0, this is stage {self.index}")
-        await asyncio.to_thread(check_requests, self.job, requests, self.agent.stage.shape)
+        await asyncio.to_thread(self.agent.check_requests, self.job, requests)
         async with self._lock:
             if not self.folder.has_requests():
                 await asyncio.to_thread(self.folder.save_requests, requests)
@@ -126,6 +127,7 @@ class Engagement:
                 if self.index == 0:
                     raise Refused("the requester has not sent its prompts")
                 await self._fetch_requests(0)
+            await asyncio.to_thread(agent.check_disk, self.id, self.job)
             if self.state.phase is Phase.OPEN:
                 await asyncio.to_thread(self._save, self.state.to(Phase.SIGNED))
             return await asyncio.to_thread(agent.notary.sign_accept, self.id, self.index, self.job.model)
@@ -135,7 +137,7 @@ class Engagement:
         stage, agent = self.stages[index], self.agent
         url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
         requests = await agent.peers.requests(stage_name(index, stage), url, self.id)
-        await asyncio.to_thread(check_requests, self.job, requests, agent.stage.shape)
+        await asyncio.to_thread(agent.check_requests, self.job, requests)
         await asyncio.to_thread(self.folder.save_requests, requests)
 
     async def _gather_acceptances(self) -> None:
@@ -153,7 +155,7 @@ class Engagement:
                 acceptances.append(Acceptance(index, signature))
         except (Refused, PeerFault) as error:
             log.warning("job %s is not accepted: %s", self.name, error)
-            await asyncio.to_thread(self._save, self.state.to(self.state.phase, reason=str(error)))
+            await asyncio.to_thread(self._tell, str(error))
             raise
         await asyncio.to_thread(agent.settler.accept, self.id, acceptances)
 
@@ -176,7 +178,7 @@ class Engagement:
         if self.index == 0 and not any(self._kept) and (self.rings or self.state.attempt):
             self._kept = await self._told_tokens(requests)
         if self.state.phase in (Phase.OPEN, Phase.SIGNED):
-            await asyncio.to_thread(self._save, self.state.to(Phase.SERVING))
+            await asyncio.to_thread(self._save, self.state.to(Phase.SERVING, reason=""))
         self.run = Run(
             self.folder,
             self.state,
@@ -359,6 +361,13 @@ class Engagement:
         self.folder.save_state(state)
         self.state = state
 
+    def _tell(self, reason: str) -> None:
+        """To whoever asks, by `GET /jobs/{job}`; of a disk that is full only until a restart."""
+        told = replace(self.state, reason=reason)
+        with suppress(OSError):
+            self.folder.save_state(told)
+        self.state = told
+
     def _noted(self, state: JobState) -> None:
         self.state = state
 
@@ -377,5 +386,7 @@ class Engagement:
             await work
         except (WorkerError, ContractsError, OSError) as error:
             log.warning("job %s: %s: %s", self.name, what, error)
+            if isinstance(error, OSError):
+                self._tell(f"{what}: {error}")
             await asyncio.sleep(RETRY_SECONDS)
             raise

@@ -28,6 +28,11 @@ def needed(pieces: Sequence[Piece]) -> int:
     return sum(len(group) * room for group, room in laid(pieces))
 
 
+def largest(main: int, buffer: int) -> int:
+    """Positions of the largest request that there is room for."""
+    return max(main, buffer // PAGE * PAGE)
+
+
 class Homes:
     """`guests`; and, for who admits requests, how much room is left. In positions."""
 
@@ -42,7 +47,7 @@ class Homes:
         for r, positions in enumerate(self.reserves):
             if whole_pages(positions) <= buffer and here + positions > main:
                 # Both are full then: who comes next waits for the home of which less was promised.
-                if (here + positions) * host > (there + positions) * main:
+                if positions > main or (here + positions) * host > (there + positions) * main:
                     self.guests.add(r)
                     there += positions
                     continue

@@ -4,9 +4,11 @@ requests.json   the prompts, as accepted          state.json      where the job 
 <r>.safetensors the trace of request r            (written before anything about it is signed; gone when it is over)
 """
 
+import asyncio
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,10 @@ from verifier.commit import Request, TraceNode
 from worker import ring_pb2 as pb
 from worker.errors import UnknownJob
 from worker.handoff import Handoff
+
+log = logging.getLogger("plumb.worker.job")
+
+DISK_SECONDS = 1.0  # between attempts to write to a full one
 
 
 class Phase(StrEnum):
@@ -102,7 +108,9 @@ class JobFolder:
             return False
 
     def drop_traces(self) -> None:
-        """SAFETY: of a job that is over: no lock answers for what they prove. Raises OSError."""
+        """SAFETY: of a job that is over, or of an attempt that is given up: no lock answers for what they prove. Raises
+        OSError.
+        """
         for path in self.path.glob("*.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -123,6 +131,21 @@ class JobFolder:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path / name)
+
+
+async def written(folder: JobFolder, state: JobState, before: JobState, note: Callable[[JobState], None]) -> None:
+    """Returns once `state` is on disk: what is final is not given up because a disk is full. note: hears of the state
+    that is in force.
+    """
+    while True:
+        try:
+            folder.save_state(state)
+            note(state)
+            return
+        except OSError as error:
+            log.error("job %s: not %s yet: %s", folder.job.hex()[:8], state.phase, error)
+            note(replace(before, reason=str(error)))
+        await asyncio.sleep(DISK_SECONDS)
 
 
 def _handoff(table: Any) -> Handoff | None:

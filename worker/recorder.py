@@ -148,9 +148,13 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Drops an attempt; what it wrote is overwritten by the next."""
+        """Drops an attempt; see `join`."""
         self._error = self._error or JobFailed("the attempt was dropped")
         self._queue.put(None)
+
+    def join(self) -> None:
+        """Behind `close`: returns once nothing is written any more. Blocking."""
+        self._thread.join()
 
     def _put(self, item: _Rows | _Tokens | _Ended | None) -> None:
         self._check()

@@ -10,19 +10,30 @@ are the embeddings of prompt and tokens, which every job keeps.
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from verifier.commit import Request
 from verifier.safetensors_file import Bits, SafetensorsFile, write
-from verifier.trace import RequestTrace
+from verifier.trace import RequestTrace, tensor_keys, tensor_width
+from worker.config import Serving
 from worker.errors import NotRepeated
 from worker.job import JobFolder
-from worker.recorder import roots_path, trace_path
+from worker.recorder import Recorder, roots_path, trace_path
 from worker.repeat import RepeatableStage
 from worker.stage import Stage, to_bits
 
 log = logging.getLogger("plumb.worker.retain")
+
+
+def position_bytes(stage: Stage, retain: str) -> int:
+    """Of what is stored of a position, where traces that are to be computed again can be."""
+    keys = tensor_keys(stage.shape, stage.first_layer, stage.end_layer)
+    if retain == "regenerate":
+        keys = [f"{stage.first_layer}.h"] if stage.first_layer > 0 else []
+    return stage.shape.served_dtype.size * sum(tensor_width(stage.shape, key) for key in keys)
 
 
 class Retention:
@@ -62,6 +73,23 @@ class Retention:
             return False
         self._due -= 1.0
         return True
+
+
+def new_recorder(
+    kind: type[Recorder], stage: Stage, requests: Sequence[Request], folder: Path, serving: Serving, *, alone: bool
+) -> Recorder:
+    """Of one attempt. alone: the pipeline has one stage."""
+    retention = Retention(stage, folder, serving.regenerate_checked) if serving.retain == "regenerate" else None
+    return kind(
+        stage.shape,
+        stage.first_layer,
+        stage.end_layer,
+        requests,
+        folder,
+        queue_bytes=serving.recorder_bytes,
+        alone=alone,
+        drops=None if retention is None else retention.drops,
+    )
 
 
 class Traces:

@@ -17,26 +17,26 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import numpy as np
 import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
-from worker.attempt import Notary, Sender, Step, cancelled, check_pieces, failure_of, judge_handoff, retrieved
+from worker.attempt import Notary, Sender, Step, cancelled, check_all, check_pieces, failure_of, judge_handoff, seen
 from worker.batch import Batch, Token, sampling
 from worker.channel import Peer, unpack_rows, unpack_tokens
 from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.homes import Homes
-from worker.job import JobFolder, JobState, Phase
+from worker.job import JobFolder, JobState, Phase, written
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
 from worker.pulse import Pulse
 from worker.recorder import Recorder, Summary
-from worker.retain import Retention
+from worker.retain import new_recorder
 from worker.sampler import Draw
 from worker.scheduler import Diverged, Scheduler, stopped
 from worker.stage import Stage
@@ -93,12 +93,13 @@ class Run:
         self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
         self._kept = [list(tokens) for tokens in kept] or [[] for _ in requests]  # of earlier attempts
         self._tokens: list[list[int]] = [[] for _ in requests]
+        self._scheduler: Scheduler | None = None  # while stage 0 drives an attempt
         self._pulse: Pulse
         self._expected: int  # sequence of the predecessor's next message
         self._sending = asyncio.Lock()  # numbers are given in the order of sending
         self._moved = time.monotonic()  # since when no rows were computed
         self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
-        self.finished.add_done_callback(retrieved)
+        self.finished.add_done_callback(seen)
         self._reset(max(state.attempt, self._first_attempt))
         if state.phase is Phase.FINISHED:
             self.finished.set_result(state)
@@ -120,14 +121,15 @@ class Run:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._recorder is not None and not self.finished.done():
-            self._recorder.close()
         if not self.finished.done():
+            await self._forget_attempt()
             self.finished.set_exception(JobFailed(reason))
 
     @property
     def tokens(self) -> list[list[int]]:
         """Each request's so far, at stage 0 and the last; what another attempt may begin with."""
+        if self._scheduler is not None:
+            return self._scheduler.outputs
         return [max(pair, key=len) for pair in zip(self._kept, self._tokens, strict=True)]
 
     def held_seconds(self) -> float:
@@ -201,27 +203,15 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
-        retention = None
-        if self._serving.retain == "regenerate":
-            retention = Retention(self._stage, self.folder.path, self._serving.regenerate_checked)
-        return self._recorder_class(
-            self._stage.shape,
-            self._stage.first_layer,
-            self._stage.end_layer,
-            self.requests,
-            self.folder.path,
-            queue_bytes=self._serving.recorder_bytes,
-            alone=self.state.stages == 1,
-            drops=None if retention is None else retention.drops,
-        )
+        kind, alone = self._recorder_class, self.state.stages == 1
+        return new_recorder(kind, self._stage, self.requests, self.folder.path, self._serving, alone=alone)
 
     async def _begin(self, attempt: int) -> None:
         """Not at stage 0: drops what was, listens to a new attempt."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._recorder is not None:
-            self._recorder.close()
+        await self._forget_attempt()
         if self._successor is not None:
             self._successor.reset()
         self._reset(attempt)
@@ -246,6 +236,13 @@ class Run:
             except (JobFailed, TimeoutError) as failure:
                 log.warning("job %s: the successor could not be told: %s", self.folder.job.hex()[:8], failure)
 
+    async def _forget_attempt(self) -> None:
+        """Its traces leave the disk before another's come: the old ones can't replace the new, nor take their room."""
+        if self._recorder is not None and self.state.phase is not Phase.SEALED:
+            self._recorder.close()
+            await asyncio.to_thread(self._recorder.join)
+            self.folder.drop_traces()
+
     def _drain(self) -> None:
         """Lets go whoever waits to put into the inbox."""
         while not self._inbox.empty():
@@ -253,12 +250,21 @@ class Run:
 
     def _fail(self, error: Exception) -> None:
         self._final = True
-        self._save(self.state.to(Phase.FAILED, reason=str(error)))
+        failed = self.state.to(Phase.FAILED, reason=str(error))
+        with suppress(OSError):  # where the disk is full, it is the reason; started again, the job is tried again
+            self.folder.save_state(failed)
+        self._note(failed)
         if not self.finished.done():
             self.finished.set_exception(error)
 
     def _save(self, state: JobState) -> None:
         self.folder.save_state(state)
+        self._note(state)
+
+    async def _write(self, state: JobState) -> None:
+        await written(self.folder, state, self.state, self._note)
+
+    def _note(self, state: JobState) -> None:
         self.state = state
         self._on_state(state)
 
@@ -273,13 +279,13 @@ class Run:
         failures = 0
         while True:
             self._reset(self._attempt + 1)
-            self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
             if self._successor is not None:
                 self._successor.reset()
-            self._recorder = self._record()
-            kept = sum(map(len, self._kept))
-            log.info("job %s attempt %d begins with %d tokens", self.folder.job.hex()[:8], self._attempt, kept)
             try:
+                self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
+                self._recorder = self._record()
+                kept = sum(map(len, self._kept))
+                log.info("job %s attempt %d begins with %d tokens", self.folder.job.hex()[:8], self._attempt, kept)
                 await self._drive()
                 return
             except Exception as error:
@@ -287,7 +293,7 @@ class Run:
                     raise asyncio.CancelledError from error
                 failure = failure_of(error)
                 log.error("job %s attempt %d: %s", self.folder.job.hex()[:8], self._attempt, failure)
-                self._recorder.close()
+                await self._forget_attempt()
                 failures += not isinstance(failure, Diverged)
                 if self.state.phase is Phase.SEALED or failures >= self._serving.attempts:
                     self._fail(failure)
@@ -307,6 +313,7 @@ class Run:
             homes=self._homes,
             kept=self._kept,
         )
+        self._scheduler = scheduler
         began: deque[float] = deque()  # of the microbatches in flight
         sent, came = asyncio.Semaphore(0), asyncio.Event()
 
@@ -347,7 +354,7 @@ class Run:
                     sent.release()
                 await pipe.end()
         finally:
-            self._kept = scheduler.kept
+            self._kept, self._scheduler = scheduler.kept, None
         if scheduler.diverged:
             raise Diverged("an earlier attempt's tokens are not all what this one's rows yield")
         self._tokens = scheduler.outputs
@@ -356,7 +363,7 @@ class Run:
         await self._seal(await asyncio.to_thread(self._recorder.finish), None)
         if self._successor is not None:
             await self._await_finish()
-        self._finish()
+        await self._finish()
 
     async def _returned_tokens(self) -> tuple[list[Token], pb.Times]:
         envelope = await self._next(self._serving.stall_seconds)
@@ -386,7 +393,7 @@ class Run:
             raise BadMessage(self._predecessor, f"expected finish, came {envelope.WhichOneof('body')}")
         root, leaves = bytes.fromhex(self.state.extra["received_root"]), int(self.state.extra["received_leaves"])
         received = await asyncio.to_thread(self._judge_handoff, envelope.finish, root, leaves)
-        self._save(self.state.to(Phase.SEALED, received=received))
+        await self._write(self.state.to(Phase.SEALED, received=received))
 
     # ---------------------------------------------------------------------------------------------------- other stages
 
@@ -412,6 +419,7 @@ class Run:
                 raise asyncio.CancelledError from error
             failure = failure_of(error)
             await self._break(failure)
+            await self._forget_attempt()
             if isinstance(failure, BadHandoff) or self.state.phase is Phase.SEALED:
                 self._fail(failure)
             self.sealing = self._final
@@ -445,19 +453,14 @@ class Run:
         await self._send(pb.Envelope(tokens=pb.Tokens(tokens=said, times=step.times())))
 
     async def _received_finish(self, finish: pb.Finish) -> None:
-        for r, (request, count) in enumerate(zip(self.requests, self._positions, strict=True)):
-            tokens, least = self._tokens[r], len(request.prompt)
-            if self._stage.is_last and not (stopped(request, tokens) and count == least + len(tokens) - 1):
-                what = f"finished, but request {r} has {count} positions and {len(tokens)} tokens"
-                raise BadMessage(self._predecessor, what)
-            if count < least:
-                raise BadMessage(self._predecessor, f"finished, but request {r} has only {count} positions")
+        chosen = self._tokens if self._stage.is_last else None
+        check_all(self._predecessor, self.requests, self._positions, chosen)
         assert self._recorder is not None
         summary = await asyncio.to_thread(self._recorder.finish)
         assert summary.received is not None
         received = await asyncio.to_thread(self._judge_handoff, finish, *summary.received)
         await self._seal(summary, received)
-        self._finish()
+        await self._finish()
 
     # ------------------------------------------------------------------------------------------------------- all stages
 
@@ -534,10 +537,10 @@ class Run:
 
     async def _send_beat(self, last: bool = False) -> None:
         async with self._sending:
-            beat = pb.Envelope(job=self.folder.job, attempt=self._attempt, sequence=self._sequence)
-            beat.beat.CopyFrom(pb.Beat(held_ms=int(1e3 * self.held_seconds()), last=last))
             assert self._successor is not None
-            await self._successor.send(beat)
+            beat = pb.Beat(held_ms=int(1e3 * self.held_seconds()), last=last)
+            where = {"job": self.folder.job, "attempt": self._attempt, "sequence": self._sequence}
+            await self._successor.send(pb.Envelope(**where, beat=beat))
 
     async def _seal(self, summary: Summary, received: Handoff | None) -> None:
         """The trace is final: writes down its roots, signs what was handed on, tells the successor."""
@@ -552,7 +555,7 @@ class Run:
             job, stage = self.folder.job, self.state.stage
             sent = Handoff(root, leaves, await asyncio.to_thread(self._notary.sign_handoff, job, stage, root, leaves))
         outputs = outputs_root(make_outputs(tokens, self.requests)) if self._stage.is_last else bytes(32)
-        self._save(
+        await self._write(
             self.state.to(
                 Phase.SEALED,
                 attempt=self._attempt,
@@ -576,8 +579,8 @@ class Run:
         sender = (self.state.stage - 1) % self.state.stages
         return judge_handoff(self._notary, self.folder.job, sender, self._predecessor, finish, root, leaves)
 
-    def _finish(self) -> None:
-        self._save(self.state.to(Phase.FINISHED))
+    async def _finish(self) -> None:
+        await self._write(self.state.to(Phase.FINISHED, reason=""))
         if not self.finished.done():
             self.finished.set_result(self.state)
 
@@ -589,7 +592,7 @@ class Run:
             if self.state.phase is Phase.SEALED:
                 if self.state.stage == 0 and self.state.stages > 1:
                     await self._await_finish()
-                self._finish()
+                await self._finish()
         except JobFailed as error:
             if self.state.phase is Phase.SEALED:
                 self._fail(error)

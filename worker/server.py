@@ -47,6 +47,7 @@ def create_app(agent: Agent) -> FastAPI:
     app.add_exception_handler(WireError, answer(409))
     app.add_exception_handler(TooLarge, answer(413))
     app.add_exception_handler(ContractsError, answer(503))
+    app.add_exception_handler(OSError, answer(507))  # the disk's
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
@@ -58,6 +59,7 @@ def create_app(agent: Agent) -> FastAPI:
             "model": agent.model_id.hex(),
             "first_layer": config.first_layer,
             "end_layer": config.end_layer,
+            "max_positions": agent.most_positions,
             "min_prompt_price": str(config.policy.min_prompt_price),
             "min_token_price": str(config.policy.min_token_price),
             "min_gas_rate": str(config.policy.min_gas_rate),
@@ -120,7 +122,7 @@ def create_app(agent: Agent) -> FastAPI:
     @app.get("/jobs/{job}")
     async def status(job: str) -> dict[str, Any]:
         id = _bytes32(job)
-        state = agent.folder(id).load_state()
+        state = agent.state(id)
         return {
             "held_seconds": agent.held_seconds(id),
             "phase": str(state.phase),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from contracts.client import Consent, ContractsError, Job, Stage, Status
-from worker.admission import check_requests, check_terms
+from worker.admission import check_terms
 from worker.consent import CONSENT_SECONDS, held_until
 from worker.errors import PeerFault, Refused, WorkerError
 from worker.job import JobState, Phase
@@ -77,11 +77,12 @@ class Spare:
         now = await asyncio.to_thread(agent.now)
         stake = await asyncio.to_thread(agent.chain.workers.free_stake, agent.account)
         check_terms(replace(self.job, accept_by=now), agent.config.policy, agent.model_id, stake, now)
+        await asyncio.to_thread(agent.check_disk, self.id, self.job)
         folder = agent.folder(self.id)
         if not folder.has_requests():
             url, _ = await asyncio.to_thread(agent.peers.locate, 0, self.stages[0])
             requests = await agent.peers.requests(stage_name(0, self.stages[0]), url, self.id)
-            await asyncio.to_thread(check_requests, self.job, requests, agent.stage.shape)
+            await asyncio.to_thread(agent.check_requests, self.job, requests)
             await asyncio.to_thread(folder.save_requests, requests)
         return await self._consent(self.index, serving.stall_seconds)
 

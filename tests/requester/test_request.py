@@ -99,12 +99,38 @@ def test_refusals_charge_nothing(office: Office) -> None:
     assert office.spent() == before
 
 
+def test_prompts_that_no_model_serves_are_refused_and_the_others_run(office: Office) -> None:
+    def line(name: str, prompt: Any) -> dict[str, Any]:
+        return {**LINES[0], "custom_id": name, "body": {"prompt": prompt, "max_tokens": 3, "temperature": 0}}
+
+    most, vocabulary = office.town.weights.shape.max_positions, office.town.weights.shape.vocabulary
+    before = office.spent()
+    bad = [
+        (line("empty", []), "line 2 (empty): expected a prompt of 1 token or more, got none"),
+        (line("no text", ""), "line 3 (no text): expected a prompt of 1 token or more, got none"),
+        (line("long", [1] * most), f"line 4 (long): expected prompt and limit within {most} positions, got {most} + 3"),
+        (
+            line("alien", [1, vocabulary]),
+            f"line 5 (alien): expected prompt ids below {vocabulary}, got {vocabulary} at 1",
+        ),
+    ]
+    lines = [LINES[0], *(one for one, _ in bad), LINES[1]]
+    refused = office.submit(lines=lines)
+    assert refused.exit_code == 1 and "4 bad lines; nothing was sent and nothing is charged" in refused.output
+    assert all(reason in refused.output for _, reason in bad), refused.output
+    assert office.spent() == before
+    done = office.submit("--skip-bad", lines=lines)
+    assert done.exit_code == 0 and all(reason in done.output for _, reason in bad), done.output
+    assert [told["prompt"] for told in office.town.hall.handed_over[-1]["requests"]] == [[1, 2, 3], [1, 2]]
+
+
 def test_a_stage_that_would_refuse_is_asked_first(office: Office) -> None:
     before = office.spent()
     info = dict(office.town.hall.info)
     try:
         for change, reason in (
             ({"min_token_price": "6000"}, "takes a token_price of 6000 or more, the job offers 5000"),
+            ({"max_positions": 5}, "keeps 5 positions of a request, the longest may take 6"),
             ({"model": "ab"}, "serves model 0xab"),
             ({"model": None, "min_gas_rate": "x"}, "does not say what it serves"),
         ):

@@ -21,7 +21,7 @@ from verifier.trace import RequestTrace
 from worker.batch import Batch, Piece, Token
 from worker.cache import PADDING, PAGE
 from worker.config import Serving
-from worker.homes import Homes, laid, needed, whole_pages
+from worker.homes import Homes, laid, largest, needed, whole_pages
 from worker.job import JobState
 from worker.pace import Pace
 from worker.recorder import trace_path
@@ -300,3 +300,9 @@ def test_the_same_microbatches_have_the_same_bits_wherever_their_requests_live(t
     plain, swapped = forwards({}, 0), forwards(dict.fromkeys(range(6), 40), 6 * 48)
     for one, other in zip(plain, swapped, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_is_larger_than_the_main_pool_is_a_guest_however_much_the_host_was_promised() -> None:
+    requests = [Request((1,), 15), *[Request((1,), 47)] * 8]
+    assert Homes(requests, 16, 64, 1000).guests == set(range(1, 9))
+    assert largest(16, 64) == 64 and largest(100, 64) == 100 and largest(10, 30) == 16

@@ -1,0 +1,97 @@
+"""A disk that is full, for real, under a stage's traces and its state."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, wire, within
+from tests.worker.small_disk import fill, small_disk
+from verifier.commit import Request
+from worker.admission import check_disk
+from worker.config import Serving
+from worker.errors import JobFailed, Refused
+from worker.job import JobFolder, JobState, Phase
+from worker.repeat import RepeatableStage
+from worker.retain import position_bytes
+from worker.stage import Stage
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_full_disk_fails_its_job_with_the_reason_and_the_others_are_served(
+    tiny: Tiny, requests_batch: list[Request], greedy: Greedy, tmp_path: Path, stage: int
+) -> None:
+    folder, model = tiny
+
+    async def work() -> list[JobState]:
+        with ThreadPoolExecutor(1) as compute:
+            stages = split(folder, 3, 2)
+            serving = Serving(max_rows=16, attempts=2)
+            failing = wire(tmp_path / "full", stages, requests_batch, serving, compute)
+            served = wire(tmp_path / "roomy", stages, requests_batch, serving, compute)
+            fill(tmp_path / "full" / str(stage) / "filler")
+            for run in (*failing, *served):
+                run.start()
+            with pytest.raises(JobFailed, match="No space left on device"):
+                await within(300, failing[0].finished)
+            assert failing[0].state.phase is Phase.FAILED and "No space left on device" in failing[0].state.reason
+            states = list(await within(300, asyncio.gather(*(run.finished for run in served))))
+            await failing[1].close("the test is over")
+            return states
+
+    with small_disk(tmp_path / "full" / str(stage), 2**16):
+        states = asyncio.run(work())
+    assert [list(ids) for ids in states[1].tokens] == [greedy(model, request) for request in requests_batch]
+
+
+def test_what_is_sealed_waits_for_a_full_disk(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is served and signed then, and there is no other attempt: the last words need a few bytes, not the job."""
+    monkeypatch.setattr("worker.job.DISK_SECONDS", 0.05)
+    data = tmp_path / "data"
+    save, taken = JobFolder.save_state, asyncio.Event()
+
+    def full_behind_the_seal(self: JobFolder, state: JobState) -> None:
+        save(self, state)
+        if state.phase is Phase.SEALED and not taken.is_set():
+            fill(data / "filler")
+            taken.set()
+
+    monkeypatch.setattr(JobFolder, "save_state", full_behind_the_seal)
+
+    async def work() -> JobState:
+        with ThreadPoolExecutor(1) as compute:
+            (run,) = wire(data, split(tiny[0], 3, 1), requests_batch, Serving(max_rows=16), compute)
+            run.start()
+            await within(300, taken.wait())
+            while "No space left on device" not in run.state.reason:
+                await asyncio.sleep(0.01)
+            assert run.state.phase is Phase.SEALED and not run.finished.done()
+            (data / "filler").unlink()
+            return await within(60, run.finished)
+
+    with small_disk(data, 2**20):
+        state = asyncio.run(work())
+        assert JobFolder(data / "0", JOB).load_state() == state
+    assert state.phase is Phase.FINISHED and state.reason == "" and state.attempt == 1
+
+
+@pytest.mark.parametrize("retain", ["store", "regenerate"])
+def test_the_room_of_traces_is_known_before_they_are_there(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path, retain: str
+) -> None:
+    kind = RepeatableStage if retain == "regenerate" else Stage
+    stages = split(tiny[0], 3, 2, kind)
+    states = serve(tmp_path, stages, requests_batch, Serving(max_rows=16, retain=retain))
+    for i, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        stored = sum(path.stat().st_size for path in (tmp_path / str(i)).rglob("*.safetensors"))
+        bare = sum(node.positions for node in state.nodes) * position_bytes(stage, retain)
+        assert bare <= stored <= bare + len(requests_batch) * 4096
+
+
+def test_a_job_whose_traces_have_no_room_is_refused() -> None:
+    check_disk(1000, 1000)
+    with pytest.raises(Refused, match="disk: expected 1001 bytes free for traces, 1000 are"):
+        check_disk(1001, 1000)
