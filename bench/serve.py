@@ -42,8 +42,8 @@ class WatchedStage(Stage):
 
     made: list[Cache]
 
-    def cache(self, buffer: int = 0) -> Cache:
-        self.made = [*getattr(self, "made", ()), super().cache(buffer)]
+    def cache(self, buffer: int = 0, reserves: Sequence[int] = (), foreseen: int = 0) -> Cache:
+        self.made = [*getattr(self, "made", ()), super().cache(buffer, reserves, foreseen)]
         return self.made[-1]
 
     @property

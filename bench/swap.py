@@ -51,11 +51,12 @@ class WatchedStage(Stage):
     made: list[Cache]
     chosen: list[tuple[float, int]]
 
-    def cache(self, buffer: int = 0) -> Cache:
-        cache = super().cache()
+    def cache(self, buffer: int = 0, reserves: Sequence[int] = (), foreseen: int = 0) -> Cache:
+        cache = super().cache(0, reserves, foreseen)
         if buffer:
             layers = range(self.first_layer, self.end_layer)
-            cache = BusCache(self.kv_heads, self.head_size, self.dtype, self.device, layers, buffer)
+            form = (self.kv_heads, self.head_size, self.dtype, self.device)
+            cache = BusCache(*form, layers, buffer, reserves, foreseen)
             cache.bytes_per_second = self.bus
         self.made.append(cache)
         return cache

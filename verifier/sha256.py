@@ -1,7 +1,8 @@
 """SHA-256 trees over whole arrays: what verifier.referee.tree defines, computed in bulk (docs/canonical.md, "Trees").
 
-Hashes are rows of a uint8 array [n, 32]. From FEW messages on, verifier.sha256_lanes hashes sixteen at once without the
-GIL; it is compiled on first use, and only on little-endian machines. Below, and elsewhere, hashlib does.
+Hashes are rows of a uint8 array [n, 32]. From FEW messages on, verifier.sha256_pairs, where the processor has SHA
+instructions, or else verifier.sha256_lanes hashes several at once without the GIL; it is compiled on first use, and
+only on little-endian machines. Below, and elsewhere, hashlib does.
 """
 
 import sys
@@ -21,15 +22,19 @@ LEAF_PREFIX = 0
 NODE_PREFIX = 1
 HASH_BYTES = 32
 FEW = 8
-# A group of sixteen lanes costs about 5 us at 512 bytes, one hashlib call about 2.5; the rest is the price of loading
-# numba at all.
+# A group of sixteen lanes costs about 5 us at 512 bytes, a pair 0.5, one hashlib call about 2.5; the rest is the
+# price of loading numba at all.
 
 
 @cache
-def _lanes() -> Callable[..., None]:
-    from verifier.sha256_lanes import hash_strided
+def _compiled() -> Callable[..., None]:
+    from verifier import sha256_pairs
 
-    return hash_strided
+    if sha256_pairs.AVAILABLE:
+        return sha256_pairs.hash_strided
+    from verifier import sha256_lanes
+
+    return sha256_lanes.hash_strided
 
 
 def hash_strided(
@@ -58,7 +63,7 @@ def hash_strided(
         raise ValueError(f"expected bytes [n] and hashes [m, 32], got {source.shape} and {out.shape}")
     if count >= FEW and sys.byteorder == "little":
         words = out.reshape(-1).view(np.uint32)
-        _lanes()(source, first, stride, count, length, prefix, words, out_first, out_stride)
+        _compiled()(source, first, stride, count, length, prefix, words, out_first, out_stride)
         return
     start, view = bytes([prefix]), memoryview(source.data)
     for i in range(count):

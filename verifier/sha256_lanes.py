@@ -2,57 +2,23 @@
 
 A single SHA-256 is a chain of dependent additions; sixteen of them fill a vector unit. The program is written in LLVM's
 generic <16 x i32> vectors, so the same text becomes AVX-512, AVX2 or NEON, whatever the host has, and needs no
-instruction that a host may lack. Importing this module imports numba: verifier.sha256 does so on first use. Compiled
-once for a machine (5 s) and cached beside this file.
+instruction that a host may lack: for hosts that verifier.sha256_pairs is not for. Importing this module imports numba:
+verifier.sha256 does so on first use. Compiled once for a machine (5 s) and cached beside this file.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, compiled, copy_bytes, data_pointer
+
 LANES = 16
 
 _WORD = ir.IntType(32)
 _VECTOR = ir.VectorType(_WORD, LANES)
-
-
-def _primes(n: int) -> list[int]:
-    return [p for p in range(2, 400) if all(p % q for q in range(2, p))][:n]
-
-
-def _root_fraction(prime: int, power: int) -> int:
-    """The first 32 bits of the fraction of prime^(1/power), which is how FIPS 180-4 defines its constants."""
-    target, low, high = prime << (32 * power), 0, 1 << 37
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle**power <= target else (low, middle)
-    return low & 0xFFFFFFFF
-
-
-ROUND_CONSTANTS = tuple(_root_fraction(p, 3) for p in _primes(64))
-INITIAL_STATE = np.array([_root_fraction(p, 2) for p in _primes(8)], dtype=np.uint32)
-
-
-def _data_pointer(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
-    return builder.bitcast(context.make_array(array_type)(context, builder, value).data, ir.IntType(8).as_pointer())
-
-
-@intrinsic
-def _copy(typing: Any, target: Any, target_first: Any, source: Any, source_first: Any, length: Any) -> Any:
-    """memcpy of `length` bytes between byte arrays; the caller has checked the bounds."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
-        origin = builder.gep(_data_pointer(context, builder, signature.args[2], args[2]), [args[3]])
-        cgutils.raw_memcpy(builder, to, origin, args[4], 1)  # type: ignore[no-untyped-call]
-        return context.get_dummy_value()
-
-    return types.void(target, types.intp, source, types.intp, types.intp), generate
 
 
 def _load_transposed(builder: Any, messages: Any, stride: Any) -> list[Any]:
@@ -108,23 +74,17 @@ def _compress(typing: Any, state: Any, messages: Any, first: Any, stride: Any) -
     """Feeds one block a lane into state u32 [8 * 16]; lane i's block starts at byte first + i * stride of messages."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        state_bytes = _data_pointer(context, builder, signature.args[0], args[0])
+        state_bytes = data_pointer(context, builder, signature.args[0], args[0])
         vectors = builder.bitcast(state_bytes, _VECTOR.as_pointer())
         places = [builder.gep(vectors, [ir.Constant(ir.IntType(64), i)]) for i in range(8)]
         before = [builder.load(place, align=4) for place in places]
-        blocks = builder.gep(_data_pointer(context, builder, signature.args[1], args[1]), [args[2]])
+        blocks = builder.gep(data_pointer(context, builder, signature.args[1], args[1]), [args[2]])
         after = _rounds(builder, _load_transposed(builder, blocks, args[3]), before)
         for place, old, new in zip(places, before, after, strict=True):
             builder.store(builder.add(old, new), place, align=4)
         return context.get_dummy_value()
 
     return types.void(state, messages, types.intp, types.intp), generate
-
-
-_BYTES = types.Array(types.uint8, 1, "C", readonly=True)
-_SIGNATURE = types.void(
-    _BYTES, types.intp, types.intp, types.intp, types.intp, types.uint8, types.uint32[::1], types.intp, types.intp
-)
 
 
 def _hash_strided(
@@ -157,7 +117,7 @@ def _hash_strided(
     while done < count:
         lanes = min(LANES, count - done)  # idle lanes hash what an earlier group left there
         for lane in range(lanes):
-            _copy(scratch, lane * span + 1, source, first + (done + lane) * stride, length)  # type: ignore[call-arg]
+            copy_bytes(scratch, lane * span + 1, source, first + (done + lane) * stride, length)  # type: ignore[call-arg]
         for i in range(8 * LANES):
             state[i] = INITIAL_STATE[i // LANES]
         for block in range(blocks):
@@ -171,11 +131,4 @@ def _hash_strided(
         done += lanes
 
 
-def _compile() -> Callable[..., None]:
-    try:
-        return numba.njit(_SIGNATURE, nogil=True, cache=True)(_hash_strided)
-    except RuntimeError:  # nowhere to keep the cache: neither beside this file nor in the user's own folder
-        return numba.njit(_SIGNATURE, nogil=True)(_hash_strided)
-
-
-hash_strided = _compile()
+hash_strided = compiled(_hash_strided)

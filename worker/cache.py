@@ -3,7 +3,8 @@
 A page is PAGE positions of one request at every layer. A pool is [slots, key heads, head size], so a microbatch's rows
 are written by one copy and any set of positions is read by one gather. Requests that decode together are laid out in a
 run, one behind the other with the same room each: then all their positions are a view of the pool, and a step copies
-nothing. Not for two threads at once.
+nothing. A request begins as a run of its own; runs are joined once the reads that this saves are worth the copy. Not
+for two threads at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,14 @@ PAGE = 16  # positions; what a request wastes is half of it on average
 
 PADDING = 0.15  # of the positions that one read takes: requests of like length are read together
 
-AHEAD = 4 * PAGE  # positions that a run has room for beyond its longest request: it is laid out once in so many steps
+AHEAD = 4 * PAGE  # positions at least that a run has room for beyond its longest request, unless they end before
 
-TOGETHER = 8  # requests of a run: few have to move when one of them ends
+FIRST_AHEAD = 16 * AHEAD  # positions at most that a request gets room for before they come
+
+TOGETHER = 8  # requests of a run
+
+READ_COST = 2 * PAGE  # positions that are moved in the time that one more read takes
+# Measured: 25 us for a read with its attention, 0.7 us a position, at 128 columns of float32.
 
 Slots = npt.NDArray[np.int64]
 
@@ -34,6 +40,12 @@ class Run:
     requests: tuple[int, ...]
     base: int
     room: int
+
+    def part(self, first: int, end: int) -> "Run":
+        """Of its requests, first .. end - 1."""
+        if (first, end) == (0, len(self.requests)):
+            return self
+        return Run(self.requests[first:end], self.base + first * self.room, self.room)
 
     def slots(self, place: int) -> Slots:
         return np.arange(self.base + place * self.room, self.base + (place + 1) * self.room, dtype=np.int64)
@@ -53,7 +65,21 @@ Places = torch.Tensor | View  # slots [n, positions], or a run
 class Cache:
     """All requests of one job at one stage. `padding` tells how much of what was read was none of the requests'."""
 
-    def __init__(self, heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserves: Sequence[int] = (),
+        foreseen: int = 0,
+    ) -> None:
+        """reserves: positions that each request may grow to, if that is known; foreseen: of all that are here together,
+        for which pools have room from the start.
+        """
+        self._reserves = reserves
+        self._foreseen = foreseen
+        self._saved = 0  # reads that joining runs would have saved since they were last joined
         self._shape = (heads, head_size)
         self._dtype = dtype
         self._device = device
@@ -87,11 +113,14 @@ class Cache:
     def extend(self, batch: Batch) -> None:
         """Makes room for the rows of `batch`, in new pages where they are needed."""
         for piece in batch.pieces:
-            table = self._tables.get(piece.request, np.empty(0, np.int64))
-            missing = -(-(piece.end - len(table)) // PAGE)
-            if missing > 0:
+            table = self._tables.get(piece.request)
+            if table is None or not len(table):
+                room = self._room([piece], FIRST_AHEAD)
+                run = Run((piece.request,), self._pages(room // PAGE) * PAGE, room)
+                self._tables[piece.request], self._runs[piece.request] = run.slots(0), run
+            elif piece.end > len(table):
                 self._scatter(piece.request)
-                pages = np.array([self._pages(1) for _ in range(missing)])
+                pages = np.array([self._pages(1) for _ in range(-(-(piece.end - len(table)) // PAGE))])
                 table = np.concatenate([table, (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)])
                 self._tables[piece.request] = table
 
@@ -104,17 +133,34 @@ class Cache:
         """Pieces of one row each, in groups that are read together, and where: all positions up to each piece's end.
         Behind a shorter one's end comes something finite.
         """
-        loose = {piece.request: piece for piece in pieces}
-        kept: list[list[Piece]] = []
-        for run in {self._runs[r]: None for r in loose if r in self._runs}:
-            if all(r in loose for r in run.requests):
-                kept.append([loose.pop(r) for r in run.requests])
-        groups = alike(list(loose.values()))
-        if len(kept) + len(groups) > 2 * len(whole := alike(pieces)):
-            kept, groups = [], whole  # runs that requests have left and joined are many and small
-        for group in groups:
+        by_request = {piece.request: piece for piece in pieces}
+        groups = self._kept(by_request)
+        loose = alike([piece for r, piece in by_request.items() if r not in self._runs])
+        whole = alike(pieces)
+        self._saved += max(0, len(groups) + len(loose) - len(whole))
+        if self._saved * READ_COST > sum(piece.end for piece in pieces):
+            groups, loose, self._saved = [], whole, 0
+        for group in loose:
             self._lay(group)
-        return [(group, self._view(group)) for group in kept + groups]
+            groups.append((group, self._runs[group[0].request]))
+        return [(group, self._view(group, run)) for group, run in groups]
+
+    def _kept(self, by_request: Mapping[int, Piece]) -> list[tuple[list[Piece], Run]]:
+        """Neighbours of a run that are all here and of like length. Who has left it, or waits, parts them."""
+        groups: list[tuple[list[Piece], Run]] = []
+        for run in {self._runs[r]: None for r in by_request if r in self._runs}:
+            first = total = longest = 0
+            for place, r in enumerate((*run.requests, None)):
+                piece = None if r is None or self._runs.get(r) is not run else by_request.get(r)
+                if piece is not None:
+                    total, longest = total + piece.end, max(longest, piece.end)
+                    if total >= (1 - PADDING) * longest * (place - first + 1):
+                        continue
+                if first < place:
+                    groups.append(([by_request[r] for r in run.requests[first:place]], run.part(first, place)))
+                first = place if piece is not None else place + 1
+                total = longest = piece.end if piece is not None else 0
+        return groups
 
     def slots(self, piece: Piece) -> torch.Tensor:
         """[1, end]: slots of all positions up to the piece's end."""
@@ -155,12 +201,22 @@ class Cache:
     def drop(self, request: int) -> None:
         """Frees the pages of a request that has ended."""
         self._lengths.pop(request, None)
-        self._scatter(request)
+        self._runs.pop(request, None)
         self._release(self._tables.pop(request, np.empty(0, np.int64)))
 
-    def _view(self, pieces: Sequence[Piece]) -> View:
+    def _view(self, pieces: Sequence[Piece], run: Run) -> View:
         self._count(pieces)
-        return View(self._runs[pieces[0].request], max(piece.end for piece in pieces))
+        return View(run, max(piece.end for piece in pieces))
+
+    def _room(self, pieces: Sequence[Piece], ahead: int) -> int:
+        """Positions of whole pages: what the requests may grow to, or the longest and `ahead` more if that is less."""
+        longest = max(piece.end for piece in pieces)
+        if self._reserves:
+            most = max(self._reserves[piece.request] for piece in pieces)
+            room = max(longest, min(most, longest + max(ahead, longest // 4)))
+        else:
+            room = longest + AHEAD
+        return -(-room // PAGE) * PAGE
 
     def _count(self, pieces: Sequence[Piece]) -> None:
         self._taken += len(pieces) * max(piece.end for piece in pieces)
@@ -168,7 +224,7 @@ class Cache:
 
     def _lay(self, pieces: Sequence[Piece]) -> None:
         """Moves the requests' positions into a run."""
-        room = -(-(max(piece.end for piece in pieces) + AHEAD) // PAGE) * PAGE
+        room = self._room(pieces, AHEAD)
         base = self._pages(len(pieces) * room // PAGE) * PAGE
         run = Run(tuple(piece.request for piece in pieces), base, room)
         held = [self._tables[r][: self.positions(r)] for r in run.requests]
@@ -176,14 +232,10 @@ class Cache:
         old = torch.from_numpy(np.concatenate(held)).to(self._device)
         new = torch.from_numpy(np.concatenate([t[: len(h)] for t, h in zip(tables, held, strict=True)]))
         new = new.to(self._device)
-        rest = torch.from_numpy(np.concatenate([t[len(h) :] for t, h in zip(tables, held, strict=True)]))
-        rest = rest.to(self._device)
         for layer in self._pools:
             for pool in self._pool(layer):
                 pool.index_copy_(0, new, pool.index_select(0, old))
-                pool.index_fill_(0, rest, 0.0)  # what is masked must not be NaN
         for r, table in zip(run.requests, tables, strict=True):
-            self._scatter(r)
             self._release(self._tables[r])
             self._tables[r] = table
         self._runs.update((r, run) for r in run.requests)
@@ -213,17 +265,26 @@ class Cache:
         self._free[slots[::PAGE] // PAGE] = True
 
     def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """With room for all pages; pools grow by a quarter or more, so n appends copy O(n) rows."""
+        """With room for all pages; pools grow by a quarter or more, so n appends copy O(n) rows. What no request has
+        written is zero: what is masked must not be NaN. (What one has written is finite, or its job fails.)
+        """
         slots = len(self._free) * PAGE
         held = self._pools.get(layer)
         if held is None or len(held[0]) < slots:
-            room = max(slots, len(held[0]) * 5 // 4 if held is not None else 0)
-            grown = [torch.zeros(room, *self._shape, dtype=self._dtype, device=self._device) for _ in range(2)]
+            room = max(slots, len(held[0]) * 5 // 4 if held is not None else self._foreseen)
+            grown = [self._zeros(room) for _ in range(2)]
             if held is not None:
                 for new, old in zip(grown, held, strict=True):
                     new[: len(old)] = old
             held = self._pools[layer] = (grown[0], grown[1])
         return held
+
+    def _zeros(self, room: int) -> torch.Tensor:
+        if self._device.type != "cpu":
+            return torch.zeros(room, *self._shape, dtype=self._dtype, device=self._device)
+        # The system's own zeros: memory is taken, and cleared, only where rows come.
+        columns = self._shape[0] * self._shape[1] * self._dtype.itemsize
+        return torch.from_numpy(np.zeros((room, columns), np.uint8)).view(self._dtype).view(room, *self._shape)
 
 
 def alike(pieces: Sequence[Piece]) -> list[list[Piece]]:

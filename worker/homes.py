@@ -34,7 +34,7 @@ def largest(main: int, buffer: int) -> int:
 
 
 class Homes:
-    """`guests`; and, for who admits requests, how much room is left. In positions."""
+    """`guests`, `reserves`, `foreseen`; and, for who admits requests, how much room is left. In positions."""
 
     def __init__(self, requests: Sequence[Request], main: int, buffer: int = 0, host: int = 0) -> None:
         """main: of the device's pool; buffer: of one microbatch's guests; host: of all guests; both 0: no guests."""
@@ -52,6 +52,7 @@ class Homes:
                     there += positions
                     continue
             here += positions
+        self.foreseen = min(main, here)  # of the main pool, at most
         self._main_left = main
         self._host_left = host
         self._admitted: set[int] = set()

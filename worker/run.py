@@ -194,7 +194,7 @@ class Run:
         self._inbox = asyncio.Queue(INBOX)
         bounds = self._serving
         self._homes = Homes(self.requests, bounds.cache_positions, bounds.swap_positions, bounds.host_positions)
-        self._cache = self._stage.cache(self._serving.swap_positions)
+        self._cache = self._stage.cache(bounds.swap_positions, self._homes.reserves, self._homes.foreseen)
         self._positions = [0] * len(self.requests)
         self._ended: set[int] = set()
         self._kept = self.tokens

@@ -179,12 +179,15 @@ class Stage:
     def is_last(self) -> bool:
         return self.end_layer == self.shape.layers
 
-    def cache(self, buffer: int = 0) -> Cache:
-        """buffer: positions of each of the two that guests come into; 0: there are no guests."""
+    def cache(self, buffer: int = 0, reserves: Sequence[int] = (), foreseen: int = 0) -> Cache:
+        """buffer: positions of each of the two that guests come into; 0: there are no guests. reserves and foreseen: as
+        for Cache, without the guests.
+        """
+        form = (self.kv_heads, self.head_size, self.dtype, self.device)
         if buffer:
             layers = range(self.first_layer, self.end_layer)
-            return SwappingCache(self.kv_heads, self.head_size, self.dtype, self.device, layers, buffer)
-        return Cache(self.kv_heads, self.head_size, self.dtype, self.device)
+            return SwappingCache(*form, layers, buffer, reserves, foreseen)
+        return Cache(*form, reserves, foreseen)
 
     @torch.inference_mode()
     def embed(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -47,12 +47,21 @@ class SwappingCache(Cache):
     """As Cache, for the compute thread; `coming` may be called by another. One thread of its own copies."""
 
     def __init__(
-        self, heads: int, head_size: int, dtype: torch.dtype, device: torch.device, layers: range, buffer: int
+        self,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: range,
+        buffer: int,
+        reserves: Sequence[int] = (),
+        foreseen: int = 0,
     ) -> None:
-        """buffer: positions of each of the two."""
-        super().__init__(heads, head_size, dtype, device)
+        """buffer: positions of each of the two; reserves and foreseen: as for Cache, of those in the main pool."""
+        super().__init__(heads, head_size, dtype, device, reserves, foreseen)
         self._layers = layers
         self._buffer = whole_pages(buffer)
+        self._foreseen += BUFFERS * self._buffer
         self._free = np.zeros(BUFFERS * self._buffer // PAGE, np.bool_)  # the buffers' pages are never free
         self._unused = deque(range(BUFFERS))
         self._slabs: dict[int, torch.Tensor] = {}  # by guest, [2, layers, positions, heads, head size]
@@ -103,7 +112,9 @@ class SwappingCache(Cache):
     def places(self, pieces: Sequence[Piece]) -> list[tuple[list[Piece], View]]:
         by_request = {piece.request: piece for piece in pieces}
         groups = [[by_request.pop(r) for r in run.requests] for run in self._visits[0].runs]
-        return super().places(list(by_request.values())) + [(group, self._view(group)) for group in groups]
+        return super().places(list(by_request.values())) + [
+            (group, self._view(group, self._runs[group[0].request])) for group in groups
+        ]
 
     def extend(self, batch: Batch) -> None:
         super().extend(batch)

@@ -1,16 +1,23 @@
 """Bulk hashing equals hashlib and the referee's trees, and never leaves its arrays."""
 
+import os
+import subprocess
+import sys
 from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verifier import sha256_lanes, sha256_pairs
 from verifier.referee import tree
 from verifier.referee.errors import IndexOutOfRange
 from verifier.sha256 import HashTree, climb, hash_strided, leaf_hashes, parents, prove_range, roots, row_leaf_hashes
-from verifier.sha256_lanes import INITIAL_STATE, LANES, ROUND_CONSTANTS
+from verifier.sha256_lanes import LANES
+from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS
 
 
 def random_bytes(n: int, seed: int = 0) -> np.ndarray:
@@ -32,6 +39,27 @@ def test_strided_messages_equal_hashlib(count: int, length: int) -> None:
         message = b"\x01" + source[7 + i * (length + 3) :][:length].tobytes()
         assert bytes(out[1 + 2 * i]) == sha256(message).digest()
         assert bytes(out[2 * i]) == b"\xaa" * 32
+
+
+@pytest.mark.parametrize("program", [sha256_lanes, *([sha256_pairs] if sha256_pairs.AVAILABLE else [])])
+@pytest.mark.parametrize("length", [0, 53, 54, 55, 63, 64, 118, 119, 512, 1024])
+def test_every_compiled_program_equals_hashlib(program: Any, length: int) -> None:
+    for count in (1, 2, 3, LANES, 2 * LANES + 1):
+        source, out = random_bytes(5 + count * (length + 1)), np.zeros((3 * count, 32), dtype=np.uint8)
+        program.hash_strided(source, 5, length + 1, count, length, 0, out.reshape(-1).view(np.uint32), 1, 2)
+        for i in range(count):
+            message = b"\x00" + source[5 + i * (length + 1) :][:length].tobytes()
+            assert bytes(out[1 + 2 * i]) == sha256(message).digest()
+
+
+@pytest.mark.parametrize("settings", [{}, {"NUMBA_CPU_NAME": "generic"}])
+def test_what_numba_is_told_to_compile_for_decides(settings: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "import numpy as np; from verifier.sha256 import leaf_hashes; print(bytes(leaf_hashes(b'a' * 160, 10)).hex())"
+    )
+    env = os.environ | settings | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert bytes.fromhex(ran.stdout) == sha256(b"\x00" + b"a" * 10).digest() * 16
 
 
 def test_read_only_and_unaligned_sources_hash_alike() -> None:

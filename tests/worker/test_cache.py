@@ -1,16 +1,17 @@
 """Pages, block tables, runs and padding."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from worker.batch import Batch, Piece
-from worker.cache import AHEAD, PADDING, PAGE, TOGETHER, Cache, View, alike
+from worker.cache import AHEAD, PADDING, PAGE, READ_COST, TOGETHER, Cache, Run, View, alike
 
 
-def made() -> Cache:
-    return Cache(2, 4, torch.float32, torch.device("cpu"))
+def made(reserves: Sequence[int] = (), foreseen: int = 0) -> Cache:
+    return Cache(2, 4, torch.float32, torch.device("cpu"), reserves, foreseen)
 
 
 def rows(request: int, first: int, count: int) -> torch.Tensor:
@@ -76,22 +77,61 @@ def test_runs_hold_what_was_written_while_requests_come_and_go() -> None:
     assert 0 < cache.padding <= PADDING
 
 
-def test_a_run_moves_only_when_it_is_outgrown_or_left() -> None:
+def decode(cache: Cache, requests: Sequence[int], first: int, end: int) -> list[list[Run]]:
+    """The runs of each step from position `first` on."""
+    steps = ([Piece(request, t, 1) for request in requests] for t in range(first, end))
+    return [[view.run for _, view in put(cache, pieces)] for pieces in steps]
+
+
+def test_a_run_moves_only_when_it_is_outgrown() -> None:
     cache = made()
     for request in range(4):
         put(cache, [Piece(request, 0, 10)])
-    runs = set()
-    for t in range(10, 10 + AHEAD):
-        ((_, view),) = put(cache, [Piece(request, t, 1) for request in range(4)])
-        runs.add(view.run)
-    assert len(runs) == 1
+    runs = decode(cache, range(4), 10, 10 + 2 * AHEAD)
+    assert all(len(step) == 1 for step in runs)
+    assert len({run for (run,) in runs}) <= 3
+    assert all(run.requests == (0, 1, 2, 3) for (run,) in runs)
+
+
+def test_who_leaves_a_run_parts_it_and_nobody_moves() -> None:
+    cache = made([100] * 6)
+    for request in range(6):
+        put(cache, [Piece(request, 0, 10)])
+    ((run,),) = decode(cache, range(6), 10, 11)
     cache.drop(2)
-    ((group, view),) = put(cache, [Piece(request, 10 + AHEAD, 1) for request in (0, 1, 3)])
-    assert view.run not in runs and view.run.requests == tuple(piece.request for piece in group) == (0, 1, 3)
+    ((left, right),) = decode(cache, (0, 1, 3, 4, 5), 11, 12)
+    assert (left.requests, right.requests) == ((0, 1), (3, 4, 5))
+    assert (left.base, right.base) == (run.base, run.base + 3 * run.room)
+
+
+def test_a_request_whose_end_is_known_is_never_moved_alone() -> None:
+    cache = made([300])
+    put(cache, [Piece(0, 0, 10)])
+    assert len({run for (run,) in decode(cache, [0], 10, 300)}) == 1
+    assert cache.pages == -(-300 // PAGE)
+
+
+def test_requests_are_joined_once_that_is_worth_the_copy() -> None:
+    cache = made([400] * 8)
+    for request in range(8):
+        put(cache, [Piece(request, 0, 150)])
+    counts = [len(runs) for runs in decode(cache, range(8), 150, 250)]
+    apart = counts.index(1)
+    assert set(counts[:apart]) == {8} and set(counts[apart:]) == {1}
+    assert (apart - 1) * 7 * READ_COST <= 8 * (150 + apart)
+
+
+def test_what_is_foreseen_needs_no_growing() -> None:
+    cache = made([64] * 10, 640)
+    put(cache, [Piece(0, 0, 5)])
+    held = cache.device_bytes
+    for request in range(1, 10):
+        put(cache, [Piece(request, 0, 60)])
+    assert cache.device_bytes == held == 2 * 640 * 8 * 4
 
 
 def test_pages_of_an_ended_request_are_used_again() -> None:
-    cache = made()
+    cache = made([3 * PAGE] * 50)
     for request in range(50):
         cache.extend(Batch((Piece(request, 0, 3 * PAGE),)))
         assert cache.pages == 3
