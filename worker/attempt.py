@@ -1,7 +1,7 @@
 """What an attempt at a job is made of: whom a stage sends to, who signs for it, a microbatch on its way."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 
 from verifier.commit import Request
 from worker import ring_pb2 as pb
-from worker.batch import Batch, Token
+from worker.batch import Batch, Piece, Token
 from worker.channel import pack_tensor
 from worker.errors import BadHandoff, BadMessage, JobFailed
 from worker.handoff import Handoff
@@ -53,12 +53,15 @@ class Step:
 
     def rows(self, dtype: int) -> pb.Rows:
         """For the next stage. dtype: by the code in docs/canonical.md."""
-        pieces = (pb.Piece(request=p.request, first=p.first, count=p.count) for p in self.batch.pieces)
+        pieces = (pb.Piece(request=p.request, first=p.first, count=p.count, donor=p.donor) for p in self.batch.pieces)
         return pb.Rows(pieces=pieces, hidden=pack_tensor(self.hidden, dtype), ended=self.ended, times=self.times())
 
 
-def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positions: Sequence[int]) -> None:
-    """Rows follow one another, from `positions`, and end where their request may. Raises BadMessage naming the sender.
+def check_pieces(
+    sender: str, batch: Batch, requests: Sequence[Request], positions: Sequence[int], ended: Set[int]
+) -> None:
+    """Rows follow one another, from `positions` or from where a donor's end, and end where their request may. Raises
+    BadMessage naming the sender.
 
     Whether the last stage had chosen the tokens that are fed is not known before they are computed: see the Finish.
     """
@@ -66,10 +69,35 @@ def check_pieces(sender: str, batch: Batch, requests: Sequence[Request], positio
         if piece.request >= len(requests):
             raise BadMessage(sender, f"expected a request below {len(requests)}, came {piece.request}")
         first, end = positions[piece.request], len(requests[piece.request].prompt) + requests[piece.request].limit - 1
-        if piece.first != first:
+        if piece.request in ended:
+            raise BadMessage(sender, f"request {piece.request}: rows came though it had ended")
+        if piece.donor is not None:
+            _check_donor(sender, piece, piece.donor, requests, positions, ended)
+        elif piece.first != first:
             raise BadMessage(sender, f"request {piece.request}: expected position {first}, came {piece.first}")
         if piece.end > end:
             raise BadMessage(sender, f"request {piece.request}: expected at most {end} positions, came {piece.end}")
+
+
+def _check_donor(
+    sender: str, piece: Piece, donor: int, requests: Sequence[Request], positions: Sequence[int], ended: Set[int]
+) -> None:
+    """SAFETY: positions are taken only if they are here, if none is there that they would replace, and if they are what
+    the request's own rows would be: of the same tokens. Each is copied once, so nobody is made to do more than prompts
+    are long.
+    """
+    r, prompt = piece.request, requests[piece.request].prompt
+    if donor >= len(requests):
+        raise BadMessage(sender, f"request {r}: expected a donor below {len(requests)}, came {donor}")
+    if positions[r] or not 0 < piece.first < len(prompt):
+        what = f"expected a donor of 1 .. {len(prompt) - 1} positions for one that has none"
+        raise BadMessage(sender, f"request {r}: {what}, came {piece.first} for one that has {positions[r]}")
+    if donor in ended or positions[donor] < piece.first:
+        has = "has ended" if donor in ended else f"has {positions[donor]}"
+        raise BadMessage(sender, f"request {r}: expected a donor with {piece.first} positions, request {donor} {has}")
+    if requests[donor].prompt[: piece.first] != prompt[: piece.first]:
+        what = f"expected a donor whose prompt begins with the same {piece.first} tokens"
+        raise BadMessage(sender, f"request {r}: {what}, request {donor} does not")
 
 
 def check_all(

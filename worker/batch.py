@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` consecutive positions of one request, from `first`."""
+    """`count` consecutive positions of one request, from `first`; those before are `donor`'s, if there is one."""
 
     request: int
     first: int
     count: int
+    donor: int | None = None  # a request whose prompt begins with the same `first` tokens; given with the first piece
 
     @property
     def end(self) -> int:

@@ -63,7 +63,8 @@ def pack_tensor(rows: torch.Tensor, dtype: int) -> pb.Tensor:
 
 def unpack_rows(sender: str, rows: pb.Rows, hidden: int, dtype: int) -> tuple[Batch, torch.Tensor]:
     """The microbatch and its layer inputs, [rows, hidden]. Raises BadMessage naming the sender."""
-    batch = Batch(tuple(Piece(p.request, p.first, p.count) for p in rows.pieces))
+    pieces = (Piece(p.request, p.first, p.count, p.donor if p.HasField("donor") else None) for p in rows.pieces)
+    batch = Batch(tuple(pieces))
     if not batch.pieces:
         raise BadMessage(sender, "rows: expected at least one piece, came none")
     if len({piece.request for piece in batch.pieces}) != len(batch.pieces):

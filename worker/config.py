@@ -67,6 +67,7 @@ class Serving:
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
+    share_prefixes: bool = True  # what prompts of a job begin with alike is computed once (worker.prefix)
     cache_positions: int = 65_536  # of requests whose keys and values stay on the device
     swap_positions: int = 0  # of one microbatch's requests that live on the host; 0: none do (worker.swap)
     host_positions: int = 0  # of all of these together

@@ -29,6 +29,7 @@ class Ledger:
         """foreseen: rows, if all requests are in flight together."""
         self._foreseen = foreseen
         self._slots: dict[int, list[Slots]] = {}
+        self._others = np.empty(0, np.int64)  # by slot: requests that have it besides one
         self._free = np.empty(0, np.int64)
         self._room = 0
         self._sheets: list[_Sheet] = []
@@ -54,6 +55,20 @@ class Ledger:
             sheet.grow(self._room)
             sheet.put(slots, tensors)
 
+    def share(self, request: int, donor: int, count: int) -> None:
+        """The first `count` rows of `donor`, with their hashes, are the first of `request` too. Raises KeyError."""
+        slots = np.concatenate(self._slots[donor])
+        self._slots[donor] = [slots]
+        self._slots[request] = [slots[:count]]
+        self._others[slots[:count]] += 1
+
+    def rows(self, request: int, key: str, count: int) -> Bits:
+        """The first `count` rows of one tensor, [count, width]. Raises KeyError."""
+        slots = np.concatenate(self._slots[request])[:count]
+        return next(
+            sheet.rows[slots, sheet.columns[sheet.keys.index(key)]] for sheet in self._sheets if key in sheet.keys
+        )
+
     def take(self, request: int) -> tuple[dict[str, Bits], dict[str, bytes]]:
         """(rows [positions, width], roots) by key; the request is gone then. Raises KeyError."""
         slots = np.concatenate(self._slots.pop(request))
@@ -62,7 +77,9 @@ class Ledger:
         for sheet in self._sheets:
             arrays |= sheet.take(slots)
             leaves |= sheet.leaves(slots)
-        self._free = np.concatenate([self._free, slots])
+        kept = self._others[slots] > 0
+        self._others[slots[kept]] -= 1
+        self._free = np.concatenate([self._free, slots[~kept]])
         return arrays, _roots(leaves)
 
     def _take_slots(self, count: int) -> Slots:
@@ -71,6 +88,8 @@ class Ledger:
             first = max(FIRST_ROOM, min(self._foreseen, RESERVED_BYTES // widest))
             room = max(first, 2 * self._room, self._room + count)
             self._free = np.concatenate([self._free, np.arange(self._room, room)])
+            self._others = _grown(self._others, room)
+            self._others[self._room :] = 0
             self._room = room
         taken, self._free = self._free[:count], self._free[count:]
         return taken

@@ -22,7 +22,7 @@ import torch
 from verifier.commit import Request, StageTree, TraceNode
 from verifier.program import ModelShape
 from verifier.trace import RequestTrace
-from worker.batch import Batch, Token
+from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed, OutOfRange
 from worker.handoff import RowHandoff, TokenHandoff
 from worker.ledger import Ledger
@@ -99,6 +99,7 @@ class Recorder:
         self._tokens = TokenHandoff()
         self._received = RowHandoff()
         self._sent = RowHandoff()
+        self._handed: dict[int, list[npt.NDArray[Any]]] = {}  # by request in flight: what was sent of its prompt
         self._error: BaseException | None = None
         self._queue: queue.SimpleQueue[_Rows | _Tokens | _Ended | None] = queue.SimpleQueue()
         self._most_bytes = queue_bytes
@@ -187,6 +188,9 @@ class Recorder:
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
                 for key, rows in bits.items():
                     self._validate(batch, key, rows)
+                for piece in batch.pieces:
+                    if piece.donor is not None:
+                        self._share(piece, piece.donor)
                 self._ledger.add(batch, bits)
                 if self._alone:
                     return
@@ -194,7 +198,11 @@ class Recorder:
                 if self._first_layer > 0:
                     self._received.add(owners, positions, bits[f"{self._first_layer}.h"])
                 if sent is not None:
-                    self._sent.add(owners, positions, to_bits(sent))
+                    handed = to_bits(sent)
+                    self._sent.add(owners, positions, handed)
+                    for piece, span in batch.spans():
+                        if piece.first < len(self._requests[piece.request].prompt):
+                            self._handed.setdefault(piece.request, []).append(handed[span].copy())
             case _Tokens(tokens):
                 for token in tokens:
                     self._tokens.add(token.request, token.token)
@@ -203,6 +211,20 @@ class Recorder:
             case None:
                 while self._saves:
                     self._saves.popleft().result()
+
+    def _share(self, piece: Piece, donor: int) -> None:
+        """Positions before the piece's are the donor's: the same rows, recorded and handed on as the request's own."""
+        self._ledger.share(piece.request, donor, piece.first)
+        if self._alone:
+            return
+        owners, positions = np.full(piece.first, piece.request), np.arange(piece.first)
+        if self._first_layer > 0:
+            rows = self._ledger.rows(donor, f"{self._first_layer}.h", piece.first)
+            self._received.add(owners, positions, rows)
+        if self._end_layer < self._shape.layers:
+            handed = np.concatenate(self._handed[donor])[: piece.first]
+            self._handed[piece.request] = [handed]
+            self._sent.add(owners, positions, handed)
 
     def _validate(self, batch: Batch, key: str, rows: npt.NDArray[Any]) -> None:
         magnitudes = rows & MAGNITUDE[self._dtype]
@@ -216,6 +238,7 @@ class Recorder:
             return
         if request not in self._ledger:
             raise JobFailed(f"request {request} ended without a single position")
+        self._handed.pop(request, None)
         positions = self._ledger.positions(request)
         arrays, roots = self._ledger.take(request)
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11worker/ring.proto\x12\nplumb.ring\"E\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\r\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0f\n\x07packing\x18\x04 \x01(\r\"6\n\x05Piece\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"&\n\x05Times\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x04\x12\x0f\n\x07slowest\x18\x02 \x01(\x04\"~\n\x04Rows\x12!\n\x06pieces\x18\x01 \x03(\x0b\x32\x11.plumb.ring.Piece\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.plumb.ring.Tensor\x12\r\n\x05\x65nded\x18\x03 \x03(\r\x12 \n\x05times\x18\x04 \x01(\x0b\x32\x11.plumb.ring.Times\"6\n\x05Token\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\"M\n\x06Tokens\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.plumb.ring.Token\x12 \n\x05times\x18\x02 \x01(\x0b\x32\x11.plumb.ring.Times\"9\n\x06\x46inish\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06leaves\x18\x02 \x01(\r\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\x04\x42\x65\x61t\x12\x0f\n\x07held_ms\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\xf6\x01\n\x08\x45nvelope\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12 \n\x04rows\x18\x04 \x01(\x0b\x32\x10.plumb.ring.RowsH\x00\x12$\n\x06tokens\x18\x05 \x01(\x0b\x32\x12.plumb.ring.TokensH\x00\x12$\n\x06\x66inish\x18\x06 \x01(\x0b\x32\x12.plumb.ring.FinishH\x00\x12\"\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x11.plumb.ring.AbortH\x00\x12 \n\x04\x62\x65\x61t\x18\x08 \x01(\x0b\x32\x10.plumb.ring.BeatH\x00\x42\x06\n\x04\x62ody\"5\n\x03\x41\x63k\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x32\x39\n\x04Ring\x12\x31\n\x04\x46low\x12\x14.plumb.ring.Envelope\x1a\x0f.plumb.ring.Ack(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11worker/ring.proto\x12\nplumb.ring\"E\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\r\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0f\n\x07packing\x18\x04 \x01(\r\"T\n\x05Piece\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x12\n\x05\x64onor\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_donor\"&\n\x05Times\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x04\x12\x0f\n\x07slowest\x18\x02 \x01(\x04\"~\n\x04Rows\x12!\n\x06pieces\x18\x01 \x03(\x0b\x32\x11.plumb.ring.Piece\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.plumb.ring.Tensor\x12\r\n\x05\x65nded\x18\x03 \x03(\r\x12 \n\x05times\x18\x04 \x01(\x0b\x32\x11.plumb.ring.Times\"6\n\x05Token\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\"M\n\x06Tokens\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.plumb.ring.Token\x12 \n\x05times\x18\x02 \x01(\x0b\x32\x11.plumb.ring.Times\"9\n\x06\x46inish\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06leaves\x18\x02 \x01(\r\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\x04\x42\x65\x61t\x12\x0f\n\x07held_ms\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\xf6\x01\n\x08\x45nvelope\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12 \n\x04rows\x18\x04 \x01(\x0b\x32\x10.plumb.ring.RowsH\x00\x12$\n\x06tokens\x18\x05 \x01(\x0b\x32\x12.plumb.ring.TokensH\x00\x12$\n\x06\x66inish\x18\x06 \x01(\x0b\x32\x12.plumb.ring.FinishH\x00\x12\"\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x11.plumb.ring.AbortH\x00\x12 \n\x04\x62\x65\x61t\x18\x08 \x01(\x0b\x32\x10.plumb.ring.BeatH\x00\x42\x06\n\x04\x62ody\"5\n\x03\x41\x63k\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x32\x39\n\x04Ring\x12\x31\n\x04\x46low\x12\x14.plumb.ring.Envelope\x1a\x0f.plumb.ring.Ack(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSOR']._serialized_start=33
   _globals['_TENSOR']._serialized_end=102
   _globals['_PIECE']._serialized_start=104
-  _globals['_PIECE']._serialized_end=158
-  _globals['_TIMES']._serialized_start=160
-  _globals['_TIMES']._serialized_end=198
-  _globals['_ROWS']._serialized_start=200
-  _globals['_ROWS']._serialized_end=326
-  _globals['_TOKEN']._serialized_start=328
-  _globals['_TOKEN']._serialized_end=382
-  _globals['_TOKENS']._serialized_start=384
-  _globals['_TOKENS']._serialized_end=461
-  _globals['_FINISH']._serialized_start=463
-  _globals['_FINISH']._serialized_end=520
-  _globals['_ABORT']._serialized_start=522
-  _globals['_ABORT']._serialized_end=545
-  _globals['_BEAT']._serialized_start=547
-  _globals['_BEAT']._serialized_end=584
-  _globals['_ENVELOPE']._serialized_start=587
-  _globals['_ENVELOPE']._serialized_end=833
-  _globals['_ACK']._serialized_start=835
-  _globals['_ACK']._serialized_end=888
-  _globals['_RING']._serialized_start=890
-  _globals['_RING']._serialized_end=947
+  _globals['_PIECE']._serialized_end=188
+  _globals['_TIMES']._serialized_start=190
+  _globals['_TIMES']._serialized_end=228
+  _globals['_ROWS']._serialized_start=230
+  _globals['_ROWS']._serialized_end=356
+  _globals['_TOKEN']._serialized_start=358
+  _globals['_TOKEN']._serialized_end=412
+  _globals['_TOKENS']._serialized_start=414
+  _globals['_TOKENS']._serialized_end=491
+  _globals['_FINISH']._serialized_start=493
+  _globals['_FINISH']._serialized_end=550
+  _globals['_ABORT']._serialized_start=552
+  _globals['_ABORT']._serialized_end=575
+  _globals['_BEAT']._serialized_start=577
+  _globals['_BEAT']._serialized_end=614
+  _globals['_ENVELOPE']._serialized_start=617
+  _globals['_ENVELOPE']._serialized_end=863
+  _globals['_ACK']._serialized_start=865
+  _globals['_ACK']._serialized_end=918
+  _globals['_RING']._serialized_start=920
+  _globals['_RING']._serialized_end=977
 # @@protoc_insertion_point(module_scope)

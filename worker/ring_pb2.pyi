@@ -19,14 +19,16 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., packing: _Optional[int] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("request", "first", "count")
+    __slots__ = ("request", "first", "count", "donor")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    DONOR_FIELD_NUMBER: _ClassVar[int]
     request: int
     first: int
     count: int
-    def __init__(self, request: _Optional[int] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    donor: int
+    def __init__(self, request: _Optional[int] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., donor: _Optional[int] = ...) -> None: ...
 
 class Times(_message.Message):
     __slots__ = ("busy", "slowest")

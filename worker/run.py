@@ -34,6 +34,7 @@ from worker.homes import Homes
 from worker.job import JobFolder, JobState, Phase, written
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
+from worker.prefix import Prefixes
 from worker.pulse import Pulse
 from worker.recorder import Recorder, Summary
 from worker.retain import new_recorder
@@ -312,6 +313,7 @@ class Run:
             pace=self.pace,
             homes=self._homes,
             kept=self._kept,
+            prefixes=Prefixes([request.prompt for request in self.requests]) if self._serving.share_prefixes else None,
         )
         self._scheduler = scheduler
         began: deque[float] = deque()  # of the microbatches in flight
@@ -427,13 +429,11 @@ class Run:
     def _received_rows(self, rows: pb.Rows) -> Callable[[], Step]:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
-        check_pieces(self._predecessor, batch, self.requests, self._positions)
         for r in rows.ended:
             if r >= len(self.requests):
                 raise BadMessage(self._predecessor, f"ended: expected a request below {len(self.requests)}, came {r}")
         self._ended.update(rows.ended)
-        if self._ended & {piece.request for piece in batch.pieces}:
-            raise BadMessage(self._predecessor, "rows of a request that had ended")
+        check_pieces(self._predecessor, batch, self.requests, self._positions, self._ended)
         return self._step(batch, list(rows.ended), lambda: hidden, rows.times)
 
     async def _hand_on(self, step: Step) -> None:
@@ -486,6 +486,7 @@ class Run:
                 cache.drop(request)
                 recorder.ended(request)
             with cache.holding(batch):
+                cache.share(batch)
                 out, captured = stage.forward(hidden(), batch, cache)
             ids = stage.tokens(out[[row for _, _, row in sampled]], draws) if sampled else []
             recorder.rows(batch, captured, None if stage.is_last else out)

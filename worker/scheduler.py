@@ -9,6 +9,7 @@ from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed
 from worker.homes import Homes, needed
 from worker.pace import Pace
+from worker.prefix import Prefixes
 
 
 class UnexpectedToken(JobFailed):
@@ -58,6 +59,9 @@ class Scheduler:
     Tokens of a broken attempt are fed as if they were of the prompt. The last stage chooses them again all the same,
     from this attempt's rows: what is committed is what one trace yields. Where it chooses another, `diverged` is
     true, nothing more is generated, and `kept` is what the next attempt may feed.
+
+    What prompts share is computed once, if `prefixes` are given. INVARIANT: a piece's donor is in flight, and had its
+    positions in an earlier microbatch.
     """
 
     def __init__(
@@ -68,8 +72,9 @@ class Scheduler:
         pace: Pace,
         homes: Homes,
         kept: Sequence[Sequence[int]] = (),
+        prefixes: Prefixes | None = None,
     ) -> None:
-        """kept: each request's tokens of earlier attempts."""
+        """kept: each request's tokens of earlier attempts; prefixes: of the requests' prompts."""
         if max_rows < 1:
             raise ValueError(f"expected a positive bound, came {max_rows}")
         self._progress = [_Progress(request) for request in requests]
@@ -78,6 +83,8 @@ class Scheduler:
         self._max_rows = max_rows
         self._pace = pace
         self._homes = homes
+        self._prefixes = prefixes
+        self.taken_positions = 0  # that their requests did not compute
         self._unadmitted = deque(range(len(requests)))
         self._active: deque[int] = deque()  # the longest unserved first
         self._ended: list[int] = []
@@ -127,17 +134,25 @@ class Scheduler:
         pieces: list[Piece] = []
         rows = 0
         for r in ready:
+            if self._waits_for_another(r):  # whose rows are in this very microbatch
+                continue
             progress = self._progress[r]
-            count = min(progress.known - progress.sent, self._max_rows - rows)
+            first, donor = self._begins_at(r)
+            count = min(progress.known - first, self._max_rows - rows)
             if count <= 0:
                 break
-            pieces.append(Piece(r, progress.sent, count))
-            progress.sent += count
+            pieces.append(Piece(r, first, count, donor))
+            if self._prefixes is not None and not progress.sent:
+                self._prefixes.begins(r)
+            progress.sent = first + count
             progress.waiting = progress.sent == progress.known
             rows += count
         if not pieces:
             return None
         for piece in pieces:
+            if self._prefixes is not None:
+                self._prefixes.sent(piece.request, piece.first if piece.donor is None else 0, piece.end)
+            self.taken_positions += 0 if piece.donor is None else piece.first
             self._active.remove(piece.request)
             self._active.append(piece.request)
         self._in_flight += 1
@@ -147,9 +162,22 @@ class Scheduler:
         # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
         # each takes its share of the requests.
         share = -(-len(self._active) // max(self._pace.groups, self._homes.turns))
-        ready = self._fitting([r for r in self._active if not self._progress[r].waiting], share)
+        waiting = [r for r in self._active if not self._progress[r].waiting and not self._waits_for_another(r)]
         # Single rows first, prompts share what is left.
-        return sorted(ready, key=lambda r: self._progress[r].known - self._progress[r].sent > 1)
+        return sorted(self._fitting(waiting, share), key=lambda r: self._progress[r].known - self._begins_at(r)[0] > 1)
+
+    def _waits_for_another(self, r: int) -> bool:
+        """For somebody in flight who computes what it would have to. Not once nothing new is generated: who computes it
+        may not go on.
+        """
+        if self._prefixes is None or self._progress[r].sent or self.diverged:
+            return False
+        return self._prefixes.waits(r)
+
+    def _begins_at(self, r: int) -> tuple[int, int | None]:
+        """The next row of a request, and whose positions those before it are, if it has none of its own yet."""
+        sent = self._progress[r].sent
+        return (sent, None) if sent or self._prefixes is None else self._prefixes.taken(r)
 
     def _fitting(self, waiting: Sequence[int], most: int | None = None) -> list[int]:
         """Those whose guests a buffer holds together; the longest unserved is always among them."""
@@ -159,11 +187,11 @@ class Scheduler:
             if len(chosen) == most:
                 break
             if r in self._homes.guests:
-                progress = self._progress[r]
-                count = min(progress.known - progress.sent, self._max_rows)
-                if needed([*guests, Piece(r, progress.sent, count)]) > self._homes.buffer:
+                first = self._begins_at(r)[0]
+                piece = Piece(r, first, min(self._progress[r].known - first, self._max_rows))
+                if needed([*guests, piece]) > self._homes.buffer:
                     continue
-                guests.append(Piece(r, progress.sent, count))
+                guests.append(piece)
             chosen.append(r)
         return chosen
 
@@ -205,6 +233,8 @@ class Scheduler:
             self._active.remove(token.request)
             self._ended.append(token.request)
             self._homes.leave(token.request)
+            if self._prefixes is not None:
+                self._prefixes.leaves(token.request)
 
     def _admit(self) -> None:
         while self._unadmitted:

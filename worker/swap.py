@@ -66,6 +66,7 @@ class SwappingCache(Cache):
         self._unused = deque(range(BUFFERS))
         self._slabs: dict[int, torch.Tensor] = {}  # by guest, [2, layers, positions, heads, head size]
         self._coming: deque[Visit] = deque()  # not brought in yet
+        self._leaving: dict[int, Future[None]] = {}  # by guest, its latest copying out
         self._visits: deque[Visit] = deque()  # all whose microbatch is not over
         self._here: list[Visit] = []  # in a buffer
         # Rationale: pages are taken and pools grow in the compute thread while the other copies.
@@ -107,7 +108,8 @@ class SwappingCache(Cache):
         self._visits.popleft()
         if visit.pieces:
             done = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-            self._thread.submit(self._take_out, visit, done)
+            out = self._thread.submit(self._take_out, visit, done)
+            self._leaving.update((piece.request, out) for piece in visit.pieces)
 
     def places(self, pieces: Sequence[Piece]) -> list[tuple[list[Piece], View]]:
         by_request = {piece.request: piece for piece in pieces}
@@ -124,6 +126,19 @@ class SwappingCache(Cache):
     def drop(self, request: int) -> None:
         super().drop(request)
         self._slabs.pop(request, None)
+        self._leaving.pop(request, None)
+
+    def _take_over(self, donor: int, slots: torch.Tensor) -> None:
+        if donor in self._tables:
+            super()._take_over(donor, slots)
+            return
+        self._leaving[donor].result()  # a guest that is not in this microbatch: it is whole once it is out
+        if self._error is not None:
+            raise self._error
+        slab, new = self._slabs[donor], slots.to(self._device)
+        for index, layer in enumerate(self._layers):
+            for which, pool in enumerate(self._pool(layer)):
+                pool.index_copy_(0, new, slab[which, index, : len(slots)].to(self._device))
 
     # ------------------------------------------------------------------------------------------------------ the copies
 
@@ -169,7 +184,7 @@ class SwappingCache(Cache):
                     self._slabs[request] = self._slab(positions)
                 visit.slabs[request] = self._slabs[request]
             self.peak_host_bytes = max(self.peak_host_bytes, sum(slab.nbytes for slab in list(self._slabs.values())))
-            self._copy(visit, [(piece, 0, piece.first) for piece in visit.pieces], inward=True)
+            self._copy(visit, [(p, 0, p.first) for p in visit.pieces if p.donor is None], inward=True)
             visit.brought.set_result(None)
         except BaseException as error:  # raised where the microbatch computes
             visit.brought.set_exception(error)
@@ -179,7 +194,8 @@ class SwappingCache(Cache):
         try:
             if self._stream is not None:
                 self._stream.wait_event(done)
-            self._copy(visit, [(piece, piece.first, piece.end) for piece in visit.pieces], inward=False)
+            spans = [(p, p.first if p.donor is None else 0, p.end) for p in visit.pieces]
+            self._copy(visit, spans, inward=False)
         except BaseException as error:  # raised where the next microbatches compute
             self._error = error
         with self._lock:
