@@ -261,10 +261,11 @@ class Cache:
         self._runs.update((r, run) for r in run.requests)
 
     def _scatter(self, request: int) -> None:
-        """The request's run is none any more; its members keep their slots."""
+        """The request's run is none any more; its members keep their slots. Who has left it may be in another."""
         run = self._runs.get(request)
         for r in () if run is None else run.requests:
-            del self._runs[r]
+            if self._runs.get(r) is run:
+                del self._runs[r]
 
     def _pages(self, count: int) -> int:
         """The first of `count` free pages in a row, taken."""
