@@ -46,9 +46,6 @@ class Wire:
     def drop(self, job: bytes, attempt: int) -> None:
         pass
 
-    def reset(self) -> None:
-        pass
-
 
 def wire(
     data: Path,

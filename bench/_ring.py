@@ -24,8 +24,9 @@ from worker import ring_pb2 as pb
 from worker import tls
 from worker.batch import Batch, Token
 from worker.cache import Cache
-from worker.channel import Link, Peer, Ring
+from worker.channel import Peer
 from worker.config import Serving
+from worker.grpc_channel import Link, Ring
 from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
 from worker.run import Run

@@ -25,7 +25,8 @@ from deploy.demo.train import corpus, train
 from worker import ring_pb2 as pb
 from worker import tls
 from worker.batch import Batch, Piece
-from worker.channel import Link, Peer, Ring, pack_tensor
+from worker.channel import Peer, pack_tensor
+from worker.grpc_channel import Link, Ring
 from worker.packing import BITS, pack, unpack
 from worker.stage import Stage
 

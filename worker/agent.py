@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -45,26 +44,30 @@ from verifier.commit import Request
 from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 from worker import ring_pb2 as pb
-from worker.admission import check_disk, check_join, check_requests, own_stage
-from worker.channel import Peer, Ring
+from worker.admission import check_join, own_stage
+from worker.channel import Channel, Handler, Peer
 from worker.config import WorkerConfig, split_address
 from worker.consent import place
 from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
-from worker.homes import largest
+from worker.grpc_channel import GrpcChannel
 from worker.job import JobFolder, JobState, Phase
 from worker.notary import Notary
-from worker.peers import Links, Peers
+from worker.peers import Peers
 from worker.recorder import Recorder
 from worker.repeat import RepeatableStage
 from worker.respond import Responder
-from worker.retain import Traces, position_bytes
+from worker.retain import Traces
+from worker.room import Room
 from worker.settle import Settler, stage_name
 from worker.spare import Spare
 from worker.stage import Stage as ModelStage
 
 log = logging.getLogger("plumb.worker.agent")
+
+# Of our certificate and key, who hears of messages, their largest size, and whether to compress rows.
+MakeChannel = Callable[[bytes, bytes, Handler, int, bool], Channel]
 
 
 class Agent:
@@ -80,6 +83,7 @@ class Agent:
         responder_class: type[Responder],
         settler_class: type[Settler],
         recorder_class: type[Recorder],
+        channel_class: MakeChannel,
     ) -> None:
         self.config = config
         self.chain = chain
@@ -98,9 +102,10 @@ class Agent:
             chain, self.account, self.model, stage.weights, profile, self.traces, self.folder
         )
         self.answerer = Answerer(chain, self.model, self.traces, self.folder)
+        self.room = Room(stage, config.serving, config.data)
         self.compute = ThreadPoolExecutor(1, "compute")
         self._key = key
-        self._max_message_bytes = config.serving.max_message_bytes
+        self._channel_class = channel_class
         self._engagements: dict[bytes, Engagement] = {}
         self._spares: dict[bytes, Spare] = {}
         self._pipelines: dict[bytes, tuple[Stage, ...]] = {}  # ours, and those of jobs
@@ -111,26 +116,12 @@ class Agent:
     def folder(self, job: bytes) -> JobFolder:
         return JobFolder(self.config.data, job)
 
-    @property
-    def most_positions(self) -> int:
-        """Of one request: what the model takes, and what there is room for."""
-        serving = self.config.serving
-        return min(self.stage.shape.max_positions, largest(serving.cache_positions, serving.swap_positions))
-
-    def check_requests(self, job: Job, requests: Sequence[Request]) -> None:
-        """Whether these are the job's, and can be served here. Raises Refused."""
-        check_requests(job, requests, self.stage.shape, self.most_positions)
-
     def check_disk(self, id: bytes, job: Job) -> None:
         """Whether its traces have room beside those of the jobs that are being served. Blocking. Raises Refused."""
-        served = [
-            other.job
-            for other in list(self._engagements.values())
-            if other.id != id and other.state.phase in (Phase.SIGNED, Phase.SERVING)
-        ]
-        positions = sum(one.prompt_tokens + one.max_tokens for one in (job, *served))
-        needed = positions * position_bytes(self.stage, self.config.serving.retain)
-        check_disk(needed, shutil.disk_usage(self.config.data).free)
+        others = [other for other in list(self._engagements.values()) if other.id != id]
+        self.room.check_disk(
+            [job, *(other.job for other in others if other.state.phase in (Phase.SIGNED, Phase.SERVING))]
+        )
 
     def now(self) -> int:
         """Unix seconds: the chain's, or this machine's if no block has come for a while. Blocking."""
@@ -144,9 +135,11 @@ class Agent:
         )  # the server knows the agent's class, so the agent can't import it at the top
 
         self.peers = Peers(self.chain, self.config.peer_hosts, self.config.serving.max_body_bytes)
-        self.links = Links(self.certificate, self._key, self._max_message_bytes, self.config.serving.compress)
-        self.ring = Ring(self.certificate, self._key, self._receive, self._max_message_bytes)
-        await self.ring.start(self.config.grpc)
+        serving = self.config.serving
+        self.channel = self._channel_class(
+            self.certificate, self._key, self._receive, serving.max_message_bytes, serving.compress
+        )
+        await self.channel.start(self.config.grpc)
         host, port = split_address(self.config.http, "http")
         settings = uvicorn.Config(create_app(self), host=host, port=port, log_level="warning", access_log=False)
         self.server = uvicorn.Server(settings)
@@ -169,8 +162,7 @@ class Agent:
                 await engagement.stop()
             for spare in self._spares.values():
                 await spare.stop()
-            await self.links.close()
-            await self.ring.stop()
+            await self.channel.close()
             await self.peers.close()
             self.compute.shutdown(wait=False, cancel_futures=True)
 
@@ -372,6 +364,7 @@ def build_worker(
     responder_class: type[Responder] = Responder,
     settler_class: type[Settler] = Settler,
     recorder_class: type[Recorder] = Recorder,
+    channel_class: MakeChannel = GrpcChannel,
 ) -> Agent:
     """Everything of one process, from its configuration. Raises ConfigError, ModelFolderError, KeystoreError."""
     if config.serving.threads:
@@ -397,4 +390,4 @@ def build_worker(
         weights=weights,
         widened=config.serving.widened,
     )
-    return Agent(config, chain, signer, stage, profile, responder_class, settler_class, recorder_class)
+    return Agent(config, chain, signer, stage, profile, responder_class, settler_class, recorder_class, channel_class)

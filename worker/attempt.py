@@ -24,16 +24,6 @@ class Notary(Protocol):
     def verify_handoff(self, job: bytes, stage: int, handoff: Handoff) -> bool: ...
 
 
-class Sender(Protocol):
-    """As channel.Link."""
-
-    async def send(self, envelope: pb.Envelope) -> None: ...
-
-    def drop(self, job: bytes, attempt: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Step:
     """One microbatch after this stage. Tokens only at the last; seconds by the monotonic clock, `busy` and `slowest`

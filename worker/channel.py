@@ -1,45 +1,22 @@
-"""Messages between neighbours: gRPC streams over mutual TLS, each side's certificate pinned to its fingerprint on
-chain.
+"""Messages between neighbours: what carries them, and how they are made and read.
 
-A Link carries a stage's messages to its successor and survives lost connections: what was not acknowledged is sent
-again, and the receiver passes over what it has. A Ring receives from the predecessor.
+A Channel is one worker's end of the wire. gRPC's is worker/grpc_channel.py; whatever keeps the promises below may take
+its place, as a sidecar that finds its way through NATs.
 """
 
-import asyncio
-import logging
 import math
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import grpc
 import numpy as np
 import torch
 
 from worker import ring_pb2 as pb
-from worker import ring_pb2_grpc
 from worker.batch import Batch, Piece, Token
-from worker.errors import BadMessage, ConfigError
+from worker.errors import BadMessage
 from worker.packing import PACKED, PLAIN, pack, unpack
 from worker.stage import BITS, from_bits, to_bits
-from worker.tls import PEER_NAME, fingerprint
-
-log = logging.getLogger("plumb.worker.channel")
-
-# What a Link may have unacknowledged before `send` waits. Bytes bound memory; messages are small where a link is slow
-# and its stages quick, and half a second of acknowledgements must not stop those.
-WINDOW = 1024  # messages
-WINDOW_BYTES = 128 * 2**20  # or one message
-
-# gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
-# by us, by name.
-SLACK_BYTES = 2**20
-
-# Told by a receiver at the start of a stream: that it takes packed rows.
-PACKING_TAKEN = ("plumb-packing", str(PACKED))
-
-BACKOFF_SECONDS = (0.05, 2.0)  # first and longest pause between connections
 
 
 @dataclass(frozen=True)
@@ -52,6 +29,38 @@ class Peer:
 
 
 Handler = Callable[[Peer, pb.Envelope], Awaitable[None]]
+"""Takes each message; returns once there is room for the next. Raises BadMessage to refuse it to its sender."""
+
+
+class Sender(Protocol):
+    """To one neighbour.
+
+    INVARIANT: its messages arrive in the order of sending, each at least once until it is dropped: a connection that is
+    lost is made again, and what was not acknowledged sent again. Receivers know what they had by its sequence number.
+    """
+
+    async def send(self, envelope: pb.Envelope) -> None:
+        """Returns once the message is queued; waits while too much is unacknowledged. Raises BadMessage if the peer
+        refused this attempt of the job, or us; ValueError if the message is too large.
+        """
+
+    def drop(self, job: bytes, attempt: int) -> None:
+        """Attempts before `attempt` are over: forgets their messages and refusals."""
+
+
+class Channel(Protocol):
+    """SAFETY: the handler hears only of peers that were admitted, each under its own name, by its certificate."""
+
+    async def start(self, address: str) -> int:
+        """Listens on host:port (port 0: any); returns the port. Raises ConfigError if the address can't be had."""
+
+    def admit(self, peer: Peer) -> None:
+        """From now on `peer` may send to us."""
+
+    def to(self, peer: Peer, address: str) -> Sender:
+        """One a neighbour, shared by all jobs that go there; connects at once, and stays connected."""
+
+    async def close(self) -> None: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- messages
@@ -116,224 +125,3 @@ def unpacked(sender: str, envelope: pb.Envelope, limit: int) -> pb.Envelope:
         raise BadMessage(sender, f"rows: {error}") from error
     tensor.packing = PLAIN
     return envelope
-
-
-# ----------------------------------------------------------------------------------------------------------------- send
-
-
-class Link:
-    """To one successor. `send` returns once the message is queued; order is kept."""
-
-    def __init__(
-        self,
-        peer: Peer,
-        address: str,
-        certificate: bytes,
-        key: bytes,
-        max_message_bytes: int,
-        compress: bool = False,
-    ) -> None:
-        """address: host:port; certificate, key: our own, PEM; compress: rows, if the peer takes them so."""
-        self.peer = peer
-        self.address = address
-        self.refusal: str | None = None  # why the peer dropped us for good
-        self._limit = max_message_bytes
-        self._compress = compress
-        self._packing = False  # in this connection
-        self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
-        self._unacknowledged: deque[pb.Envelope] = deque()
-        self._bytes = 0  # of them
-        self._next = 0  # index within _unacknowledged of the next message to write
-        self._changed = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._task = asyncio.create_task(self._keep(), name=f"link to {peer.name}")
-
-    async def send(self, envelope: pb.Envelope) -> None:
-        """Queues one message; waits while the window is full of unacknowledged ones. Raises BadMessage if the peer
-        refused us, ValueError if it is too large.
-        """
-        size = envelope.ByteSize()
-        if size > self._limit:
-            raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
-        while self._full(size) and self.refusal is None:
-            self._room.clear()
-            await self._room.wait()
-        if self.refusal is not None:
-            raise BadMessage(self.peer.name, f"refused our messages: {self.refusal}")
-        self._unacknowledged.append(envelope)
-        self._bytes += size
-        self._changed.set()
-
-    def drop(self, job: bytes, attempt: int) -> None:
-        """Forgets unsent and unacknowledged messages of attempts before `attempt`."""
-        kept = deque(m for m in self._unacknowledged if m.job != job or m.attempt >= attempt)
-        self._next = sum(1 for m in list(self._unacknowledged)[: self._next] if m.job != job or m.attempt >= attempt)
-        self._unacknowledged = kept
-        self._bytes = sum(message.ByteSize() for message in kept)
-        self._room.set()
-
-    def reset(self) -> None:
-        """Lets a new attempt try again after a refusal."""
-        self.refusal = None
-        self._changed.set()
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    def _full(self, size: int) -> bool:
-        held = len(self._unacknowledged)
-        return held >= WINDOW or (held > 0 and self._bytes + size > WINDOW_BYTES)
-
-    async def _keep(self) -> None:
-        pause = BACKOFF_SECONDS[0]
-        options = [
-            ("grpc.ssl_target_name_override", PEER_NAME),
-            ("grpc.max_send_message_length", self._limit + SLACK_BYTES),
-            # The ring's own beats tell that a neighbour is gone (worker/pulse.py); these, that a connection is, so that
-            # another is made to a neighbour that is well.
-            ("grpc.keepalive_time_ms", 5_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
-            ("grpc.http2.max_pings_without_data", 0),  # a link may be idle for long, and should be known to live
-        ]
-        while True:
-            while not self._unacknowledged or self.refusal is not None:
-                self._changed.clear()
-                await self._changed.wait()
-            try:
-                async with grpc.aio.secure_channel(self.address, self._credentials, options=options) as channel:
-                    self._next = 0
-                    self._packing = False
-                    # wait_for_ready stays off: a refused handshake should show as an error, not as silence
-                    call = ring_pb2_grpc.RingStub(channel).Flow(self._outgoing())
-                    if self._compress:
-                        self._packing = PACKING_TAKEN in tuple(await call.initial_metadata())
-                    async for ack in call:
-                        self._acknowledged(ack)
-                        pause = BACKOFF_SECONDS[0]
-            except grpc.aio.AioRpcError as error:
-                if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
-                    self.refusal = error.details() or str(error.code())
-                    self._room.set()
-                    log.error("%s refused our messages: %s", self.peer.name, self.refusal)
-                    continue
-                log.warning("%s at %s: %s %s", self.peer.name, self.address, error.code().name, error.details())
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, BACKOFF_SECONDS[1])
-
-    async def _outgoing(self) -> AsyncIterator[pb.Envelope]:
-        while True:
-            while self._next >= len(self._unacknowledged):
-                self._changed.clear()
-                await self._changed.wait()
-            envelope = self._unacknowledged[self._next]
-            self._next += 1
-            if self._packing and envelope.WhichOneof("body") == "rows":
-                envelope = await asyncio.to_thread(packed, envelope)
-            yield envelope
-
-    def _acknowledged(self, ack: pb.Ack) -> None:
-        head = self._unacknowledged[0] if self._unacknowledged else None
-        if (
-            head is None
-            or self._next == 0
-            or (head.job, head.attempt, head.sequence) != (ack.job, ack.attempt, ack.sequence)
-        ):
-            return  # of a message that was dropped since
-        self._bytes -= self._unacknowledged.popleft().ByteSize()
-        self._next -= 1
-        self._room.set()
-
-
-# -------------------------------------------------------------------------------------------------------------- receive
-
-
-class Ring(ring_pb2_grpc.RingServicer):
-    """The receiving end for all predecessors of this worker. `handler` takes each message and raises BadMessage to drop
-    its sender.
-    """
-
-    def __init__(self, certificate: bytes, key: bytes, handler: Handler, max_message_bytes: int) -> None:
-        self._certificate = certificate
-        self._key = key
-        self._handler = handler
-        self._limit = max_message_bytes
-        self._peers: dict[bytes, Peer] = {}  # by fingerprint
-        self._credentials_changed = False
-        self._server: grpc.aio.Server | None = None
-
-    def admit(self, peer: Peer) -> None:
-        """From now on `peer` may connect."""
-        mark = fingerprint(peer.certificate)
-        self._peers.pop(mark, None)
-        self._peers[mark] = peer
-        self._credentials_changed = True
-
-    async def start(self, address: str) -> int:
-        """Listens on host:port (port 0: any); returns the port. Raises ConfigError if the address can't be had."""
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", self._limit + SLACK_BYTES),
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_recv_interval_without_data_ms", 2_500),  # half of what peers keep to
-            ]
-        )
-        ring_pb2_grpc.add_RingServicer_to_server(self, self._server)
-        credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(), self._fetch, require_client_authentication=True
-        )
-        try:
-            port: int = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise ConfigError(f"grpc: {address} cannot be listened on: is this worker running already?") from error
-        await self._server.start()
-        return port
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(grace=0.2)
-
-    def _fetch(self) -> Any:
-        """Asked at every handshake: None keeps the last answer."""
-        if not self._credentials_changed:
-            return None
-        self._credentials_changed = False
-        return self._configuration()
-
-    def _configuration(self) -> Any:
-        # Nobody may connect before the first peer is known; a root must be given all the same, so it is our own
-        # certificate.
-        # The latest comes first: where two certificates bear one subject, TLS looks only at the first of them.
-        known = reversed(self._peers.values())
-        roots = b"".join(peer.certificate for peer in known) or self._certificate
-        return grpc.ssl_server_certificate_configuration([(self._key, self._certificate)], roots)
-
-    async def Flow(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Ack]:
-        shown: Mapping[str, list[bytes]] = context.auth_context()
-        peer = self._identify(shown)
-        if peer is None:
-            log.warning("%s: its certificate is not one of our predecessors'", context.peer())
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this certificate is not one of our predecessors'")
-            return
-        try:
-            await context.send_initial_metadata((PACKING_TAKEN,))
-            async for envelope in request_iterator:
-                if envelope.ByteSize() > self._limit:
-                    raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {envelope.ByteSize()}")
-                if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
-                    raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
-                if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
-                    envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
-                await self._handler(peer, envelope)
-                yield pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
-        except BadMessage as error:
-            log.error("dropped %s", error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.what[:500])
-
-    def _identify(self, shown: Mapping[str, list[bytes]]) -> Peer | None:
-        pems = shown.get("x509_pem_cert", [])
-        try:
-            return self._peers.get(fingerprint(pems[0])) if len(pems) == 1 else None
-        except ValueError:
-            return None

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
 from verifier.commit import Request
+from worker import ring_pb2 as pb
 from worker.admission import check_terms
-from worker.channel import Link, Peer
+from worker.channel import Peer, Sender
 from worker.consent import Consents
-from worker.errors import JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
+from worker.early import Early
+from worker.errors import BadMessage, JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
 from worker.job import JobState, Phase
 from worker.run import ATTEMPTS, Run
 from worker.scheduler import unfinished
@@ -46,7 +48,8 @@ class Engagement:
         self.folder = agent.folder(id)
         self.run: Run | None = None
         self._kept: list[list[int]] = []  # tokens of an earlier ring
-        self._link: Link | None = None
+        self._link: Sender | None = None
+        self._early = Early(lambda: self.run, agent.config.serving.stall_seconds)
         self._lock = asyncio.Lock()  # of accepting: prompts are fetched and judged once
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._due_after: float = 0.0
@@ -109,7 +112,7 @@ class Engagement:
         """Stage 0: the requester's prompts. Raises Refused."""
         if self.index != 0:
             raise Refused(f"prompts go to stage 0, this is stage {self.index}")
-        await asyncio.to_thread(self.agent.check_requests, self.job, requests)
+        await asyncio.to_thread(self.agent.room.check_requests, self.job, requests)
         async with self._lock:
             if not self.folder.has_requests():
                 await asyncio.to_thread(self.folder.save_requests, requests)
@@ -137,7 +140,7 @@ class Engagement:
         stage, agent = self.stages[index], self.agent
         url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
         requests = await agent.peers.requests(stage_name(index, stage), url, self.id)
-        await asyncio.to_thread(agent.check_requests, self.job, requests)
+        await asyncio.to_thread(agent.room.check_requests, self.job, requests)
         await asyncio.to_thread(self.folder.save_requests, requests)
 
     async def _gather_acceptances(self) -> None:
@@ -172,9 +175,9 @@ class Engagement:
         await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         if n > 1:
             peer, _ = await self._neighbour(before)
-            agent.ring.admit(peer)
+            agent.channel.admit(peer)
             peer, address = await self._neighbour((self.index + 1) % n)
-            self._link = agent.links.to(peer, address)
+            self._link = agent.channel.to(peer, address)
         if self.index == 0 and not any(self._kept) and (self.rings or self.state.attempt):
             self._kept = await self._told_tokens(requests)
         if self.state.phase in (Phase.OPEN, Phase.SIGNED):
@@ -196,6 +199,8 @@ class Engagement:
             rings=self.rings,
         )
         self.run.start()
+        with suppress(BadMessage):  # the run has given its attempt up, and told the others
+            await self._early.hear()
         try:
             self.state = await self.run.finished
         except JobFailed as error:
@@ -254,6 +259,7 @@ class Engagement:
             self._kept = self.run.tokens
             await self.run.close("the job goes on with another pipeline")
             self.run = None
+        self._early.forget()  # of who may not be our predecessor any more
         if self._link is not None:
             self._link.drop(self.id, (rings + 1) * ATTEMPTS)
             self._link = None
@@ -278,16 +284,12 @@ class Engagement:
             state = state.to(Phase.FAILED, reason=reason)
         self._save(state)
 
-    async def receive(self, peer: Peer, envelope: Any) -> None:
-        """A message of `peer` under this job; waits until we are in the ring ourselves. Raises BadMessage."""
-        for _ in range(int(self.agent.config.serving.stall_seconds / COLLECT_SECONDS)):
-            if self.run is not None:
-                await self.run.receive(peer, envelope)
-                return
-            if self.status not in (Status.OPEN, Status.ACCEPTED) or self.state.phase is Phase.FINISHED:
-                return  # said again after a restart; the claims are on chain, or on their way
-            await asyncio.sleep(COLLECT_SECONDS)
-        log.warning("job %s: a message of %s came, but we are not serving it", self.name, peer.name)
+    async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
+        """A message of `peer` under this job. Raises BadMessage."""
+        over = self.status not in (Status.OPEN, Status.ACCEPTED) or self.state.phase in (Phase.FINISHED, Phase.FAILED)
+        if self.run is None and over:
+            return  # said again after a restart; the claims are on chain, or on their way
+        await self._early.receive(peer, envelope)
 
     async def _neighbour(self, index: int) -> tuple[Peer, str]:
         """Asks until it answers or the job's time is over."""
@@ -354,6 +356,8 @@ class Engagement:
         if self.run is not None:
             await self.run.close(f"the job is {reason}")
             self.run = None
+        if self._link is not None:
+            self._link.drop(self.id, 1 << 32)
         await asyncio.to_thread(self.agent.settler.withdraw)
         await asyncio.to_thread(self._save, self.state.to(Phase.CLOSED, reason=self.state.reason or reason))
 

@@ -14,7 +14,7 @@ from contracts.client import Chain, Claim, Consent, Stage
 from contracts.wire import WireError, parse_requests
 from verifier.commit import Request
 from worker import tls
-from worker.channel import Link, Peer
+from worker.channel import Peer
 from worker.config import Serving
 from worker.errors import PeerFault
 from worker.job import Phase
@@ -148,30 +148,6 @@ async def _patience(name: str, seconds: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise PeerFault(name, f"no answer within {seconds:g} s") from None
-
-
-class Links:
-    """One Link a successor, shared by all jobs that go there."""
-
-    def __init__(self, certificate: bytes, key: bytes, max_message_bytes: int, compress: bool = False) -> None:
-        self._certificate = certificate
-        self._key = key
-        self._max_message_bytes = max_message_bytes
-        self._compress = compress
-        self._links: dict[tuple[bytes, str], Link] = {}
-
-    def to(self, peer: Peer, address: str) -> Link:
-        """A changed certificate or address is another link."""
-        found = self._links.get((peer.certificate, address))
-        if found is None:
-            found = self._links[peer.certificate, address] = Link(
-                peer, address, self._certificate, self._key, self._max_message_bytes, self._compress
-            )
-        return found
-
-    async def close(self) -> None:
-        for link in self._links.values():
-            await link.close()
 
 
 def _object(name: str, what: str, body: bytes) -> dict[str, Any]:

@@ -113,11 +113,13 @@ class Envelope(_message.Message):
     def __init__(self, job: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[int] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("job", "attempt", "sequence")
+    __slots__ = ("job", "attempt", "sequence", "refusal")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     job: bytes
     attempt: int
     sequence: int
-    def __init__(self, job: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+    refusal: str
+    def __init__(self, job: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...

@@ -24,9 +24,9 @@ import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
-from worker.attempt import Notary, Sender, Step, cancelled, check_all, check_pieces, failure_of, judge_handoff, seen
+from worker.attempt import Notary, Step, cancelled, check_all, check_pieces, failure_of, judge_handoff, seen
 from worker.batch import Batch, Token, sampling
-from worker.channel import Peer, unpack_rows, unpack_tokens
+from worker.channel import Peer, Sender, unpack_rows, unpack_tokens
 from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
@@ -166,7 +166,9 @@ class Run:
             if self._expected == 0:  # we lost what came before, by a restart
                 await self._break(JobFailed("this stage restarted in the middle of an attempt"))
                 return
-            raise BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+            error = BadMessage(peer.name, f"expected message {self._expected}, came {envelope.sequence}")
+            await self._break(error)
+            raise error
         if body == "beat":
             self._pulse.beat(envelope.beat.held_ms / 1e3, envelope.beat.last, time.monotonic())
             return
@@ -213,8 +215,6 @@ class Run:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._forget_attempt()
-        if self._successor is not None:
-            self._successor.reset()
         self._reset(attempt)
         self._recorder = self._record()
         self._task = asyncio.create_task(self._listen())
@@ -280,8 +280,6 @@ class Run:
         failures = 0
         while True:
             self._reset(self._attempt + 1)
-            if self._successor is not None:
-                self._successor.reset()
             try:
                 self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
                 self._recorder = self._record()

@@ -59,7 +59,7 @@ def create_app(agent: Agent) -> FastAPI:
             "model": agent.model_id.hex(),
             "first_layer": config.first_layer,
             "end_layer": config.end_layer,
-            "max_positions": agent.most_positions,
+            "max_positions": agent.room.most_positions,
             "min_prompt_price": str(config.policy.min_prompt_price),
             "min_token_price": str(config.policy.min_token_price),
             "min_gas_rate": str(config.policy.min_gas_rate),

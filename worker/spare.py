@@ -82,7 +82,7 @@ class Spare:
         if not folder.has_requests():
             url, _ = await asyncio.to_thread(agent.peers.locate, 0, self.stages[0])
             requests = await agent.peers.requests(stage_name(0, self.stages[0]), url, self.id)
-            await asyncio.to_thread(agent.check_requests, self.job, requests)
+            await asyncio.to_thread(agent.room.check_requests, self.job, requests)
             await asyncio.to_thread(folder.save_requests, requests)
         return await self._consent(self.index, serving.stall_seconds)
 

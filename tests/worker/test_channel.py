@@ -1,17 +1,19 @@
 """Mutual TLS with pinned certificates, and what a receiver refuses."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from worker import channel, tls
+from worker import grpc_channel, tls
 from worker import ring_pb2 as pb
 from worker.batch import Batch, Piece
-from worker.channel import WINDOW, Link, Peer, Ring, pack_tensor, unpack_rows, unpack_tokens
+from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
 from worker.errors import BadMessage, ConfigError, UnpinnedCertificate
+from worker.grpc_channel import WINDOW, Link, Ring
 
 JOB = bytes(32)
 LIMIT = 2**20
@@ -36,7 +38,6 @@ def talk(
     pinned_at_client: str = "server",
     admitted: str = "client",
     limit: int = LIMIT,
-    handler_error: bool = False,
     compress: bool = False,
     ring_class: type[Ring] = Ring,
 ) -> None:
@@ -49,8 +50,6 @@ def talk(
 
         async def handler(peer: Peer, envelope: pb.Envelope) -> None:
             assert peer.name == admitted
-            if handler_error:
-                raise BadMessage(peer.name, "no")
             got.append(envelope)
 
         server = parties["server"]
@@ -92,7 +91,7 @@ def test_what_is_unacknowledged_is_bounded_by_its_bytes(tmp_path: Path, monkeypa
     """A receiver that is cut off makes the sender wait, whatever the messages weigh; then all of them arrive."""
     text = "x" * 500
     size = message(0, text).ByteSize()
-    monkeypatch.setattr(channel, "WINDOW_BYTES", 5 * size + 8)
+    monkeypatch.setattr(grpc_channel, "WINDOW_BYTES", 5 * size + 8)
     taken = asyncio.Event()
 
     async def act(link: Link, got: list[pb.Envelope]) -> None:
@@ -164,52 +163,51 @@ def test_several_predecessors_are_admitted_at_once(tmp_path: Path) -> None:
     asyncio.run(work())
 
 
-def test_a_server_with_another_certificate_gets_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pinned", "admitted"), [("stranger", "client"), ("server", "stranger")])
+def test_who_shows_another_certificate_gets_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pinned: str, admitted: str
+) -> None:
+    """Nor does the handler hear of it (`talk`): the handshake fails, and whoever sends is told so again and again."""
+
     async def act(link: Link, got: list[pb.Envelope]) -> None:
         await link.send(message(0))
-        await asyncio.sleep(0.7)
-        assert got == []
+        await until(lambda: caplog.text.count("UNAVAILABLE") > 2)
+        assert got == [] and len(link._unacknowledged) == 1
+        assert "one of us shows a certificate not pinned" in caplog.text
 
-    talk(tmp_path, act, pinned_at_client="stranger")
-
-
-def test_a_client_with_another_certificate_gets_nothing_through(tmp_path: Path) -> None:
-    async def act(link: Link, got: list[pb.Envelope]) -> None:
-        await link.send(message(0))
-        await asyncio.sleep(0.7)
-        assert got == []
-
-    talk(tmp_path, act, admitted="stranger")
+    with caplog.at_level(logging.INFO, "plumb.worker.grpc_channel"):
+        talk(tmp_path, act, pinned_at_client=pinned, admitted=admitted)
 
 
-def test_a_bad_message_drops_its_sender_who_learns_why(tmp_path: Path) -> None:
-    async def act(link: Link, got: list[pb.Envelope]) -> None:
-        await link.send(message(0))
-        await until(lambda: link.refusal is not None)
-        assert link.refusal == "no"
-        with pytest.raises(BadMessage, match="server: refused our messages: no"):
-            await link.send(message(1))
-
-    talk(tmp_path, act, handler_error=True)
-
-
-def test_an_oversized_message_is_refused_by_name(tmp_path: Path) -> None:
-    async def act(link: Link, got: list[pb.Envelope]) -> None:
-        await link.send(message(0, "x" * 2000))
-        await until(lambda: link.refusal is not None)
-        assert "expected at most 1000 bytes" in (link.refusal or "")
-        assert got == []
-
-    talk(tmp_path, act, limit=1000)
-
-
-def test_a_message_without_a_job_is_refused(tmp_path: Path) -> None:
+def test_a_message_without_a_job_is_refused_and_its_sender_dropped(tmp_path: Path) -> None:
     async def act(link: Link, got: list[pb.Envelope]) -> None:
         await link.send(pb.Envelope(job=b"short", attempt=1, abort=pb.Abort()))
         await until(lambda: link.refusal is not None)
-        assert got == []
+        assert link.refusal == "expected a job of 32 bytes, an attempt from 1 and a body" and got == []
+        with pytest.raises(BadMessage, match="server: refused our messages: expected a job of 32 bytes"):
+            await link.send(message(0))
+        link.drop(b"short", 2)  # a new attempt, of whatever job, tries again
+        await link.send(message(0))
+        await until(lambda: len(got) == 1)
 
     talk(tmp_path, act)
+
+
+@pytest.mark.parametrize("length", [2_000, 3 * 2**20], ids=["by us", "by gRPC"])
+def test_a_message_too_large_for_its_receiver_is_refused_and_other_jobs_are_served(tmp_path: Path, length: int) -> None:
+    async def act(link: Link, got: list[pb.Envelope]) -> None:
+        link._limit = 4 * 2**20  # the peer's is another
+        await link.send(message(0, "x" * length))
+        await until(lambda: JOB in link._refused)
+        reason = link._refused[JOB][1]
+        assert "expected at most 1000 bytes" in reason or "larger than max" in reason
+        with pytest.raises(BadMessage, match="server: refused our messages: "):
+            await link.send(message(1))
+        other = pb.Envelope(job=bytes([1] * 32), attempt=1, abort=pb.Abort())
+        await link.send(other)
+        await until(lambda: got == [other])
+
+    talk(tmp_path, act, limit=1000)
 
 
 def test_what_was_not_acknowledged_is_sent_again_to_a_restarted_peer(tmp_path: Path) -> None:

@@ -182,9 +182,6 @@ class Dead:
     def drop(self, job: bytes, attempt: int) -> None:
         pass
 
-    def reset(self) -> None:
-        pass
-
 
 def test_a_silent_stage_is_noticed_by_its_successor_and_so_by_stage_0(
     tiny: Tiny, tmp_path: Path, greedy: Greedy, caplog: pytest.LogCaptureFixture

@@ -156,9 +156,6 @@ class Aborting:
     def drop(self, job: bytes, attempt: int) -> None:
         pass
 
-    def reset(self) -> None:
-        pass
-
 
 def test_an_abort_that_comes_as_a_message_is_taken_ends_the_attempt(
     tiny: Tiny, requests_batch: list[Request], tmp_path: Path

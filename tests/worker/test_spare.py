@@ -52,7 +52,7 @@ async def die(village: Village, index: int) -> None:
     for engagement in agent._engagements.values():
         if engagement.run is not None and engagement.run._task is not None:
             engagement.run._task.cancel()
-    await agent.ring.stop()
+    await agent.channel.close()
     agent.server.should_exit = True
     await village.tasks[index]
 

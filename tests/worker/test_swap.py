@@ -304,6 +304,6 @@ def test_the_same_microbatches_have_the_same_bits_wherever_their_requests_live(t
 
 
 def test_what_is_larger_than_the_main_pool_is_a_guest_however_much_the_host_was_promised() -> None:
-    requests = [Request((1,), 15), *[Request((1,), 47)] * 8]
-    assert Homes(requests, 16, 64, 1000).guests == set(range(1, 9))
+    requests = [Request((1,), 15), *[Request((1,), 47)] * 12]
+    assert Homes(requests, 16, 64, 100).guests == set(range(1, 13))
     assert largest(16, 64) == 64 and largest(100, 64) == 100 and largest(10, 30) == 16

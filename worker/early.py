@@ -1,0 +1,47 @@
+"""Messages of a job that come before this stage is in its ring.
+
+Rationale: they are kept and not waited with. Our own successor may be lost, and whoever waited for it would keep the
+messages of all other jobs waiting behind this one's, their heartbeats too.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from worker import ring_pb2 as pb
+from worker.channel import Peer
+from worker.errors import BadMessage
+from worker.run import Run
+
+MOST = 64  # what is in flight at once, and a minute of beats
+LOOK_SECONDS = 0.2
+
+
+class Early:
+    """run: of the job, once there is one."""
+
+    def __init__(self, run: Callable[[], Run | None], patience_seconds: float) -> None:
+        self._run = run
+        self._patience_seconds = patience_seconds
+        self._kept: deque[tuple[Peer, pb.Envelope]] = deque()
+        self._order = asyncio.Lock()
+
+    async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
+        """Waits only where MOST are kept already. Raises BadMessage."""
+        for _ in range(int(self._patience_seconds / LOOK_SECONDS)):
+            if self._run() is not None or len(self._kept) < MOST:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        else:
+            raise BadMessage(peer.name, f"{MOST} messages came, but we are not serving the job")
+        self._kept.append((peer, envelope))
+        await self.hear()
+
+    async def hear(self) -> None:
+        """All that was kept, in its order, if there is a run. Raises BadMessage."""
+        async with self._order:
+            while (run := self._run()) is not None and self._kept:
+                await run.receive(*self._kept.popleft())
+
+    def forget(self) -> None:
+        self._kept.clear()
