@@ -254,6 +254,12 @@ def test_rows_that_two_requests_have_stay_until_both_are_taken() -> None:
         assert np.array_equal(np.hstack([arrays["0.h"], arrays["0.v"]]), bits[:end])
         assert roots == alone.take(0)[1]
         add(3 + request, 0, 40)  # who comes takes no room that somebody has
+    for request in range(6, 40):  # and all the room that nobody has any more
+        ledger.take(request - 3)
+        add(request, 0, 20)
+        ledger.share(1000, request, 16)
+        ledger.take(1000)
+        add(request, 20, 40)
     assert ledger.held_bytes == 256 * (264 * 2 + 32)
 
 
