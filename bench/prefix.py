@@ -56,8 +56,8 @@ def run(
     rounds: int = 3,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """own: tokens of each prompt behind the shared ones; tokens: generated for each; rounds: of which the median counts,
-    a first one warms up.
+    """own: tokens of each prompt behind the shared ones; tokens: generated for each; rounds: of which the median
+    counts, a first one warms up.
 
     Returns {"results": [{name, prefix, tokens_per_second, prefill_positions, ttft_seconds, ratio, ...}]}; `ratio` and
     `cpu_ratio` are to `alone`, by the clock and by CPU seconds.
