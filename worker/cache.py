@@ -132,9 +132,17 @@ class Cache:
         """
         for piece in batch.pieces:
             if piece.donor is not None:
-                self.extend(Batch((Piece(piece.request, 0, piece.first),)))
+                self.extend(Batch((piece,)))
                 self._take_over(piece.donor, torch.from_numpy(self._tables[piece.request][: piece.first]))
                 self._lengths[piece.request] = piece.first
+
+    def _take_over(self, donor: int, slots: torch.Tensor) -> None:
+        """Copies the donor's first positions to `slots`, of every layer."""
+        old = torch.from_numpy(self._tables[donor][: len(slots)]).to(self._device)
+        new = slots.to(self._device)
+        for layer in self._pools:
+            for pool in self._pool(layer):
+                pool.index_copy_(0, new, pool.index_select(0, old))
 
     def rows(self, batch: Batch) -> torch.Tensor:
         """[rows]: their slots, until `places` is called again."""
@@ -215,14 +223,6 @@ class Cache:
         self._lengths.pop(request, None)
         self._runs.pop(request, None)
         self._release(self._tables.pop(request, np.empty(0, np.int64)))
-
-    def _take_over(self, donor: int, slots: torch.Tensor) -> None:
-        """Copies the donor's first positions to `slots`, of every layer."""
-        old = torch.from_numpy(self._tables[donor][: len(slots)]).to(self._device)
-        new = slots.to(self._device)
-        for layer in self._pools:
-            for pool in self._pool(layer):
-                pool.index_copy_(0, new, pool.index_select(0, old))
 
     def _view(self, pieces: Sequence[Piece], run: Run) -> View:
         self._count(pieces)

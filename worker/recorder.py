@@ -185,12 +185,12 @@ class Recorder:
     def _record(self, item: _Rows | _Tokens | _Ended | None) -> None:
         match item:
             case _Rows(batch, captured, sent, _):
-                bits = {key: to_bits(tensor) for key, tensor in captured.items()}
-                for key, rows in bits.items():
-                    self._validate(batch, key, rows)
                 for piece in batch.pieces:
                     if piece.donor is not None:
                         self._share(piece, piece.donor)
+                bits = {key: to_bits(tensor) for key, tensor in captured.items()}
+                for key, rows in bits.items():
+                    self._validate(batch, key, rows)
                 self._ledger.add(batch, bits)
                 if self._alone:
                     return
