@@ -181,9 +181,9 @@ class Recorder:
         match item:
             case _Rows(batch, captured, sent, _):
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
-                for key, rows in bits.items():
-                    self._validate(batch, key, rows)
-                self._ledger.add(batch, bits)
+                if self._ledger.add(batch, bits) >= INVALID_BITS[self._dtype]:
+                    for key, rows in bits.items():
+                        self._validate(batch, key, rows)
                 if self._alone:
                     return
                 owners, positions = batch.owners(), batch.positions()
