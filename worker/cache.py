@@ -182,6 +182,14 @@ class Cache:
                 total = longest = piece.end if piece is not None else 0
         return groups
 
+    def place(self, piece: Piece) -> Places:
+        """All positions of one request up to the piece's end."""
+        run = self._runs.get(piece.request)
+        if run is None:
+            return self.slots(piece)
+        at = run.requests.index(piece.request)
+        return self._view([piece], run.part(at, at + 1))
+
     def slots(self, piece: Piece) -> torch.Tensor:
         """[1, end]: slots of all positions up to the piece's end."""
         self._count([piece])

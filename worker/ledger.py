@@ -45,15 +45,18 @@ class Ledger:
     def positions(self, request: int) -> int:
         return sum(map(len, self._slots.get(request, [])))
 
-    def add(self, batch: Batch, tensors: Mapping[str, Bits]) -> None:
-        """One microbatch: raw bits [rows, width] by key, the same keys each time; a request's rows come in order."""
+    def add(self, batch: Batch, tensors: Mapping[str, Bits]) -> int:
+        """One microbatch: raw bits [rows, width] by key, the same keys each time; a request's rows come in order.
+
+        Returns the largest of the floats, as its bits without the sign.
+        """
         self._sheets = self._sheets or _sheets(tensors)
         slots = self._take_slots(batch.rows)
         for piece, span in batch.spans():
             self._slots.setdefault(piece.request, []).append(slots[span])
         for sheet in self._sheets:
             sheet.grow(self._room)
-            sheet.put(slots, tensors)
+        return max(sheet.put(slots, tensors) for sheet in self._sheets)
 
     def share(self, request: int, donor: int, count: int) -> None:
         """The first `count` rows of `donor`, with their hashes, are the first of `request` too. Raises KeyError."""
@@ -96,13 +99,14 @@ class Ledger:
 
 
 class _Sheet:
-    """Tensors side by side, each beginning where a leaf does: rows [slots, columns], and, but for those in tiles, the
-    hashes of their leaves [slots, leaves of a row, 32]. A tile spans positions: v's are hashed when all are there.
+    """Tensors side by side: rows [slots, columns], and, but for those in tiles, the hashes of their leaves
+    [slots, leaves of a row, 32]. A tile spans positions: v's are hashed when all are there.
     """
 
     def __init__(self, keys: Sequence[str], tensors: Mapping[str, Bits]) -> None:
-        """keys: of tensors whose widths are whole leaves, or of one alone; in tiles all of them or none."""
+        """keys: of tensors whose widths are whole leaves, or all the same; in tiles all of them or none."""
         self.keys, self.tiled = keys, is_tiled(keys[0])
+        self._cut = int(np.gcd.reduce([tensors[key].shape[1] for key in keys]))  # leaves begin anew at least so often
         unit = TILE_COLUMNS if self.tiled else BLOCK
         columns = np.cumsum([0] + [tensors[key].shape[1] for key in keys])
         across = np.cumsum([0] + [-(-tensors[key].shape[1] // unit) for key in keys])
@@ -116,7 +120,8 @@ class _Sheet:
         if len(self.rows) < room:
             self.rows, self.hashes = _grown(self.rows, room), _grown(self.hashes, room)
 
-    def put(self, slots: Slots, tensors: Mapping[str, Bits]) -> None:
+    def put(self, slots: Slots, tensors: Mapping[str, Bits]) -> int:
+        """Returns what Ledger.add does."""
         first, count = int(slots[0]), len(slots)
         in_a_row = int(slots[-1]) - first == count - 1 and bool((np.diff(slots) == 1).all())
         if not in_a_row and len(self.loose) < count:
@@ -126,7 +131,9 @@ class _Sheet:
         if not in_a_row:
             self.rows[slots] = joined
         if not self.tiled:
-            self.hashes[slots] = row_leaf_hashes(joined, BLOCK).reshape(count, -1, HASH_BYTES)
+            hashes = row_leaf_hashes(joined.reshape(-1, self._cut), BLOCK).reshape(count, -1, HASH_BYTES)
+            self.hashes[slice(first, first + count) if in_a_row else slots] = hashes
+        return _largest(joined)
 
     def take(self, slots: Slots) -> dict[str, Bits]:
         return {key: self.rows[slots, columns] for key, columns in zip(self.keys, self.columns, strict=True)}
@@ -143,13 +150,20 @@ class _Sheet:
 
 
 def _sheets(tensors: Mapping[str, Bits]) -> list[_Sheet]:
-    """Rows of whole leaves share one, tiles of whole columns another; a tensor of neither has its own."""
+    """Rows of whole leaves share one, tiles of whole columns another; the others those of their width."""
     shared: dict[object, list[str]] = {}
     for key, rows in tensors.items():
-        tiled = is_tiled(key)
-        whole = rows.shape[1] % (TILE_COLUMNS if tiled else BLOCK) == 0
-        shared.setdefault(tiled if whole else key, []).append(key)
+        tiled, width = is_tiled(key), rows.shape[1]
+        whole = width % (TILE_COLUMNS if tiled else BLOCK) == 0
+        shared.setdefault((tiled, 0 if whole else key if tiled else width), []).append(key)
     return [_Sheet(keys, tensors) for keys in shared.values()]
+
+
+def _largest(rows: Bits) -> int:
+    """Two reductions that copy nothing: over the positive floats, and over the negative ones."""
+    sign = 1 << (8 * rows.itemsize - 1)
+    positive = int(rows.view(np.int16 if rows.itemsize == 2 else np.int32).max())
+    return max(positive, int(rows.max()) - sign, 0)
 
 
 def _roots(leaves: Mapping[str, Bytes]) -> dict[str, bytes]:

@@ -189,9 +189,9 @@ class Recorder:
                     if piece.donor is not None:
                         self._share(piece, piece.donor)
                 bits = {key: to_bits(tensor) for key, tensor in captured.items()}
-                for key, rows in bits.items():
-                    self._validate(batch, key, rows)
-                self._ledger.add(batch, bits)
+                if self._ledger.add(batch, bits) >= INVALID_BITS[self._dtype]:
+                    for key, rows in bits.items():
+                        self._validate(batch, key, rows)
                 if self._alone:
                     return
                 owners, positions = batch.owners(), batch.positions()

@@ -40,13 +40,18 @@ Captured = dict[str, torch.Tensor]  # "3.q" -> [rows, width]; "out" at the last 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests that attend together: their rows in the microbatch, [n, new positions], where all positions are that
-    they see, and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
+    """Requests that attend together: how many, with how many new positions each, where all positions are that they see,
+    and what each row may see, broadcast over [n, heads, rows, positions]; None: everything.
     """
 
-    rows: torch.Tensor
+    n: int
+    count: int
     places: Places
     mask: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.n * self.count
 
 
 class Forward:
@@ -67,23 +72,27 @@ class Forward:
         spans = {piece.request: span for piece, span in batch.spans()}
         self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
         self.groups: list[Group] = []
+        order: list[range] = []
         for pieces, places in cache.places([piece for piece in batch.pieces if piece.count == 1]):
-            rows = torch.tensor([[spans[piece.request].start] for piece in pieces], device=stage.device)
             ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
             mask = None
             if int(ends.min()) < places.longest:
-                seen = torch.arange(places.longest, device=stage.device) < ends[:, None]
-                mask = torch.zeros(seen.shape, dtype=stage.dtype, device=stage.device).masked_fill(~seen, -torch.inf)
-                mask = mask[:, None, None]
-            self.groups.append(Group(rows, places, mask))
+                mask = self._mask(torch.arange(places.longest, device=stage.device) < ends[:, None])
+                mask = mask[:, None, None].expand(-1, -1, stage.heads // stage.kv_heads, -1)
+            self.groups.append(Group(len(pieces), 1, places, mask))
+            order += [range(spans[piece.request].start, spans[piece.request].stop) for piece in pieces]
         for piece in batch.pieces:
             if piece.count > 1 and piece.first:
                 # In the middle of a prompt: row i sees the positions up to first + i. SDPA's is_causal would align to
                 # the upper left.
                 seen = torch.ones(piece.count, piece.end, dtype=torch.bool, device=stage.device).tril(piece.first)
-                span = spans[piece.request]
-                rows = torch.arange(span.start, span.stop, device=stage.device)[None]
-                self.groups.append(Group(rows, cache.slots(piece), seen))
+                self.groups.append(Group(1, piece.count, cache.place(piece), self._mask(seen)))
+                order.append(range(spans[piece.request].start, spans[piece.request].stop))
+        self.grouped = torch.tensor([row for rows in order for row in rows], dtype=torch.int64, device=stage.device)
+
+    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
+        """What is added to a score: as attention makes it of booleans, here once for all layers."""
+        return torch.zeros(seen.shape, dtype=self.stage.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 class Widened(nn.Module):
@@ -262,23 +271,27 @@ class Stage:
                 enable_gqa=self.heads != self.kv_heads,
             )
             attended[rows] = part[0].transpose(0, 1)
-        flat = query[0].transpose(0, 1)
-        for group in context.groups:
+        if not context.groups:
+            return attended[None]
+        parts: list[torch.Tensor] = []
+        flat = query[0].transpose(0, 1).index_select(0, context.grouped)
+        sizes = [group.rows for group in context.groups]
+        for group, taken in zip(context.groups, torch.split(flat, sizes), strict=True):
             keys, values = context.cache.read(layer, group.places)
-            n, count = group.rows.shape
-            taken = flat[group.rows.reshape(-1)]
+            n, count = group.n, group.count
             if count == 1:  # the heads that share keys are rows over the same keys: nothing is copied for them
                 asked = taken.view(n, self.kv_heads, -1, self.head_size)
-                mask = None if group.mask is None else group.mask.expand(-1, -1, asked.shape[2], -1)
-                part = nn.functional.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale)
-                part = part.reshape(n, self.heads, self.head_size)
+                part = nn.functional.scaled_dot_product_attention(
+                    asked, keys, values, attn_mask=group.mask, scale=scale
+                )
+                parts.append(part.reshape(n, self.heads, self.head_size))
             else:
                 asked = taken.view(n, count, self.heads, self.head_size).transpose(1, 2)
                 part = nn.functional.scaled_dot_product_attention(
                     asked, keys, values, attn_mask=group.mask, scale=scale, enable_gqa=self.heads != self.kv_heads
                 )
-                part = part.transpose(1, 2).reshape(n * count, self.heads, self.head_size)
-            attended[group.rows.reshape(-1)] = part
+                parts.append(part.transpose(1, 2).reshape(n * count, self.heads, self.head_size))
+        attended.index_copy_(0, context.grouped, torch.cat(parts))
         return attended[None]
 
     def observe_heads(self, context: Forward, key: str, heads: torch.Tensor) -> torch.Tensor:

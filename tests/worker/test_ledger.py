@@ -3,11 +3,12 @@
 import random
 
 import numpy as np
+import pytest
 
 from verifier.sha256 import HashTree, row_leaf_hashes
 from verifier.trace import is_tiled, tile_leaf_hashes
 from worker.batch import Batch, Piece
-from worker.ledger import FIRST_ROOM, Ledger
+from worker.ledger import FIRST_ROOM, Bits, Ledger
 
 
 def test_a_request_comes_out_as_it_went_in() -> None:
@@ -23,6 +24,10 @@ def test_a_request_comes_out_as_it_went_in() -> None:
             ("4.h", 256),
             ("4.v", 32),
             ("5.v", 40),
+            ("4.k", 128),
+            ("5.k", 128),
+            ("6.k", 300),
+            ("7.k", 300),
         )
     }
     ledger, done, active = Ledger(), dict.fromkeys(lengths, 0), sorted(lengths)
@@ -49,6 +54,18 @@ def test_a_request_comes_out_as_it_went_in() -> None:
             active.remove(r)
             active += waiting[:1]
             waiting = waiting[1:]
+
+
+@pytest.mark.parametrize("bits", [np.uint16, np.uint32])
+def test_the_largest_magnitude_is_told_wherever_it_is(bits: type) -> None:
+    sign = np.array(1, bits) << np.array(np.dtype(bits).itemsize * 8 - 1, bits)
+    for value, expected in ((7, 7), (sign + 9, 9), (sign, 3), (0, 3), (sign - 1, int(sign) - 1)):
+        for key in ("0.h", "0.k", "0.v"):
+            tensors: dict[str, Bits] = {name: np.full((4, 256), 3, bits) for name in ("0.h", "0.k", "0.v")}
+            tensors[key][2, 17] = value
+            assert Ledger().add(Batch((Piece(0, 0, 4),)), tensors) == max(expected, 3)
+    for value, expected in ((sign + 5, 5), (5, 5)):
+        assert Ledger().add(Batch((Piece(0, 0, 1),)), {"0.h": np.full((1, 8), value, bits)}) == expected
 
 
 def test_slots_of_a_request_that_was_taken_are_used_again() -> None:

@@ -27,9 +27,9 @@ def test_serving_waits_while_the_queue_is_full(tiny: Tiny, tmp_path: Path, monke
     go = threading.Event()
     add = Ledger.add
 
-    def slowly(self: Ledger, *arguments: object) -> None:
+    def slowly(self: Ledger, *arguments: object) -> int:
         assert go.wait(60)
-        add(self, *arguments)  # type: ignore[arg-type]
+        return add(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Ledger, "add", slowly)
     recorder = Recorder(stage.shape, 0, 3, [Request((1,), 20)], tmp_path, queue_bytes=3 * one, alone=True)
