@@ -30,7 +30,10 @@ FULL, TOKENS, AUTO = "full", "tokens", "auto"
 _COUNTED = re.compile(r"(cells|sweep):([1-9]\d{0,8})")
 _PROBE = 512  # rows and columns of the product that tells how fast this machine is
 _STREAMED = 2e8  # weights a second that one position reads through: memory and disk, not arithmetic
-_OVERHEAD = 2.0  # of a full audit over its products
+_OVERHEAD = 1.5  # of an audit over its products
+_SKETCHED = 1 / 8  # of a product, where sixteen directions stand for 64 columns or more and some pieces are repeated
+_PASSES = 3500  # products' worth, for each column of a row, of attention, norms, decoding and comparing
+THIN = 16  # of `auto`, where a full audit does not fit
 
 
 @dataclass(frozen=True, order=True)
@@ -89,14 +92,16 @@ def thinned(positions: int, one_in: int, seed: bytes) -> tuple[int, ...]:
 
 
 def settled(strategy: Strategy, shape: ModelShape, positions: Sequence[int], seconds: float) -> Strategy:
-    """What `auto` comes to for one job: all of it if that fits into `seconds`, else as many cells as do."""
+    """What `auto` comes to for one job: all of it if that fits into `seconds`, else a sweep, else some cells."""
     if strategy.name != AUTO:
         return strategy
-    layer = shape.hidden * (2 * shape.query_width + 2 * shape.kv_width + 3 * shape.intermediate)
-    head, rows = shape.hidden * shape.vocabulary, sum(positions)
-    if _OVERHEAD * 2 * rows * (shape.layers * layer + head) / _speed() <= seconds:
-        return Strategy(FULL)
-    cells = int(seconds / ((layer + head / shape.layers) / _STREAMED))
+    linear = shape.hidden * (2 * shape.query_width + 2 * shape.kv_width + shape.intermediate)
+    gated, head, rows = 2 * shape.hidden * shape.intermediate, shape.hidden * shape.vocabulary, sum(positions)
+    for found in (Strategy(FULL), Strategy("sweep", THIN)):
+        layer = gated / (found.count or 1) + _SKETCHED * linear + _PASSES * shape.hidden
+        if _OVERHEAD * 2 * rows * (shape.layers * layer + head) / _speed() <= seconds:
+            return found
+    cells = int(seconds / ((linear + gated + head / shape.layers) / _STREAMED))
     return Strategy("cells", max(1, min(cells, rows * shape.layers)))
 
 

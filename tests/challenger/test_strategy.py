@@ -15,7 +15,7 @@ from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served,
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
 from challenger.judge import SCREEN_MARGINS, Findings, Judge
-from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled, thinned
+from challenger.strategy import THIN, Cell, Strategy, draw, parse_strategy, settled, thinned
 from verifier.commit import WHOLE_TOP_P, Request
 from verifier.program import Kind
 from verifier.referee.fixed import Q30
@@ -252,6 +252,9 @@ def test_drawn_tokens_are_screened_by_the_law_of_drawing(judge: Judge, hall: Hal
 def test_auto_takes_all_where_that_fits_and_as_many_cells_as_do_else(judge: Judge) -> None:
     shape = judge.weights.shape
     assert settled(Strategy("auto"), shape, [5, 3], 3600.0) == Strategy("full")
+    wanted = [settled(Strategy("auto"), shape, [1000] * 100_000, 2.0**n) for n in range(24)]
+    names = list(dict.fromkeys(each.name for each in wanted))  # the more time there is, the more is looked at
+    assert names == ["cells", "sweep", "full"] and {each.count for each in wanted if each.name == "sweep"} == {THIN}
     few = settled(Strategy("auto"), shape, [1000] * 100_000, 0.5)
     more = settled(Strategy("auto"), shape, [1000] * 100_000, 5.0)
     assert few.name == more.name == "cells" and 1 <= few.count < more.count
