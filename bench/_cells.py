@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from bench._served import Result
-from verifier.audit import Audit, Auditor, Span, Stage, Verdict, audit_stop
+from verifier.audit import Audit, Auditor, Span, Stage, Verdict
 from verifier.commit import LIMITED, Output
+from verifier.record_rules import audit_stop
 from verifier.referee.codec import Model
 from verifier.reference import real
 

@@ -2,7 +2,7 @@
 wire's bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +71,6 @@ def wire(
     return runs
 
 
-def split(folder: Path, layers: int, parts: int, stage_class: type[Stage] = Stage) -> list[Stage]:
+def split(folder: Path, layers: int, parts: int, stage_class: Callable[..., Stage] = Stage) -> list[Stage]:
     bounds = [round(i * layers / parts) for i in range(parts + 1)]
     return [stage_class(folder, first, end) for first, end in pairwise(bounds)]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ from verifier.trace import RequestTrace, tensor_keys, tensor_width
 from verifier.weights import Weights
 from worker.config import Serving
 from worker.job import JobState
+from worker.stage import DTYPES, widening_pays
 from worker.stage import Stage as WorkerStage
 
 STAGES = 2
@@ -70,7 +72,7 @@ def run(
     prompt: int = 128,
     output: int = 128,
     layers: int = 12,
-    strategies: Sequence[str] = ("cells:16", "tokens", "full", "auto"),
+    strategies: Sequence[str] = ("cells:16", "tokens", "sweep:16", "full", "auto"),
     liars: int = 8,
     large: bool = True,
     position: int = 4095,
@@ -96,7 +98,8 @@ def _job(
     judge = Judge(home / "model")
     random = np.random.default_rng(1)
     batch = [Request(tuple(int(t) for t in random.integers(0, 16384, prompt)), output) for _ in range(count)]
-    stages = split(home / "model", layers, STAGES)
+    widened = widening_pays(DTYPES[judge.weights.shape.served_dtype])  # as docs/operating.md says to serve
+    stages = split(home / "model", layers, STAGES, partial(WorkerStage, widened=widened))
     started, wall = time.process_time(), time.perf_counter()
     states = _generate(home / "data", stages, batch)
     generation = time.process_time() - started
@@ -107,7 +110,13 @@ def _job(
         "output_tokens": output,
         "parameters": parameters,
     }
-    row = {"kind": "generation", **job, "cpu_seconds": generation, "seconds": time.perf_counter() - wall}
+    row = {
+        "kind": "generation",
+        **job,
+        "widened": widened,
+        "cpu_seconds": generation,
+        "seconds": time.perf_counter() - wall,
+    }
     print(f"  {row}", flush=True)
     rows: list[dict[str, Any]] = [row]
     with _committed(home / "data", judge, stages, batch, states) as facts:

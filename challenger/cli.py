@@ -63,7 +63,9 @@ def run(config: ConfigFile, ray: RayAddress = "") -> None:
 def audit(
     job: str,
     config: ConfigFile,
-    strategy: Annotated[str, typer.Option(help="full, cells:N, tokens or auto; default: the configuration's.")] = "",
+    strategy: Annotated[
+        str, typer.Option(help="full, sweep:N, cells:N, tokens, auto; default: the configuration's.")
+    ] = "",
     ray: RayAddress = "",
 ) -> None:
     """Audit one committed job now, put nothing at stake, and print the receipt.

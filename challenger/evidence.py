@@ -254,7 +254,8 @@ class Evidence:
 
     stage_trees: None for a stage that gave no records; held: whether all its tensors are on disk; parts: tensors that
     are, by stage and request, where not all were asked for. missing: what was asked for and did not come, one sentence
-    a stage. plan: the strategy; drawn: the cells that are to be judged, None: all.
+    a stage. plan: the strategy; drawn: the cells that are to be judged, None: all. seed: secret and younger than the
+    commitment, b"" for none; one_in: of so many positions one has its MLP judged.
     """
 
     id: bytes
@@ -273,6 +274,8 @@ class Evidence:
     parts: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
     plan: str = "full"
     drawn: tuple[Cell, ...] | None = None
+    seed: bytes = b""
+    one_in: int = 1
 
     def tree(self, stage: int) -> StageTree:
         """Raises Unavailable."""

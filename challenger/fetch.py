@@ -121,7 +121,7 @@ class _Collector:
         layers = range(self.shape.layers)
         wanted = {(r, layer) for r in self.ask.closer for layer in layers} if self.ask.closer else None
         if not self.ask.closer and plan.name == "cells":
-            drawn = draw(positions, self.shape.layers, plan.cells, self.ask.seed)
+            drawn = draw(positions, self.shape.layers, plan.count, self.ask.seed)
             wanted = {(cell.request, layer) for cell in drawn for layer in (EMBEDDING, cell.layer)}
         elif not self.ask.closer and plan.name == TOKENS:
             drawn, wanted = (), set()
@@ -144,6 +144,8 @@ class _Collector:
             parts=self._parts(),
             plan=str(plan),
             drawn=drawn,
+            seed=self.ask.seed,
+            one_in=plan.count if plan.name == "sweep" else 1,
         )
 
     def _has_all(self, index: int, tree: StageTree) -> bool:

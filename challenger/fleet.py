@@ -85,6 +85,6 @@ def _portable(unit: Unit) -> Unit:
 
     def piece(p: Piece) -> Piece:
         after = (p.after[0], rows(p.after[1])) if p.after else None
-        return Piece(p.stage, rows(p.rows), p.r, p.first, p.end, after, p.fed, p.request, p.tokens)
+        return Piece(p.stage, rows(p.rows), p.r, p.first, p.end, after, p.fed, p.request, p.tokens, p.mlp)
 
-    return Unit(unit.layer, tuple(piece(p) for p in unit.pieces))
+    return Unit(unit.layer, tuple(piece(p) for p in unit.pieces), unit.sketch)

@@ -14,11 +14,12 @@ from typing import cast
 
 from challenger.judge import Judge
 from challenger.posted import Posted
-from verifier.audit import SUSPICION, WRONG, Stage, Verdict, audit_length, audit_stop
+from verifier.audit import SUSPICION, WRONG, Stage, Verdict
 from verifier.demand import Demand
 from verifier.execution import Execution
 from verifier.posted import NotPosted
 from verifier.program import Kind, profile_index
+from verifier.record_rules import audit_length, audit_stop
 from verifier.referee.codec import BLOCK
 from verifier.sources import ServedTensors
 

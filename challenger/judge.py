@@ -14,11 +14,12 @@ from challenger.evidence import Dossier, Evidence, received
 from challenger.strategy import Cell
 from challenger.units import Rows, Seen, Unit, examine, grouped, units_of
 from contracts.client import model_id
-from verifier.audit import Auditor, Choice, Stage, Verdict, audit_bill, audit_length, audit_stop
+from verifier.audit import Auditor, Choice, Stage, Verdict
 from verifier.calibration import screen_margins
 from verifier.canonical import Case
 from verifier.execution import last_rows
 from verifier.program import Kind
+from verifier.record_rules import audit_bill, audit_length, audit_stop
 from verifier.referee.floats import Dtype
 from verifier.sources import ServedTensors
 from verifier.tolerance import Profile

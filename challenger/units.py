@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from challenger.evidence import Evidence
-from challenger.strategy import Cell
-from verifier.audit import Audit, Auditor, Choice, Span, Stage, Verdict
+from challenger.strategy import Cell, thinned
+from verifier.audit import JUDGED, Audit, Auditor, Choice, Span, Stage, Verdict
 from verifier.commit import Request
 from verifier.linear import Bits
 from verifier.program import Kind
+from verifier.sketch import Sketch
 from verifier.trace import RequestTrace
 
 GROUP_ROWS = 4096  # positions that go through a layer together: what a matrix product needs to be efficient
@@ -37,7 +38,8 @@ class Piece:
     """Positions first .. end - 1 of one request at one layer.
 
     after: the next stage's tensors, where the layer is the last of its stage and that stage gave them. fed: the tokens
-    that were embedded (layer 0). request, tokens: what was asked for and answered (the last layer).
+    that were embedded (layer 0). request, tokens: what was asked for and answered (the last layer). mlp: where that is
+    judged; None: everywhere.
     """
 
     stage: int
@@ -49,12 +51,16 @@ class Piece:
     fed: tuple[int, ...] = ()
     request: Request | None = None
     tokens: tuple[int, ...] = ()
+    mlp: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Unit:
+    """sketch: what products are screened by; None: they are repeated."""
+
     layer: int
     pieces: tuple[Piece, ...]
+    sketch: Sketch | None = None
 
 
 @dataclass
@@ -118,6 +124,8 @@ class Seen:
 def units_of(evidence: Evidence) -> Iterator[Unit]:
     """All that the evidence holds, or the cells that were drawn of it. Made one after the other: a job may be large."""
     shape, cells = evidence.shape, evidence.drawn
+    # A handful of cells costs less than the sketch itself.
+    sketch = Sketch(evidence.seed) if evidence.seed and cells is None else None
     for group in _groups(evidence):
         held = {r: _traces(evidence, r) for r in group}
         for layer in range(shape.layers):
@@ -128,7 +136,7 @@ def units_of(evidence: Evidence) -> Iterator[Unit]:
                     if piece is not None:
                         pieces.append(piece)
             if pieces:
-                yield Unit(layer, tuple(pieces))
+                yield Unit(layer, tuple(pieces), sketch)
 
 
 def examine(auditor: Auditor, unit: Unit) -> Seen:
@@ -136,8 +144,16 @@ def examine(auditor: Auditor, unit: Unit) -> Seen:
     seen, layer, layers = Seen(), unit.layer, auditor.shape.layers
     stages = [Stage(piece.stage, piece.rows) for piece in unit.pieces]  # type: ignore[arg-type]
     spans = [Span(stage, p.r, p.first, p.end) for stage, p in zip(stages, unit.pieces, strict=True)]
-    for audit in auditor.sweep(layer, spans):
-        seen.add(audit)
+    thin = [
+        Span(span.stage, span.request, t, t + 1)
+        for span, piece in zip(spans, unit.pieces, strict=True)
+        for t in piece.mlp or ()
+    ]
+    kinds = [kind for kind in JUDGED if not thin or kind != Kind.MLP]
+    parts = [(spans, kinds), (thin, [Kind.MLP])] if thin else [(spans, kinds)]
+    for where, which in parts:
+        for audit in auditor.sweep(layer, where, which, unit.sketch):
+            seen.add(audit)
     greedy: list[Choice] = []
     for stage, piece in zip(stages, unit.pieces, strict=True):
         rows = slice(piece.first, piece.end)
@@ -216,8 +232,12 @@ def _piece(
     known = all(token < shape.vocabulary for token in output.tokens)  # else STOP convicts
     # Of cells that were drawn, the judge compares all embeddings up to them.
     fed = (*request.prompt, *output.tokens[:-1]) if layer == 0 and evidence.drawn is None else ()
-    answered = (request, output.tokens) if last and known else (None, ())
-    return Piece(index, _rows(trace, keys), r, rows.start, rows.stop, after, fed, *answered)
+    asked, answered = (request, output.tokens) if last and known else (None, ())
+    mlp = None
+    if evidence.one_in > 1:
+        place = evidence.seed + r.to_bytes(4, "big") + layer.to_bytes(4, "big")
+        mlp = thinned(trace.positions, evidence.one_in, place)
+    return Piece(index, _rows(trace, keys), r, rows.start, rows.stop, after, fed, asked, answered, mlp)
 
 
 def _rows(trace: RequestTrace, keys: Sequence[str]) -> Rows:

@@ -74,6 +74,11 @@ INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
 }
+NEEDED: Mapping[str, Sequence[str]] = {  # torch.cpu.get_capabilities(); without them the libraries die of SIGILL
+    "sse4": ("sse4_1", "sse4_2"),
+    "avx2": ("avx2", "fma3"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),
+}
 
 QUICK = (
     Setting("whole prefill"),
@@ -120,8 +125,12 @@ class Run:
 
 def available(settings: Sequence[Setting]) -> tuple[list[Setting], list[Setting]]:
     """Those that this machine can run, and those that it can't."""
-    able = torch.cuda.is_available()
-    here = [setting for setting in settings if setting.device == "cpu" or able]
+    able, has = torch.cuda.is_available(), torch.cpu.get_capabilities()
+    here = [
+        setting
+        for setting in settings
+        if (setting.device == "cpu" or able) and all(has.get(each) for each in NEEDED.get(setting.isa, ()))
+    ]
     return here, [setting for setting in settings if setting not in here]
 
 

@@ -16,13 +16,14 @@ import torch
 
 from verifier import sampling, vectors
 from verifier.canonical import Case
-from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
+from verifier.commit import Output, Request
 from verifier.drawn import ROWS, screen
 from verifier.linear import Bits
 from verifier.program import Kind, ModelShape, overflow_bound, profile_index
-from verifier.referee.codec import BLOCK, GREEDY, TOKENS_A_LEAF, Model
+from verifier.referee.codec import BLOCK, GREEDY, Model
 from verifier.referee.fixed import Q30
-from verifier.reference import Reference
+from verifier.reference import Reference, matrix_of, product
+from verifier.sketch import DIRECTIONS, DOUBT, Sketch, pressed, seen_distances
 from verifier.sources import ServedTensors
 from verifier.tolerance import Profile
 from verifier.weights import Weights
@@ -146,27 +147,61 @@ class Auditor:
         """The tolerated pieces of one layer at all positions. Raises KeyError for a layer of another stage."""
         return list(self.sweep(layer, [Span.whole(stage, request)], kinds))
 
-    def sweep(self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED) -> Iterator[Audit]:
+    def sweep(
+        self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED, sketch: Sketch | None = None
+    ) -> Iterator[Audit]:
         """The tolerated pieces of one layer at the positions of all spans, its weights read once for all of them.
 
-        Memory: a few times what was served of these positions at this layer. Raises KeyError for a layer of another
-        stage.
+        sketch: looks at every piece and repeats the last product of those alone that seem to be off; the ratios of the
+        others are estimates below DOUBT. Memory: a few times what was served of these positions at this layer, with a
+        sketch the MLP's intermediate rows as well. Raises KeyError for a layer of another stage.
         """
-        held, positions = _Rows(self.reference, layer, spans), np.concatenate([span.positions for span in spans])
+        held = _Rows(self.reference, layer, spans)
         for kind in kinds:
-            if kind == Kind.ATTEND:
-                mixed = [self.reference.mixture(held.part("q", i), *held.history(i)) for i in range(len(spans))]
-                expected = self.reference.combined(layer, torch.cat(mixed))
-            elif kind == Kind.MLP:
-                expected = self.reference.transformed(layer, held.bits("h"), held.bits("attn_out"))
+            if sketch is not None and len(held.positions) > DIRECTIONS:
+                ratios = self._sketched(kind, layer, held, sketch)
             else:
-                expected = self.reference.headed(kind, layer, held.entered, positions)
-            ratios = self._ratios(kind, layer, *held.decoded(_TENSOR[kind]), expected)
+                ratios = self._ratios(kind, layer, *held.decoded(_TENSOR[kind]), self._made(kind, layer, held))
             row = 0
             for span in spans:
                 part = ratios[row : row + span.end - span.first]
                 row += len(part)
                 yield Audit(span.stage.index, kind, span.request, layer, part, span.first)
+
+    def _made(self, kind: Kind, layer: int, held: "_Rows") -> torch.Tensor:
+        """What should have been served, [T, width]."""
+        if kind == Kind.ATTEND:
+            return self.reference.combined(layer, held.mixed)
+        if kind == Kind.MLP:
+            return self.reference.transformed(layer, held.bits("h"), held.bits("attn_out"))
+        return self.reference.headed(kind, layer, held.entered, held.positions)
+
+    def _sketched(self, kind: Kind, layer: int, held: "_Rows", sketch: Sketch) -> Ratios:
+        """As _ratios; what the sketch finds in order keeps its estimate."""
+        shape, reference, name = self.shape, self.reference, matrix_of(kind, layer)
+        columns, turned = self._columns(kind), kind in (Kind.Q, Kind.K)
+        rows = held.mixed if kind == Kind.ATTEND else held.entered
+        if kind == Kind.MLP:
+            rows = reference.activated(layer, held.bits("h"), held.bits("attn_out"))
+        seen, invalid = held.decoded(_TENSOR[kind])
+        directions = sketch.directions(kind, layer, columns, reference.precision)
+        made = rows @ pressed(reference, name, directions).T
+        plain = reference.turned(seen, held.positions, undo=True) if turned else seen
+        floors, parts, counts = self._tolerances(kind, layer, seen.shape[1])
+        scale = _squares(seen, columns) + counts * floors**2
+        ratios: Ratios = np.sqrt(seen_distances(made, plain, directions) / scale) * parts
+        doubted = ~(ratios <= DOUBT)
+        if invalid is not None:
+            doubted |= invalid.any(dim=1).numpy()[:, None]
+        for unit in np.flatnonzero(doubted.any(axis=0)).tolist():
+            again = np.flatnonzero(doubted[:, unit])
+            part = slice(unit * columns, min((unit + 1) * columns, seen.shape[1]))
+            expected = product(rows[again], reference.weights.raw(name, part), shape.weight_dtype)
+            if turned:
+                expected = reference.turned(expected, held.positions[again])
+            broken = None if invalid is None else invalid[again, part]
+            ratios[again, unit] = self._ratios(kind, layer, seen[again, part], broken, expected, unit)[:, 0]
+        return ratios
 
     def link(
         self, stage: Stage, request: int, layer: int, receiver: Stage | None = None, rows: slice | None = None
@@ -291,22 +326,23 @@ class Auditor:
         return self.reference.projected(kind, layer, tensors["h"])
 
     def _ratios(
-        self, kind: Kind, layer: int, seen: torch.Tensor, invalid: torch.Tensor | None, expected: torch.Tensor
+        self,
+        kind: Kind,
+        layer: int,
+        seen: torch.Tensor,
+        invalid: torch.Tensor | None,
+        expected: torch.Tensor,
+        first_unit: int = 0,
     ) -> Ratios:
-        """Distance over tolerance of each unit at each position. seen, invalid: of Reference.decoded; expected is
-        overwritten.
+        """Distance over tolerance of each unit at each position. seen, invalid: of Reference.decoded, from the columns
+        of the first unit on; expected is overwritten.
         """
-        shape = self.shape
-        columns = BLOCK if kind in (Kind.ATTEND, Kind.MLP) else shape.head_dim
+        columns = self._columns(kind)
         broken = None
         if invalid is not None:
-            broken = invalid & ~(expected.abs() > overflow_bound(shape.served_dtype) / Q30)
+            broken = invalid & ~(expected.abs() > overflow_bound(self.shape.served_dtype) / Q30)
             expected.masked_fill_(invalid, 0.0)  # as `seen` is there
-        starts = range(0, expected.shape[1], columns)
-        tolerances = [self.profile.values(profile_index(shape, kind, layer, unit)) for unit in range(len(starts))]
-        floors = np.array([floor / Q30 for _, _, floor in tolerances])
-        parts = np.array([den / num if num else np.inf for num, den, _ in tolerances])
-        counts = np.array([min(columns, expected.shape[1] - first) for first in starts])
+        floors, parts, counts = self._tolerances(kind, layer, expected.shape[1], first_unit)
         scale = _squares(expected, columns) + counts * floors**2
         with np.errstate(divide="ignore", invalid="ignore"):
             far = np.sqrt(_squares(expected.sub_(seen), columns) / scale) * parts
@@ -315,12 +351,26 @@ class Auditor:
             ratios[_squares(broken.double(), columns) > 0] = WRONG
         return ratios
 
+    def _columns(self, kind: Kind) -> int:
+        """Of one unit but the last."""
+        return BLOCK if kind in (Kind.ATTEND, Kind.MLP) else self.shape.head_dim
+
+    def _tolerances(self, kind: Kind, layer: int, width: int, first: int = 0) -> tuple[Ratios, Ratios, Ratios]:
+        """Floor, 1 / tolerance and number of elements of the units first .. of `width` columns."""
+        columns = self._columns(kind)
+        starts = range(0, width, columns)
+        cells = [self.profile.values(profile_index(self.shape, kind, layer, first + i)) for i in range(len(starts))]
+        floors = np.array([floor / Q30 for _, _, floor in cells])
+        parts = np.array([den / num if num else np.inf for num, den, _ in cells])
+        return floors, parts, np.array([float(min(columns, width - start)) for start in starts])
+
 
 class _Rows:
     """What was served of one layer at the positions of some spans, one tensor behind the other, decoded once."""
 
     def __init__(self, reference: Reference, layer: int, spans: Sequence[Span]) -> None:
         self.reference, self.layer, self.spans = reference, layer, spans
+        self.positions = np.concatenate([span.positions for span in spans])
         self._ends = np.cumsum([span.end - span.first for span in spans])
         self._bits: dict[str, Bits] = {}
         self._decoded: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -328,6 +378,11 @@ class _Rows:
     @cached_property
     def entered(self) -> torch.Tensor:
         return self.reference.entered(self.layer, self.decoded("h")[0])
+
+    @cached_property
+    def mixed(self) -> torch.Tensor:
+        mixed = [self.reference.mixture(self.part("q", i), *self.history(i)) for i in range(len(self.spans))]
+        return torch.cat(mixed)
 
     def bits(self, name: str) -> Bits:
         if name not in self._bits:
@@ -369,61 +424,11 @@ def _squares(x: torch.Tensor, columns: int) -> Ratios:
     return squares
 
 
-# ---- records
-
-
-def audit_stop(stage: int, r: int, request: Request, output: Output, positions: int, vocabulary: int) -> Verdict | None:
-    """The rule of STOP on one request (docs/protocol.md); None where it is kept. positions: T of the last stage."""
-
-    def broken(unit: int, reason: str) -> Verdict:
-        return Verdict(WRONG, stage, Kind.STOP, r, 0, 0, unit, reason=reason)
-
-    count, code, tokens = output.count, output.code, output.tokens
-    if code not in (STOPPED, LIMITED):
-        return broken(NO_TOKEN, f"expected code 1 or 2, got {code}")
-    if not 1 <= count <= request.limit:
-        return broken(NO_TOKEN, f"expected 1 .. {request.limit} tokens, got {count}")
-    if code == LIMITED and count != request.limit:
-        return broken(NO_TOKEN, f"expected {request.limit} tokens under code 2, got {count}")
-    if positions != len(request.prompt) + count - 1:
-        return broken(NO_TOKEN, f"expected {len(request.prompt) + count - 1} positions, got {positions}")
-    if len(tokens) != count:
-        return broken((count - 1) // TOKENS_A_LEAF * TOKENS_A_LEAF, f"expected {count} tokens, got {len(tokens)}")
-    for i, token in enumerate(tokens):
-        if token >= vocabulary:
-            return broken(i, f"expected tokens below {vocabulary}, got {token}")
-        must_stop = code == STOPPED and i == count - 1
-        if (token in request.stops) != must_stop:
-            return broken(i, f"expected {'a' if must_stop else 'no'} stop id, got {token}")
-    return None
-
-
-def audit_bill(stage: int, outputs: Sequence[Output], total_tokens: int) -> list[Verdict]:
-    """Every break of BILL: the first output starts at 0, each where its predecessor ends, the last ends the total."""
-    found = []
-    for r, output in enumerate(outputs):
-        end = outputs[r + 1].start if r + 1 < len(outputs) else total_tokens
-        starts_right = r > 0 or output.start == 0
-        if not starts_right or output.start + output.count != end:
-            reason = f"expected {output.start} + {output.count} to be {end}" if starts_right else "expected start 0"
-            found.append(Verdict(WRONG, stage, Kind.BILL, r, 0, 0, 0, reason=reason))
-    return found
-
-
-def audit_length(nodes: Sequence[Sequence[TraceNode]]) -> list[Verdict]:
-    """Every receiver that has more positions than its sender. nodes: by stage, then by request."""
-    found = []
-    for stage in range(1, len(nodes)):
-        for r, (sent, held) in enumerate(zip(nodes[stage - 1], nodes[stage], strict=True)):
-            if held.positions > sent.positions:
-                reason = f"expected at most {sent.positions} positions, got {held.positions}"
-                found.append(Verdict(WRONG, stage, Kind.LENGTH, r, 0, sent.positions, 0, reason=reason))
-    return found
-
-
 def _differences(x: Bits, y: Bits) -> tuple[Ratios, npt.NDArray[np.int64]]:
     """WRONG for every block of a row that differs, and its first column that does: each [positions, blocks]."""
     starts = range(0, x.shape[1], BLOCK)
+    if np.array_equal(x, y):
+        return np.full((len(x), len(starts)), RIGHT), np.broadcast_to(np.array(starts), (len(x), len(starts)))
     differs = [x[:, first : first + BLOCK] != y[:, first : first + BLOCK] for first in starts]
     ratios = np.where(np.stack([block.any(axis=1) for block in differs], axis=1), WRONG, RIGHT)
     columns = [first + block.argmax(axis=1) for first, block in zip(starts, differs, strict=True)]

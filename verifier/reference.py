@@ -21,12 +21,19 @@ from verifier.referee.fixed import Q30
 from verifier.referee.floats import INVALID, SERVED_LIMIT_BITS, WEIGHT_LIMIT_BITS, Dtype
 from verifier.weights import Weights
 
-QUERIES = 512  # rows of attention scores at a time, of all heads that share keys: 32 MB of float64 at 8192 positions
+QUERIES = 64  # positions whose attention is computed together: what lies in their future is computed in vain
+SCORES = 1 << 20  # attention scores at a time, of all heads: 8 MB of float64
 ROWS = 4096  # positions at a time through a matrix
 _COLUMN_TILE = 256  # intermediate columns at a time through the MLP
 _SCREEN_TILE = 1 << 20  # float32 weights at a time, 4 MiB
 
-_PROJECTION = {Kind.Q: "q_proj", Kind.K: "k_proj", Kind.V: "v_proj"}
+_LAST_MATRIX = {
+    Kind.Q: "self_attn.q_proj",
+    Kind.K: "self_attn.k_proj",
+    Kind.V: "self_attn.v_proj",
+    Kind.ATTEND: "self_attn.o_proj",
+    Kind.MLP: "mlp.down_proj",
+}
 
 Positions = npt.NDArray[np.int64]
 
@@ -52,6 +59,11 @@ def _decoded(
         return floats, None
     invalid = ~(floats.abs() < float(1 << limit_bits))  # a NaN compares false as well
     return floats.masked_fill_(invalid, 0.0), invalid
+
+
+def matrix_of(kind: Kind, layer: int) -> str:
+    """The tensor whose product is served, for q and k before RoPE."""
+    return f"model.layers.{layer}.{_LAST_MATRIX[kind]}.weight"
 
 
 def product(x: torch.Tensor, bits: Bits, dtype: Dtype) -> torch.Tensor:
@@ -85,6 +97,8 @@ class Reference:
         self.weights = weights
         self.shape: ModelShape = weights.shape
         self.precision = precision
+        # A layer's q and k turn alike, and so do the next layer's.
+        self._turns = (np.empty(0, np.int64), torch.empty(0), torch.empty(0))
 
     def real(self, bits: Bits) -> torch.Tensor:
         """Served bits as the law's values; invalid ones are 0."""
@@ -111,8 +125,8 @@ class Reference:
 
     def headed(self, kind: Kind, layer: int, entered: torch.Tensor, positions: Positions | None = None) -> torch.Tensor:
         """As `projected`, of what `entered` gave."""
-        out = self._times(entered, f"model.layers.{layer}.self_attn.{_PROJECTION[kind]}.weight")
-        return out if kind == Kind.V else self._turned(out, np.arange(len(out)) if positions is None else positions)
+        out = self._times(entered, matrix_of(kind, layer))
+        return out if kind == Kind.V else self.turned(out, np.arange(len(out)) if positions is None else positions)
 
     def attended(self, layer: int, q: Bits, k: Bits, v: Bits) -> torch.Tensor:
         """attn_out [T, hidden]: exact causal softmax over the served q, k, v, then o_proj."""
@@ -128,41 +142,52 @@ class Reference:
     def mixture(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As `mixed`, of what `real` gave: queries q [n, width] at the last n of the positions of k and v."""
         shape, count, end = self.shape, len(q), len(k)
-        hd, group, first = shape.head_dim, shape.heads // shape.kv_heads, end - count
-        query = q.reshape(count, shape.kv_heads, group, hd).permute(1, 2, 0, 3)
-        key, value = (x.reshape(end, shape.kv_heads, hd).transpose(0, 1) for x in (k, v))
-        out = torch.empty((count, shape.kv_heads, group, hd), dtype=self.precision)
-        step = max(1, QUERIES // group)
+        hd, heads, group, first = shape.head_dim, shape.kv_heads, shape.heads // shape.kv_heads, end - count
+        query = (q / sqrt(hd)).reshape(count, heads, group, hd).transpose(0, 1)
+        key, value = (x.reshape(end, heads, hd).transpose(0, 1).contiguous() for x in (k, v))
+        out = torch.empty((heads, count, group, hd), dtype=self.precision)
+        step = max(1, min(QUERIES, SCORES // (shape.heads * end)))
         for low in range(0, count, step):
             high = min(low + step, count)
-            seen = first + high
-            future = torch.arange(seen)[None, :] > torch.arange(first + low, seen)[:, None]
-            for head in range(shape.kv_heads):
-                scores = (query[head, :, low:high] / sqrt(hd)) @ key[head, :seen].T
-                weights = functional.softmax(scores.masked_fill_(future, float("-inf")), dim=-1)
-                out[low:high, head] = (weights @ value[head, :seen]).transpose(0, 1)
-        return out.reshape(count, shape.query_width)
+            rows, seen = high - low, first + high
+            scores = torch.bmm(query[:, low:high].reshape(heads, rows * group, hd), key[:, :seen].transpose(1, 2))
+            future = torch.ones((rows, rows), dtype=torch.bool).triu_(1)[:, None]
+            scores.view(heads, rows, group, seen)[..., first + low :].masked_fill_(future, float("-inf"))
+            scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+            mixed = torch.bmm(scores, value[:, :seen]).div_(scores.sum(dim=-1, keepdim=True))
+            out[:, low:high] = mixed.view(heads, rows, group, hd)
+        return out.transpose(0, 1).reshape(count, shape.query_width)
 
     def combined(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
         """attn_out [T, hidden] of what the heads made."""
-        return self._times(mixed, f"model.layers.{layer}.self_attn.o_proj.weight")
+        return self._times(mixed, matrix_of(Kind.ATTEND, layer))
 
     def transformed(self, layer: int, h: Bits, attn_out: Bits) -> torch.Tensor:
         """mlp_out [T, hidden] of h + attn_out, added as hardware does."""
-        shape, prefix = self.shape, f"model.layers.{layer}"
-        dtype, stored = shape.served_dtype, shape.weight_dtype
-        x = self.real(vectors.add_bits(dtype, np.asarray(h), np.asarray(attn_out)))
-        x = self._normed(x, f"{prefix}.post_attention_layernorm.weight")
-        down = self.weights.raw(f"{prefix}.mlp.down_proj.weight")
-        out = torch.zeros((len(x), shape.hidden), dtype=self.precision)
-        for first in range(0, shape.intermediate, _COLUMN_TILE):
-            columns = slice(first, first + _COLUMN_TILE)
-            gate = product(x, self.weights.raw(f"{prefix}.mlp.gate_proj.weight", columns), stored)
-            up = product(x, self.weights.raw(f"{prefix}.mlp.up_proj.weight", columns), stored)
-            active = functional.silu(gate, inplace=True).mul_(up)
-            for start, tile in _tiles(down[:, columns], stored, self.precision):
+        down = self.weights.raw(matrix_of(Kind.MLP, layer))
+        out = torch.zeros((len(h), self.shape.hidden), dtype=self.precision)
+        for columns, active in self._activations(layer, h, attn_out):
+            for start, tile in _tiles(down[:, columns], self.shape.weight_dtype, self.precision):
                 out[:, start : start + tile.shape[0]].addmm_(active, tile.T)
         return out
+
+    def activated(self, layer: int, h: Bits, attn_out: Bits) -> torch.Tensor:
+        """What down_proj makes mlp_out of: [T, intermediate]."""
+        out = torch.empty((len(h), self.shape.intermediate), dtype=self.precision)
+        for columns, active in self._activations(layer, h, attn_out):
+            out[:, columns] = active
+        return out
+
+    def _activations(self, layer: int, h: Bits, attn_out: Bits) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(columns, silu(gate) * up [T, columns]) in tiles over the intermediate columns."""
+        prefix, dtype, stored = f"model.layers.{layer}", self.shape.served_dtype, self.shape.weight_dtype
+        x = self.real(vectors.add_bits(dtype, np.asarray(h), np.asarray(attn_out)))
+        x = self._normed(x, f"{prefix}.post_attention_layernorm.weight")
+        for first in range(0, self.shape.intermediate, _COLUMN_TILE):
+            columns = slice(first, min(first + _COLUMN_TILE, self.shape.intermediate))
+            gate = product(x, self.weights.raw(f"{prefix}.mlp.gate_proj.weight", columns), stored)
+            up = product(x, self.weights.raw(f"{prefix}.mlp.up_proj.weight", columns), stored)
+            yield columns, functional.silu(gate, inplace=True).mul_(up)
 
     def logits(self, out: Bits) -> Iterator[tuple[int, torch.Tensor]]:
         """(first token, logits [T, tokens]) of the last layer's rows, in tiles over the vocabulary."""
@@ -175,15 +200,25 @@ class Reference:
 
     def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         gain = self.weights.float64(name)[0].to(x.dtype)
-        root = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + float(self.shape.rms_eps))
-        return x * root * gain
+        squares: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_()
+        return (x * (squares / x.shape[1] + float(self.shape.rms_eps)).rsqrt_()).mul_(gain)
 
-    def _turned(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def turned(self, x: torch.Tensor, positions: Positions, undo: bool = False) -> torch.Tensor:
         """RoPE of [T, heads * head_dim] by the registered table."""
-        half = self.shape.head_dim // 2
-        table = np.array(self.weights.program.table, dtype=np.uint64)
-        phase = positions.astype(np.uint64)[:, None] * table[None, :]  # modulo 2^64, as the law has it
-        angle = torch.from_numpy(phase.astype(np.float64) * (2 * pi / 2.0**64))[:, None, :]
-        pairs = x.reshape(len(x), -1, 2, half)
-        a, b, c, s = pairs[:, :, 0], pairs[:, :, 1], angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return torch.stack((a * c - b * s, b * c + a * s), dim=2).reshape(len(x), -1)
+        cos, sin = (turn.to(x.dtype)[:, None, :] for turn in self._rotation(positions))
+        pairs = x.reshape(len(x), -1, 2, self.shape.head_dim // 2)
+        out = torch.empty_like(pairs)
+        for part, (a, b), sign in ((0, (0, 1), -1.0), (1, (1, 0), 1.0)):
+            torch.mul(pairs[:, :, a], cos, out=out[:, :, part])
+            out[:, :, part].addcmul_(pairs[:, :, b], sin, value=-sign if undo else sign)
+        return out.reshape(len(x), -1)
+
+    def _rotation(self, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, head_dim / 2], float64, of the law's angles."""
+        last = self._turns
+        if not np.array_equal(last[0], positions):
+            table = np.array(self.weights.program.table, dtype=np.uint64)
+            phase = positions.astype(np.uint64)[:, None] * table[None, :]  # modulo 2^64, as the law has it
+            angle = torch.from_numpy(phase.astype(np.float64) * (2 * pi / 2.0**64))
+            last = self._turns = (positions, angle.cos(), angle.sin())
+        return last[1:]

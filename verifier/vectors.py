@@ -60,16 +60,16 @@ def valid(values: Ints) -> Ints:
 
 def add_bits(dtype: Dtype, x: Bits, y: Bits) -> Bits:
     """Raw bits of x + y as hardware adds: in float32, then rounded to dtype (docs/canonical.md, "Adding floats")."""
-    total = float_tensor(x, dtype).to(torch.float32) + float_tensor(y, dtype).to(torch.float32)
-    bits = _rounded_bits(total, dtype)
-    if bool(total.isfinite().all()):  # then so are x and y
+    # torch adds halves as the law does, or at once: float32 has room enough (2 p + 2 bits) that both round alike.
+    bits = _rounded_bits(float_tensor(x, dtype) + float_tensor(y, dtype), dtype)
+    if not bits.size or int((bits & bits.dtype.type(dtype.sign - 1)).max()) < dtype.infinity:  # so are x and y
         return bits
     not_finite = (x & dtype.infinity == dtype.infinity) | (y & dtype.infinity == dtype.infinity)
     return np.where(not_finite, bits.dtype.type(dtype.nan), bits)
 
 
 def _rounded_bits(values: torch.Tensor, dtype: Dtype) -> Bits:
-    """float32 values rounded to dtype, ties to even; any bits for a NaN."""
+    """Values of dtype, or float32 ones rounded to it, ties to even; any bits for a NaN."""
     if dtype is Dtype.FLOAT32:
         return values.view(torch.int32).numpy().view(np.uint32)
     rounded: Bits = values.to(FLOATS[dtype]).view(torch.int16).numpy().view(np.uint16)

@@ -5,6 +5,7 @@ Rationale: over 400 lines, for all of it is about the one loop.
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,43 @@ def test_two_watchtowers_both_win_and_a_third_stays_away(place: Place, spoilt: S
     assert [tower.store.games_of(job.hex())[0].state for tower in towers[:2]] == [GameState.WON] * 2
     towers[2].tick()
     assert towers[2].store.games_of(job.hex())[0].state == GameState.DROPPED
+
+
+def test_two_watchtowers_with_one_key_race_for_nonces_and_both_win(place: Place, spoilt: Served) -> None:
+    """Each has a folder and a memory of its own; neither knows of the other's transactions before they are mined."""
+    configs = [place.config(f"twin {index}") for index in range(2)]
+    job = place.town.commit(spoilt)
+    towers = [place.agent(config, 7) for config in configs]
+    for tower in towers:
+        assert place.judged(tower, job) == JobState.SUSPECT
+    defence, faults = Defence(place, spoilt, configs[0]), list[BaseException]()
+
+    def tick(tower: Agent) -> None:
+        try:
+            tower.tick()
+        except Exception as fault:
+            faults.append(fault)
+
+    def won() -> bool:
+        return all(tower.store.games_of(job.hex())[0].state == GameState.WON for tower in towers)
+
+    for _ in range(60):
+        threads = [threading.Thread(target=tick, args=(tower,)) for tower in towers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        place.devnet.mine()
+        defence.play()
+        if won():
+            break
+    assert won() and not faults
+    moved, ended = (place.events(kind, job, configs[0]) for kind in (GameMoved, GameEnded))
+    assert len({event.id for event in moved}) == len(ended) == 2  # a game each
+    assert {event.convicted for event in ended} == {STAGE}
+    for game in {event.id for event in moved}:
+        states = [event.game for event in moved if event.id == game]
+        assert len({(state.challenger_moves, state.worker_moves) for state in states}) == len(states)
 
 
 class Faulty(Agent):

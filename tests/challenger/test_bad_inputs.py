@@ -149,7 +149,7 @@ def cli_config(place: Place, folder: Path, **changes: object) -> Path:
 def test_the_command_refuses_too(place: Place, tmp_path: Path) -> None:
     for changes, reason in (
         ({"database": "sqlite:////no/such/folder/x.db"}, "cannot use the database"),
-        ({"strategy": "cells:0"}, "expected full, tokens, auto or cells:N, got 'cells:0'"),
+        ({"strategy": "cells:0"}, "expected full, tokens, auto, sweep:N or cells:N, got 'cells:0'"),
         ({"rpc_url": [place.devnet.url, "ftp://x"]}, "rpc_url: expected a URL"),
         ({"rpc_url": []}, "rpc_url: expected one URL or more"),
         ({"log_format": "xml"}, "log_format: expected one of text, json"),

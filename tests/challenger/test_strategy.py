@@ -15,7 +15,7 @@ from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served,
 from challenger.evidence import Archive, Evidence
 from challenger.fetch import Ask, Fetcher
 from challenger.judge import SCREEN_MARGINS, Findings, Judge
-from challenger.strategy import Cell, Strategy, draw, parse_strategy, settled
+from challenger.strategy import THIN, Cell, Strategy, draw, parse_strategy, settled, thinned
 from verifier.commit import WHOLE_TOP_P, Request
 from verifier.program import Kind
 from verifier.referee.fixed import Q30
@@ -58,11 +58,11 @@ def every(served: Served) -> list[Cell]:
 
 
 def test_strategies_are_parsed() -> None:
-    assert [str(parse_strategy(text)) for text in ("full", "tokens", "auto", "cells:16")] == [
-        *("full", "tokens", "auto", "cells:16")
+    assert [str(parse_strategy(text)) for text in ("full", "tokens", "auto", "cells:16", "sweep:8")] == [
+        *("full", "tokens", "auto", "cells:16", "sweep:8")
     ]
     for wrong in ("", "cells", "cells:", "cells:0", "cells:-1", "cells:1e3", "Full", "cells:9999999999"):
-        with pytest.raises(ValueError, match="expected full, tokens, auto or cells:N"):
+        with pytest.raises(ValueError, match="expected full, tokens, auto, sweep:N or cells:N"):
             parse_strategy(wrong)
 
 
@@ -131,6 +131,25 @@ def test_all_cells_see_what_a_full_audit_sees(judge: Judge, hall: Hall, tmp_path
     assert full.wrong == cells.wrong == () and full.pieces == cells.pieces
     assert cells.worst == pytest.approx(full.worst, rel=1e-3, abs=1e-6)
     assert full.receipt()["strategy"] == "full" and len(cells.receipt()["cells"]) == len(every(honest))
+
+
+def test_a_sweep_sees_what_a_full_audit_sees_but_for_the_mlp_at_positions_not_drawn(
+    judge: Judge, hall: Hall, tmp_path: Path
+) -> None:
+    spoilt, hits = serve(judge.weights, spoil=True), []
+    _, full, _ = look(judge, hall, spoilt, tmp_path / "full", Ask(seed=b"full"))
+    positions = [trace.positions for trace in spoilt.traces[0]]
+    for number in range(12):
+        ask = Ask(Strategy("sweep", 2), seed=bytes([number]))
+        _, findings, _ = look(judge, hall, spoilt, tmp_path / str(number), ask)
+        blocks = judge.weights.shape.blocks
+        unseen = sum(count - -(-count // 2) for count in positions) * LAYERS * blocks
+        assert findings.receipt()["strategy"] == "sweep:2" and findings.pieces == full.pieces - unseen
+        place = ask.seed + SPOILT_REQUEST.to_bytes(4, "big") + (1).to_bytes(4, "big")
+        hit = SPOILT_POSITION in thinned(positions[SPOILT_REQUEST], 2, place)
+        hits.append(hit)
+        assert findings.wrong == (full.wrong if hit else ())
+    assert 0 < sum(hits) < 12
 
 
 def test_a_game_can_be_played_from_columns(judge: Judge, hall: Hall, tmp_path: Path) -> None:
@@ -233,7 +252,10 @@ def test_drawn_tokens_are_screened_by_the_law_of_drawing(judge: Judge, hall: Hal
 def test_auto_takes_all_where_that_fits_and_as_many_cells_as_do_else(judge: Judge) -> None:
     shape = judge.weights.shape
     assert settled(Strategy("auto"), shape, [5, 3], 3600.0) == Strategy("full")
+    wanted = [settled(Strategy("auto"), shape, [1000] * 100_000, 2.0**n) for n in range(24)]
+    names = list(dict.fromkeys(each.name for each in wanted))  # the more time there is, the more is looked at
+    assert names == ["cells", "sweep", "full"] and {each.count for each in wanted if each.name == "sweep"} == {THIN}
     few = settled(Strategy("auto"), shape, [1000] * 100_000, 0.5)
     more = settled(Strategy("auto"), shape, [1000] * 100_000, 5.0)
-    assert few.name == more.name == "cells" and 1 <= few.cells < more.cells
+    assert few.name == more.name == "cells" and 1 <= few.count < more.count
     assert settled(Strategy("cells", 3), shape, [5], 1.0) == Strategy("cells", 3)

@@ -111,6 +111,13 @@ def test_another_instruction_set_is_served_by_a_child_process(tmp_path: Path) ->
         assert torch.allclose(a, b, atol=0.1)
 
 
+def test_a_machine_serves_with_every_instruction_set_that_counts_as_its_own(tmp_path: Path) -> None:
+    weights = make(tmp_path)
+    own, _ = available([setting for setting in FULL if setting.isa])
+    runs = serve_all(tmp_path, weights, [[1, 2, 3]], own)
+    assert [run.setting for run in runs] == own and {setting.isa for setting in own} >= {"all"}
+
+
 def test_a_child_that_fails_is_no_setting(tmp_path: Path) -> None:
     weights = make(tmp_path)
     with pytest.raises(ServingFailed, match=r"whole, avx2: expected exit code 0, got 1: IndexError"):

@@ -27,6 +27,7 @@ from tests.worker.village import CLOCK_SECONDS, STAKE, WINDOW_SECONDS, Village
 from verifier.audit import JUDGED, RIGHT, Audit, Auditor, Choice, Span, Stage, Verdict
 from verifier.commit import Request
 from verifier.program import Kind
+from verifier.sketch import Sketch
 from verifier.tolerance import Profile
 from verifier.weights import Weights
 from worker.agent import Agent, build_worker
@@ -53,8 +54,10 @@ class BlindAuditor(Auditor):
         super().__init__(auditor.weights, auditor.profile, auditor.reference.precision)
         self.off = off
 
-    def sweep(self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED) -> Iterator[Audit]:
-        return super().sweep(layer, spans, [kind for kind in kinds if kind not in self.off])
+    def sweep(
+        self, layer: int, spans: Sequence[Span], kinds: Sequence[Kind] = JUDGED, sketch: Sketch | None = None
+    ) -> Iterator[Audit]:
+        return super().sweep(layer, spans, [kind for kind in kinds if kind not in self.off], sketch)
 
     def link(
         self, stage: Stage, request: int, layer: int, receiver: Stage | None = None, rows: slice | None = None

@@ -47,7 +47,7 @@ def test_a_cluster_finds_what_one_thread_finds(fleet: Fleet, judge: Judge, tmp_p
             held = evidence(judge, hall, tmp_path / str(spoil), spoil, Ask(strategy, seed=b"s"))
             alone, spread = judge.audit(held), judge.audit(held, fleet.work)
             assert alone == spread and alone.pieces > 0
-            assert bool(alone.wrong) == spoil or strategy.cells == 5
+            assert bool(alone.wrong) == spoil or strategy.count == 5
 
 
 def test_no_cluster_is_told() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.verifier import tiny
-from verifier.audit import NO_TOKEN, Auditor, Stage, Verdict, audit_bill, audit_length, audit_stop
+from verifier.audit import NO_TOKEN, Auditor, Stage, Verdict
 from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
 from verifier.linear import Bits
 from verifier.program import Kind
+from verifier.record_rules import audit_bill, audit_length, audit_stop
 from verifier.referee.codec import ProfileCell
 from verifier.referee.floats import Dtype
 from verifier.tolerance import Profile
