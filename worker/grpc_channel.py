@@ -165,6 +165,7 @@ class Link:
             ("grpc.max_send_message_length", self._limit + SLACK_BYTES),
             ("grpc.keepalive_time_ms", int(1e3 * KEEPALIVE_SECONDS)),
             ("grpc.keepalive_timeout_ms", int(1e3 * KEEPALIVE_PATIENCE_SECONDS)),
+            ("grpc.http2.ping_timeout_ms", int(1e3 * KEEPALIVE_PATIENCE_SECONDS)),  # else a minute, and that counts
             ("grpc.http2.max_pings_without_data", 0),  # a link may be idle for long, and should be known to live
         ]
         while True:
