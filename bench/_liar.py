@@ -68,7 +68,7 @@ class Liar(Case):
         out saves a liar's time, not its lock.
         """
         judged = (truth.model, truth.weights, truth.profile, truth.segment)
-        super().__init__(*judged, truth.trace, truth.next_trace, truth.token, truth.sampling_word)
+        super().__init__(*judged, truth.trace, truth.token, truth.sampling_word)
         self.truth, self.wrong, self.follows = truth, wrong, follows
         self._last = len(truth.instructions) - 1
         self._lies: dict[int, list[Lie]] = {}

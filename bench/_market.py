@@ -246,7 +246,7 @@ class Batch:
         """The truth of a challenged segment."""
         trace = self.served.traces[segment.request][segment.stage]
         sampling = self.requests[segment.request].sampling(segment.request) if segment.kind == Kind.SAMPLE else GREEDY
-        return Case(self.model, self.weights, self.profile, segment, trace, None, token, sampling)
+        return Case(self.model, self.weights, self.profile, segment, trace, token, sampling)
 
     def piece(self, kind: Kind, guilty: bool, position: int = POSITION, unit: int = 1) -> tuple[Segment, Case]:
         """A challenged segment that is wrong or right, and the truth about it. TOKEN and SAMPLE are at an output's

@@ -111,9 +111,7 @@ class Defence:
     def case(self, game: Game) -> Case:
         if game.segment not in self._cases:
             judge, trace = self.place.judge, self.served.traces[game.segment.stage][game.segment.request]
-            truth = Case(
-                judge.model, judge.weights, judge.profile, game.segment, trace, None, game.token, game.sampling
-            )
+            truth = Case(judge.model, judge.weights, judge.profile, game.segment, trace, game.token, game.sampling)
             self._cases[game.segment] = Liar(truth, [Lie(7, 3, delta=1 << 20)], wrong=False, follows=True)
         return self._cases[game.segment]
 

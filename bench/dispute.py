@@ -136,13 +136,13 @@ def _games(
         started = perf_counter()
         for tight in (True, False):
             profile = uniform_profile(shape, *(TIGHT if tight else LOOSE))
-            case = Case(identify(weights, profile), weights, profile, segment, trace, None, token, word)
+            case = Case(identify(weights, profile), weights, profile, segment, trace, token, word)
             if tight:
                 weights_seconds, started = perf_counter() - started, perf_counter()
                 # SAMPLE: the served token's own membership. TOKEN: random logits. Others are wrong wherever one looks.
                 while not case.verdict():
                     segment = replace(segment, unit=segment.unit - 1)
-                    case = Case(case.model, weights, profile, segment, trace, None, token, word)
+                    case = Case(case.model, weights, profile, segment, trace, token, word)
                 case.steps()
                 seconds = perf_counter() - started
             else:

@@ -314,7 +314,7 @@ class Auditor:
     def case(self, model: Model, verdict: Verdict, stages: Sequence[Stage]) -> Case:
         """The canonical truth about a piece with a program. Raises ValueError where no stage holds its layer."""
         trace = _holding(stages, verdict.layer)
-        return Case(model, self.weights, self.profile, verdict, trace, None, verdict.token, verdict.sampling)
+        return Case(model, self.weights, self.profile, verdict, trace, verdict.token, verdict.sampling)
 
     def expected(self, kind: Kind, layer: int, arrays: Mapping[str, Bits]) -> torch.Tensor:
         """The reference [T, width] of one tolerated tensor from the served ones it is made of."""

@@ -51,20 +51,15 @@ class Case:
         profile: ProfileCells,
         segment: Judged,
         trace: ServedTensors,
-        next_trace: ServedTensors | None = None,
         token: int = 0,
         sampling_word: bytes = GREEDY,
     ) -> None:
-        """next_trace: holds the next layer's input, where another stage does; token: the served or embedded one.
-
-        sampling_word: the request's parameters, for SAMPLE.
-        """
+        """token: the served or embedded one; sampling_word: the request's parameters, for SAMPLE."""
         self.model = model
         self.weights = weights
         self.profile = profile
         self.segment = segment
         self.trace = trace
-        self.next_trace = next_trace or trace
         self.token = token
         self.sampling_word = sampling_word
         self._vectors: dict[int, Vector] = {}
@@ -76,7 +71,7 @@ class Case:
     @cached_property
     def cell(self) -> Cell:
         place = (self.segment.layer, self.segment.position, self.segment.unit, self.token)
-        return Cell(*place, trace=_header(self.trace), next=_header(self.next_trace), sampling=self.sampling_word)
+        return Cell(*place, trace=_header(self.trace), sampling=self.sampling_word)
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
@@ -178,8 +173,8 @@ class Case:
         raise UnknownSource(f"expected a source from 1 to {len(Source) - 1}, got {operand.source}")
 
     def _open_served(self, read: Read) -> Opening:
-        operand, trace = read.operand, self.next_trace if read.next else self.trace
-        key = tensor_key(self.cell.layer + read.next, Tensor(operand.id))
+        operand, trace = read.operand, self.trace
+        key = tensor_key(self.cell.layer, Tensor(operand.id))
         first = read.first + self.cell.unit * operand.unit_stride
         if read.rows > 1:
             return trace.open_column(key, read.row, read.row + read.rows, first)
@@ -242,14 +237,14 @@ class Case:
                 return _ints([self._verdict(ins)])
             case Op.COMPARE:
                 return _ints([run(ins.op, [self._list(ins.x, 2), self._cell(ins.z)], ins.a, ins.b)])
-            case Op.SAME | Op.JOIN:
-                return _ints([self._exact(ins)])
+            case Op.SAME:
+                return _ints([self._same(ins)])
             case Op.RANK | Op.MASS:
                 total = sum(self._chunk_sums(ins, 0))
                 return _objects([total]) if ins.wide else _ints([total])
             case Op.STANDING | Op.CHOICE:
                 return _ints([self._folded(ins)])
-        raise UnknownOp(f"expected an op from 1 to {len(Op)}, got {ins.op}")
+        raise UnknownOp(f"expected an op from 1 to {max(Op)}, got {ins.op}")
 
     def _rope(self, ins: Instruction, n: int) -> Ints:
         half, t = ins.cols // 2, self.cell.position
@@ -280,15 +275,11 @@ class Case:
         seen = vectors.checked_served(self._bits(ins.y, n), Dtype(self.model.served_dtype))
         return run(ins.op, [self._list(ins.x, n), [int(v) for v in seen], self._cell(ins.z)], ins.a, ins.b)
 
-    def _exact(self, ins: Instruction) -> int:
-        """SAME and JOIN: raw bits of one block."""
+    def _same(self, ins: Instruction) -> int:
+        """Raw bits of one block."""
         reads = reads_of(self.model, self.cell, ins, 0, 0)
         blocks = [self._raw(read) for read in reads]
-        if ins.op == Op.SAME:
-            return int(not np.array_equal(blocks[0], blocks[1]))
-        dtype = Dtype(ins.b)
-        total = vectors.add_bits(dtype, vectors.add_bits(dtype, blocks[0], blocks[1]), blocks[2])
-        return int(not np.array_equal(total, blocks[3]))
+        return int(not np.array_equal(blocks[0], blocks[1]))
 
     def _draw(self) -> list[int]:
         return draw_list(self.cell.sampling, self.cell.position, self.cell.token, self.cell.unit, 0)
@@ -362,9 +353,8 @@ class Case:
         operand = read.operand
         if operand.source == Source.WEIGHT:
             return self._weight_rows(operand, read.row, 1)[0, read.first : read.first + read.count]
-        trace = self.next_trace if read.next else self.trace
         first = read.first + self.cell.unit * operand.unit_stride
-        tensor = trace.arrays[tensor_key(self.cell.layer + read.next, Tensor(operand.id))]
+        tensor = self.trace.arrays[tensor_key(self.cell.layer, Tensor(operand.id))]
         return np.asarray(tensor[self.cell.position, first : first + read.count])
 
     def _weight_rows(self, operand: Operand, first: int, count: int) -> Bits:

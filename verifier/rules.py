@@ -145,7 +145,7 @@ def decide(game: Game, proof: Proof, now: int) -> bool:
         if end - chunk > 1:
             raise MustDescend("expected a descent into a partial sum of several chunks")
     segment = game.segment
-    cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.trace, game.sampling)
+    cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.sampling)
     value = step(proof.model, cell, proof.steps, ins, element, chunk, proof.openings)
     if game.phase == Phase.ELEMENTS:
         value = finish(ins.op, value, ins.a)

@@ -89,7 +89,7 @@ class Responder(Player):
         if case is None:
             folder = self.folder_of(game.segment.job)
             trace = self.traces.load(folder, game.segment.request)
-            case = Case(self.model, self.weights, self.profile, game.segment, trace, None, game.token, game.sampling)
+            case = Case(self.model, self.weights, self.profile, game.segment, trace, game.token, game.sampling)
             self._cases[piece] = case
         return case
 

@@ -428,8 +428,7 @@ contract Disputes is IDisputes {
         returns (int256 value)
     {
         Segment memory segment = game.segment;
-        Cell memory cell =
-            Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.trace, game.sampling);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, game.token, game.trace, game.sampling);
         bytes memory head = abi.encode(cell, element, chunk);
         bytes4 selector = IReferee.judge.selector;
         address to = address(referee);

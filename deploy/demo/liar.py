@@ -22,7 +22,7 @@ class _Pretence(Case):
 
     def __init__(self, truth: Case) -> None:
         judged = (truth.model, truth.weights, truth.profile, truth.segment)
-        super().__init__(*judged, truth.trace, truth.next_trace, truth.token, truth.sampling_word)
+        super().__init__(*judged, truth.trace, truth.token, truth.sampling_word)
         self._truth = truth
 
 

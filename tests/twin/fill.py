@@ -310,19 +310,6 @@ def cases_same(d: Draw) -> list[tuple[str, Lists, int, int]]:
     return [*out, ("unequal", [[1, 2], [1]], 0, 0), ("256 each", [[0x3F80] * 256, [0x3F80] * 256], 0, 0)]
 
 
-def cases_join(d: Draw) -> list[tuple[str, Lists, int, int]]:
-    out = []
-    for dtype in Dtype:
-        for i in range(8):
-            n = d.length()
-            x, y, z = ([d.bits(dtype) for _ in range(n)] for _ in range(3))
-            after = [add(dtype, add(dtype, p, q), r) for p, q, r in zip(x, y, z, strict=True)]
-            if i % 2:
-                after[d.random.randrange(n)] ^= 1
-            out.append((f"{dtype.name.lower()} {i}", [x, y, z, after], 0, int(dtype)))
-    return out
-
-
 def op_cases(op: Op) -> list[Case]:
     make: Callable[[Draw], list[tuple[str, Lists, int, int]]] = globals()[f"cases_{op.name.lower()}"]
     out = []

@@ -114,22 +114,16 @@ def verdict(seed: int, cell: list[int], near: bool) -> list[list[int]]:
     return [standard, served, cell]
 
 
-def blocks(seed: int, dtype: int, count: int) -> list[list[int]]:
-    """Raw bits: `count` lists that mostly agree, or three and their sum."""
+def blocks(seed: int, dtype: int) -> list[list[int]]:
+    """Raw bits: two lists that mostly agree."""
     source = random.Random(seed)
-    length = source.choice((1, 3, 16, 256 if count == 2 else 32))
+    length = source.choice((1, 3, 16, 256))
     high = (1 << (8 * floats.Dtype(dtype).size)) - 1
     first = [source.randint(0, high) for _ in range(length)]
-    if count == 2:
-        out = [first, list(first)]
-    else:
-        y, z = ([source.randint(0, high) for _ in range(length)] for _ in range(2))
-        d = floats.Dtype(dtype)
-        total = [floats.add(d, floats.add(d, i, j), k) for i, j, k in zip(first, y, z, strict=True)]
-        out = [first, y, z, total]
+    second = list(first)
     if source.random() < 0.5:
-        out[-1][source.randrange(length)] ^= 1
-    return out
+        second[source.randrange(length)] ^= 1
+    return [first, second]
 
 
 def sampled(seed: int, names: str) -> list[list[int]]:
@@ -185,8 +179,7 @@ CASES: dict[Op, st.SearchStrategy[Case]] = {
     Op.VERDICT: st.tuples(st.builds(verdict, SEED, CELL, st.booleans()), U64, NONE),
     Op.LOGIT: st.tuples(pairs(64, 41), NONE, NONE),
     Op.COMPARE: st.tuples(st.tuples(I64, I64, CELL).map(lambda v: [[v[0], v[1]], v[2]]), NONE, NONE),
-    Op.SAME: with_dtype(lambda d: st.builds(blocks, SEED, st.just(d), st.just(2))),
-    Op.JOIN: with_dtype(lambda d: st.builds(blocks, SEED, st.just(d), st.just(4))),
+    Op.SAME: with_dtype(lambda d: st.builds(blocks, SEED, st.just(d))),
     Op.RANK: st.tuples(st.builds(lambda s: sampled(s, "logits judged cell draw"), SEED), NONE, NONE),
     Op.MASS: st.tuples(st.builds(lambda s: sampled(s, "logits judged largest cell draw"), SEED), NONE, NONE),
     Op.STANDING: st.tuples(st.builds(lambda s: sampled(s, "rank mass draw"), SEED), NONE, NONE),

@@ -35,12 +35,6 @@ def _inclusive_verdict(args: Args, a: int, b: int) -> int:
     return int(distance * den**2 >= num**2 * (sum(d * d for d in standard) + len(standard) * floor**2))
 
 
-def _joined_from_the_right(args: Args, a: int, b: int) -> int:
-    dtype = floats.Dtype(b)
-    add = floats.add
-    return int(any(add(dtype, i, add(dtype, j, k)) != n for i, j, k, n in zip(*args, strict=True)))
-
-
 def _floored(x: int, s: int) -> int:
     return x >> s
 
@@ -85,7 +79,6 @@ FUNCTIONS: dict[str, Callable[[Args, int, int], int]] = {
     "logit": _without_last,
     "compare": lambda args, a, b: int(args[0][1] - args[0][0] >= args[1][2]),
     "same": lambda args, a, b: int(list(args[0][1:]) != list(args[1][1:])),
-    "join": _joined_from_the_right,
     "rank": _drawn(7, ops.rank),
     "mass": _drawn(2, ops.mass),
     "standing": _drawn(1, ops.standing),
@@ -157,11 +150,6 @@ IN_OPS: dict[str, tuple[str, str, str]] = {
     "logit": (_OPS, _PRODUCTS, f"if (op == Op.LOGIT) return Fixed.cl(linear(args)); {_PRODUCTS}"),
     "compare": (_OPS, "> args[1][2]", ">= args[1][2]"),
     "same": (_OPS, "let size := shl(5, mload(x))", "let size := shr(1, shl(5, mload(x)))"),
-    "join": (
-        _OPS,
-        "Floats.add(b, Floats.add(b, uint256(x[i]), uint256(y[i])), uint256(z[i]))",
-        "Floats.add(b, uint256(x[i]), Floats.add(b, uint256(y[i]), uint256(z[i])))",
-    ),
 }
 
 IN_SAMPLING: dict[str, tuple[str, str, str]] = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from verifier.referee.errors import OperandShape, UnknownOp
 from verifier.referee.fixed import LOG2E, Q30, SATURATION, isqrt
-from verifier.referee.floats import INVALID, Dtype
+from verifier.referee.floats import INVALID, Dtype, add
 from verifier.referee.ops import Op, combine, finish, run
 
 STORED = st.integers(-(1 << 50), 1 << 50)
@@ -34,7 +34,6 @@ SHAPES: dict[Op, list[list[int]]] = {
     Op.LOGIT: [[1, 2], [3, 4]],
     Op.COMPARE: [[1, 2], [1, 1, 5]],
     Op.SAME: [[1, 2], [3, 4]],
-    Op.JOIN: [[1, 2], [3, 4], [5, 6], [7, 8]],
     Op.RANK: [[1, 2], [1], [1, 1, 5], DRAW],
     Op.MASS: [[1, 2], [1], [2], [1, 1, 5], DRAW],
     Op.STANDING: [[1], [2], DRAW],
@@ -193,17 +192,20 @@ def test_compare_needs_more_than_the_margin() -> None:
     assert [run(Op.COMPARE, [[10, v], [1, 1, 5]], 0, 0) for v in (14, 15, 16)] == [0, 0, 1]
 
 
-def test_same_and_join_see_every_bit() -> None:
+def test_same_and_add_see_every_bit() -> None:
     assert run(Op.SAME, [[0, 0x8000], [0, 0x8000]], 0, 0) == 0
     assert run(Op.SAME, [[0, 0x8000], [0, 0]], 0, 0) == 1
-    one, two, three = 0x3F80, 0x4000, 0x4040
-    assert run(Op.JOIN, [[one], [one], [one], [three]], 0, Dtype.BFLOAT16) == 0
-    assert run(Op.JOIN, [[one, 0], [one, 0], [one, 0], [three, 1]], 0, Dtype.BFLOAT16) == 1
+    one, two = 0x3F80, 0x4000
     assert run(Op.ADD, [[one], [one]], 0, Dtype.BFLOAT16) == 2 * Q30
     assert run(Op.ADD, [[two], [0x7F80]], 0, Dtype.BFLOAT16) == 0
 
 
-def test_join_rounds_each_sum() -> None:
+def test_a_link_rounds_each_sum() -> None:
     # 256 + 1 = 256 (a tie, to even), twice; 256 + (1 + 1) would be 258.
-    assert run(Op.JOIN, [[0x4380], [0x3F80], [0x3F80], [0x4380]], 0, Dtype.BFLOAT16) == 0
-    assert run(Op.JOIN, [[0x4380], [0x3F80], [0x3F80], [0x4381]], 0, Dtype.BFLOAT16) == 1
+    assert add(Dtype.BFLOAT16, add(Dtype.BFLOAT16, 0x4380, 0x3F80), 0x3F80) == 0x4380
+    assert add(Dtype.BFLOAT16, 0x4380, add(Dtype.BFLOAT16, 0x3F80, 0x3F80)) == 0x4381
+
+
+def test_a_number_that_was_given_up_is_no_op() -> None:
+    with pytest.raises(UnknownOp, match="from 1 to 22, got 18"):
+        run(18, [[1], [2], [3], [6]], 0, 0)

@@ -176,9 +176,8 @@ class World:
         return Tree([leaf(self.tensor_trees[key].root) for key in keys])
 
     def cell(self, layer: int, position: int, unit: int) -> Cell:
-        """Two stages of one layer each: `next` of layer 0 is the other trace."""
-        next_trace = self.traces[min(layer + 1, 1)]
-        return Cell(layer, position, unit, int(self.tokens[position]), self.traces[layer], next_trace)
+        """Two stages of one layer each."""
+        return Cell(layer, position, unit, int(self.tokens[position]), self.traces[layer])
 
     def open(self, cell: Cell, read: Read, vectors: Sequence[tuple[list[bytes], Tree]]) -> Opening:
         place, source = place_of(self.model, cell, read), read.operand.source
@@ -188,10 +187,9 @@ class World:
             leaves, tree = vectors[read.operand.id]
         elif source == Source.SERVED:
             kind = Tensor(read.operand.id)
-            layer = self.shape.layers if kind == Tensor.OUT else cell.layer + read.next
+            layer = self.shape.layers if kind == Tensor.OUT else cell.layer
             leaves, tree = self.leaves[layer, kind], self.tensor_trees[layer, kind]
-            trace = cell.next if read.next else cell.trace
-            more = self.trace_trees[trace.first_layer].prove(tensor_of(self.model, cell, read)[0])
+            more = self.trace_trees[cell.trace.first_layer].prove(tensor_of(self.model, cell, read)[0])
         else:
             leaves, tree = self.trees[Source(source)]
         assert place.count == tree.count

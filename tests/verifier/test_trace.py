@@ -96,7 +96,7 @@ def test_tensors_come_in_the_order_of_the_law() -> None:
     assert tensor_keys(shape, 2, 3)[-2:] == ["2.mlp_out", "out"]
 
 
-def opened(trace: RequestTrace, after: RequestTrace, cell: Cell, read: Read, steps: dict[int, bytes]) -> Opening:
+def opened(trace: RequestTrace, cell: Cell, read: Read, steps: dict[int, bytes]) -> Opening:
     """The opening of one read; other sources than SERVED and STEP are not asked for here."""
     operand = read.operand
     if operand.source == Source.STEP:
@@ -105,12 +105,11 @@ def opened(trace: RequestTrace, after: RequestTrace, cell: Cell, read: Read, ste
         head, end = read.first * size // 512, (read.first + read.count - 1) * size // 512 + 1
         hashes = [tree.leaf(part) for part in slices(data, 512)]
         return Opening(data[512 * head : 512 * end], tuple(tree.Tree(hashes).prove(head, end - head)))
-    key = tensor_key(cell.layer + read.next, Tensor(operand.id))
-    held = after if read.next else trace
+    key = tensor_key(cell.layer, Tensor(operand.id))
     first = read.first + cell.unit * operand.unit_stride
     if read.rows > 1:
-        return held.open_column(key, read.row, read.row + read.rows, first)
-    return held.open_row(key, read.row, first, first + read.count)
+        return trace.open_column(key, read.row, read.row + read.rows, first)
+    return trace.open_row(key, read.row, first, first + read.count)
 
 
 def served_steps(shape: ModelShape) -> list[tuple[Kind, Instruction]]:
@@ -137,14 +136,14 @@ def test_every_opening_satisfies_the_referee_until_a_byte_flips(
     position, unit = data.draw(st.integers(0, positions - 1)), 0
     if kind in (Kind.ATTEND, Kind.MLP):
         unit = data.draw(st.integers(0, shape.blocks - 1))
-    here, there = (trace, after)[layer == 2], (trace, after)[layer > 0]
-    cell = Cell(layer, position, unit, 0, here.trace, there.trace)
+    here = (trace, after)[layer == 2]
+    cell = Cell(layer, position, unit, 0, here.trace)
     steps = {instruction.x.id: encode_vector([0] * (2 * BLOCK), False)}
     element = data.draw(st.integers(0, element_count(instruction, position, unit) - 1))
     chunk = data.draw(st.integers(0, chunk_count(instruction, position) - 1))
     model = model_of(shape)
     reads = reads_of(model, cell, instruction, element, chunk)
-    openings = [opened(here, there, cell, read, steps) for read in reads]
+    openings = [opened(here, cell, read, steps) for read in reads]
     roots = [tree.root([tree.leaf(part) for part in slices(steps[instruction.x.id], 512)])]
     step(model, cell, roots, instruction, element, chunk, openings)
     if openings:

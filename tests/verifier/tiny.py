@@ -84,7 +84,7 @@ def segment(kind: Kind, layer: int = 0, position: int = 0, unit: int = 0) -> Seg
 def case_of(
     tiny: Tiny, trace: RequestTrace, kind: Kind, token: int = 0, sampling: bytes = GREEDY, **place: Any
 ) -> Case:
-    return Case(tiny.model, tiny.weights, tiny.profile, segment(kind, **place), trace, None, token, sampling)
+    return Case(tiny.model, tiny.weights, tiny.profile, segment(kind, **place), trace, token, sampling)
 
 
 def whole(trace: RequestTrace) -> Stage:

@@ -199,14 +199,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Cell:
-    """The place that is judged. `next` holds the next layer's input: the same trace, but at a stage boundary."""
+    """The place that is judged."""
 
     layer: int
     position: int
     unit: int
     token: int
     trace: Trace
-    next: Trace
     sampling: bytes = GREEDY  # of SAMPLE
 
 

@@ -37,7 +37,6 @@ class Op(IntEnum):
     LOGIT = 15
     COMPARE = 16
     SAME = 17
-    JOIN = 18
     RANK = 19
     MASS = 20
     STANDING = 21
@@ -53,7 +52,7 @@ def run(op: int, args: Args, a: int, b: int) -> int:
     try:
         function = _FUNCTIONS[Op(op)]
     except ValueError:
-        raise UnknownOp(f"expected an op from 1 to {len(Op)}, got {op}") from None
+        raise UnknownOp(f"expected an op from 1 to {max(Op)}, got {op}") from None
     return function(args, a, b)
 
 
@@ -186,13 +185,6 @@ def same(args: Args, a: int, b: int) -> int:
     return int(list(x) != list(y))
 
 
-def join(args: Args, a: int, b: int) -> int:
-    """Raw bits [x...], [y...], [z...], [next...] of dtype b: 1 if any next is not (x + y) + z, else 0."""
-    x, y, z, after = _equal(_shaped(args, None, None, None, None))
-    dtype = Dtype(b)
-    return int(any(add_bits(dtype, add_bits(dtype, i, j), k) != n for i, j, k, n in zip(x, y, z, after, strict=True)))
-
-
 def rank(args: Args, a: int, b: int) -> int:
     """[x...] logits, [the judged token's], [num, den, margin], draw: how many lie above it."""
     logits, (own,), (_, _, margin), draw = _shaped(args, None, 1, 3, DRAW_FIELDS)
@@ -237,7 +229,6 @@ _FUNCTIONS: dict[Op, Callable[[Args, int, int], int]] = {
     Op.LOGIT: logit,
     Op.COMPARE: compare,
     Op.SAME: same,
-    Op.JOIN: join,
     Op.RANK: rank,
     Op.MASS: mass,
     Op.STANDING: standing,

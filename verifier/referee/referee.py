@@ -25,7 +25,6 @@ from verifier.referee.codec import (
     ProfileCell,
     Source,
     Tensor,
-    Trace,
     decode_vector,
     slices,
     vector_leaf_elements,
@@ -68,7 +67,6 @@ class Read:
     rows: int = 1
     view: View = View.VALUE
     ends: bool = False  # only the first and the last element of the range are used
-    next: bool = False  # reads the next layer's input
 
 
 def step(
@@ -202,12 +200,6 @@ def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, c
             block = u * x.unit_stride
             n = min(BLOCK, x.width - block)
             reads = [Read(x, 0, n, row=t, view=View.RAW), Read(y, block, n, row=cell.token, view=View.RAW)]
-        case Op.JOIN:
-            n = min(BLOCK, x.width - u * x.unit_stride)
-            out = cell.layer + 1 == model.layers
-            after = Operand(Source.SERVED, Tensor.OUT if out else Tensor.H, 0, 0, x.unit_stride, x.width)
-            reads = [Read(operand, 0, n, row=t, view=View.RAW) for operand in (x, y, z)]
-            reads.append(Read(after, 0, n, row=t, view=View.RAW, next=True))
         case Op.RANK:
             reads = [Read(x, start, count), Read(x, u), Read(z, 0)]
         case Op.MASS:
@@ -217,7 +209,7 @@ def reads_of(model: Model, cell: Cell, instruction: Instruction, element: int, c
         case Op.CHOICE:
             reads = [Read(x, cell.token), Read(x, u), Read(y, 0), Read(z, 0)]
         case _:
-            raise UnknownOp(f"expected an op from 1 to {len(Op)}, got {instruction.op}")
+            raise UnknownOp(f"expected an op from 1 to {max(Op)}, got {instruction.op}")
     for read, allowed in zip(reads, _SOURCES[Op(instruction.op)], strict=True):
         if read.operand.source not in allowed:
             raise UnknownSource(f"expected one of {allowed} for op {instruction.op}, got {read.operand.source}")
@@ -245,7 +237,6 @@ _SOURCES: dict[Op, tuple[tuple[Source, ...], ...]] = {
     Op.LOGIT: (_STEP, _WEIGHT),
     Op.COMPARE: (_STEP, _PROFILE),
     Op.SAME: (_SERVED, _WEIGHT),
-    Op.JOIN: (_SERVED, _SERVED, _SERVED, _SERVED),
     Op.RANK: (_STEP, _STEP, _PROFILE),
     Op.MASS: (_STEP, _STEP, _STEP, _PROFILE),
     Op.STANDING: (_STEP, _STEP),
@@ -275,7 +266,7 @@ def place_of(model: Model, cell: Cell, read: Read) -> Place:
             length, full = _vector_elements(cell, operand), vector_leaf_elements(wide)
             return _row_place(0, 0, first, last, length, full, 16 if wide else 8, 1)
         case Source.SERVED:
-            trace = _trace(cell, read)
+            trace = cell.trace
             size = Dtype(model.served_dtype).size
             _within(read.row, read.row + read.rows - 1, trace.positions)
             first, last = first + u * operand.unit_stride, last + u * operand.unit_stride
@@ -300,16 +291,15 @@ def place_of(model: Model, cell: Cell, read: Read) -> Place:
 
 def tensor_of(model: Model, cell: Cell, read: Read) -> tuple[int, int]:
     """The index of a SERVED read's tensor in its trace's tree, and how many lie there. Raises IndexOutOfRange."""
-    trace = _trace(cell, read)
+    trace = cell.trace
     kind, tensors = read.operand.id, 6 * (trace.end_layer - trace.first_layer)
     last = trace.end_layer == model.layers
-    layer = cell.layer + 1 if read.next else cell.layer
     if kind == Tensor.OUT and last:
         return tensors, tensors + 1
-    if kind >= Tensor.OUT or not trace.first_layer <= layer < trace.end_layer:
+    if kind >= Tensor.OUT or not trace.first_layer <= cell.layer < trace.end_layer:
         held = f"layers {trace.first_layer} .. {trace.end_layer - 1}"
-        raise IndexOutOfRange(f"expected a tensor of {held}, got kind {kind} of layer {layer}")
-    return 6 * (layer - trace.first_layer) + kind, tensors + last
+        raise IndexOutOfRange(f"expected a tensor of {held}, got kind {kind} of layer {cell.layer}")
+    return 6 * (cell.layer - trace.first_layer) + kind, tensors + last
 
 
 def _open(model: Model, cell: Cell, steps: Sequence[bytes], read: Read, opening: Opening) -> list[int]:
@@ -320,10 +310,9 @@ def _open(model: Model, cell: Cell, steps: Sequence[bytes], read: Read, opening:
         raise DataLength(f"expected {place.data_bytes} bytes, got {len(opening.data)}")
     hashes = [leaf(data) for data in slices(opening.data, place.leaf_bytes)]
     if operand.source == Source.SERVED:
-        trace = _trace(cell, read)
         index, count = tensor_of(model, cell, read)
         top, used = root_of_range_used(hashes, place.first, place.count, siblings)
-        _check_root(root_of_range([leaf(top)], index, count, siblings[used:]), trace.root)
+        _check_root(root_of_range([leaf(top)], index, count, siblings[used:]), cell.trace.root)
     else:
         _check_root(root_of_range(hashes, place.first, place.count, siblings), _root(model, steps, operand))
     values = _values(model, read, opening.data)
@@ -331,10 +320,6 @@ def _open(model: Model, cell: Cell, steps: Sequence[bytes], read: Read, opening:
         return values
     picked = [values[i] for i in place.elements]
     return [picked[0], picked[-1]] if read.ends else picked
-
-
-def _trace(cell: Cell, read: Read) -> Trace:
-    return cell.next if read.next else cell.trace
 
 
 def _root(model: Model, steps: Sequence[bytes], operand: Operand) -> bytes:

@@ -203,7 +203,7 @@ contract Evidence {
             // Where one worker holds all layers, there is no other to blame.
             found.deflectable = docket.stage.endLayer != model.layers;
         }
-        _judge(segment, found, found.trace, model, evidence, used);
+        _judge(segment, found, model, evidence, used);
     }
 
     function _findLink(
@@ -321,7 +321,6 @@ contract Evidence {
     function _judge(
         Segment calldata segment,
         Charge memory found,
-        Trace memory next,
         Model calldata model,
         Opening[] calldata evidence,
         uint256 used
@@ -334,7 +333,7 @@ contract Evidence {
         for (uint256 i = 0; i < openings.length; ++i) {
             openings[i] = evidence[used + 2 + i];
         }
-        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, found.token, found.trace, next, 0);
+        Cell memory cell = Cell(segment.layer, segment.position, segment.unit, found.token, found.trace, 0);
         // No step comes before the first, so an operand that names one finds no root; and no list was claimed.
         bytes32[] memory none = new bytes32[](0);
         if (referee.judge(cell, 0, 0, Proof(model, record, 0, "", none, none, openings)) != 1) {

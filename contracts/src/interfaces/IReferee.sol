@@ -58,14 +58,13 @@ struct Trace {
     uint32 endLayer;
 }
 
-/// @notice The place that is judged. `next` is the trace that holds the next layer's input: the same one, but at a stage boundary.
+/// @notice The place that is judged.
 struct Cell {
     uint32 layer;
     uint32 position;
-    uint32 unit; // head, block, element (LINK) or competing token (SAMPLE: the served token itself, where its membership is judged)
+    uint32 unit; // head, block or competing token (SAMPLE: the served token itself, where its membership is judged)
     uint32 token; // the served token (TOKEN, SAMPLE) or the token that is embedded (EMBED)
     Trace trace;
-    Trace next;
     bytes32 sampling; // SAMPLE: temperature u32 | topK u32 | topP u32 | seed u64 | request u32 | 0, as in the request's record; else zero
 }
 

@@ -39,7 +39,7 @@ library Fixed {
 
     /// @notice Index of the highest set bit; 0 for x = 0.
     function log2(uint256 x) internal pure returns (uint256 index) {
-        // Binary search without branches: JOIN rounds two sums an element, so this runs a thousand times in a step.
+        // Binary search without branches.
         assembly ("memory-safe") {
             index := shl(7, lt(0xffffffffffffffffffffffffffffffff, x))
             index := or(index, shl(6, lt(0xffffffffffffffff, shr(index, x))))

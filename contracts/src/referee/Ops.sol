@@ -24,7 +24,7 @@ enum Op {
     LOGIT,
     COMPARE,
     SAME,
-    JOIN,
+    UNUSED_18, // no op: a number that was given up is not given again
     RANK,
     MASS,
     STANDING,
@@ -43,7 +43,7 @@ library Ops {
 
     /// @notice The op of that number.
     function named(uint8 number) internal pure returns (Op) {
-        if (number == 0 || number > uint8(Op.CHOICE)) revert UnknownOp(number);
+        if (number == 0 || number > uint8(Op.CHOICE) || number == uint8(Op.UNUSED_18)) revert UnknownOp(number);
         return Op(number);
     }
 
@@ -66,7 +66,6 @@ library Ops {
         if (op == Op.VERDICT) return verdict(args, a);
         if (op == Op.COMPARE) return compare(args);
         if (op == Op.SAME) return same(args);
-        if (op == Op.JOIN) return join(args, b);
         // The ops of sampling run in a contract of their own: Sampler.
         revert UnknownOp(number);
     }
@@ -230,21 +229,6 @@ library Ops {
             right := keccak256(add(y, 32), size)
         }
         return left == right ? int256(0) : int256(1);
-    }
-
-    /// @dev Raw bits [x...], [y...], [z...], [next...] of dtype b: 1 if any next differs from (x + y) + z, else 0.
-    function join(int256[][] memory args, uint256 b) internal pure returns (int256) {
-        _lists(args, 4);
-        (int256[] memory x, int256[] memory y, int256[] memory z, int256[] memory next) =
-            (args[0], args[1], args[2], args[3]);
-        _length(y, x.length);
-        _length(z, x.length);
-        _length(next, x.length);
-        for (uint256 i = 0; i < x.length; ++i) {
-            uint256 total = Floats.add(b, Floats.add(b, uint256(x[i]), uint256(y[i])), uint256(z[i]));
-            if (total != uint256(next[i])) return 1;
-        }
-        return 0;
     }
 
     // ---- what the ops share

@@ -22,7 +22,6 @@ struct Read {
     uint256 count;
     View view_;
     bool ends; // only the first and the last element of the range are used
-    bool next; // reads the trace that holds the next layer's input
 }
 
 /// @dev What every read of a step needs.
@@ -45,8 +44,7 @@ library Plan {
     uint8 internal constant TABLE = 4;
     uint8 internal constant PROFILE = 5;
 
-    // Served tensor kinds that are not named by an instruction.
-    uint8 private constant H = 0;
+    /// @dev The served tensor that only the stage of the last layer has.
     uint8 internal constant OUT = 6;
 
     /// @dev The reads of one chunk of element e, one for each opening; none for the padding of a row of positions.
@@ -70,7 +68,7 @@ library Plan {
                 _row(_of(ins, ins.y, SERVED, head / ins.b * ins.terms, ins.terms), j)
             );
         }
-        if (op == Op.SAME || op == Op.JOIN) return _planBlock(place, ins, op);
+        if (op == Op.SAME) return _planBlock(place, ins);
         if (op == Op.RSQRT) return _one(_of(ins, ins.x, STEP, 0, 1));
         if (op == Op.NORM) {
             return _three(
@@ -155,24 +153,14 @@ library Plan {
         return e / ins.cols / ins.b * ins.cols + e % ins.cols;
     }
 
-    /// @dev The exact segments: one block of raw bits of each operand.
-    function _planBlock(Place memory place, Instruction memory ins, Op op)
-        private
-        pure
-        returns (Read[] memory planned)
-    {
+    /// @dev SAME: one block of raw bits of each operand.
+    function _planBlock(Place memory place, Instruction memory ins) private pure returns (Read[] memory) {
         uint256 start = uint256(place.cell.unit) * ins.x.unitStride;
         // A unit beyond the tensor reads one column there, which is refused as out of range.
         uint256 count = start < ins.x.width ? ins.x.width - start : 1;
         if (count > Codec.BLOCK) count = Codec.BLOCK;
-        uint256 t = place.cell.position;
-        Read memory x = _raw(_of(ins, ins.x, SERVED, 0, count), t);
-        if (op == Op.SAME) return _two(x, _raw(_of(ins, ins.y, WEIGHT, start, count), place.cell.token));
-        bool last = uint256(place.cell.layer) + 1 == place.model.layers;
-        Operand memory after_ = Operand(SERVED, last ? OUT : H, 0, 0, ins.x.unitStride, ins.x.width);
-        Read memory next = _raw(_of(ins, after_, SERVED, 0, count), t);
-        next.next = true;
-        return _four(x, _raw(_of(ins, ins.y, SERVED, 0, count), t), _raw(_of(ins, ins.z, SERVED, 0, count), t), next);
+        Read memory x = _raw(_of(ins, ins.x, SERVED, 0, count), place.cell.position);
+        return _two(x, _raw(_of(ins, ins.y, WEIGHT, start, count), place.cell.token));
     }
 
     /// @dev A read of one row from an operand, which must have the source that the op can read.
@@ -182,7 +170,7 @@ library Plan {
         returns (Read memory)
     {
         if (operand.source != source) revert UnknownSource(ins.op, operand.source);
-        return Read(operand, 0, 1, first, count, View.VALUE, false, false);
+        return Read(operand, 0, 1, first, count, View.VALUE, false);
     }
 
     /// @dev The same read, of a row.

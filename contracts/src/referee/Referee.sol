@@ -269,7 +269,7 @@ contract Referee is IReferee {
         returns (uint256)
     {
         uint256 width = read.operand.width;
-        uint256 positions = _trace(place, read).positions;
+        uint256 positions = place.cell.trace.positions;
         uint256 size = Floats.elementBytes(place.model.servedDtype);
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
@@ -287,7 +287,7 @@ contract Referee is IReferee {
         returns (bytes memory)
     {
         uint256 width = read.operand.width;
-        uint256 positions = _trace(place, read).positions;
+        uint256 positions = place.cell.trace.positions;
         uint256 column = uint256(place.cell.unit) * read.operand.unitStride + read.first;
         _within(read.row, read.rows, positions);
         uint256 height = Plan.part(positions, read.row / TILE_ROWS, TILE_ROWS);
@@ -368,13 +368,13 @@ contract Referee is IReferee {
         uint256 first,
         uint256 count
     ) private pure {
-        (uint256 index, uint256 tensors) = _tensor(place, read);
+        (uint256 index, uint256 tensors) = _tensor(place, read.operand.id);
         (bytes32 root, uint256 used) = Tree.climb(Tree.leaves(data, leafBytes), first, count, siblings, 0);
         bytes32[] memory hashes = new bytes32[](1);
         hashes[0] = Tree.leaf(bytes.concat(root));
         (root, used) = Tree.climb(hashes, index, tensors, siblings, used);
         if (used != siblings.length) revert Tree.ProofLength(used, siblings.length);
-        _rooted(_trace(place, read).root, root);
+        _rooted(place.cell.trace.root, root);
     }
 
     function _rooted(bytes32 expected, bytes32 actual) private pure {
@@ -382,10 +382,9 @@ contract Referee is IReferee {
     }
 
     /// @dev A served tensor's place among the trace's, and how many those are: six a layer; the stage of the last layer adds `out`.
-    function _tensor(Place memory place, Read memory read) private pure returns (uint256 index, uint256 count) {
-        Trace memory trace = _trace(place, read);
-        uint256 layer = uint256(place.cell.layer) + (read.next ? 1 : 0);
-        uint256 kind = read.operand.id;
+    function _tensor(Place memory place, uint256 kind) private pure returns (uint256 index, uint256 count) {
+        Trace memory trace = place.cell.trace;
+        uint256 layer = place.cell.layer;
         uint256 layers = uint256(trace.endLayer) - trace.firstLayer;
         count = KINDS * layers + (trace.endLayer == place.model.layers ? 1 : 0);
         if (kind == Plan.OUT) return (KINDS * layers, count);
@@ -393,10 +392,6 @@ contract Referee is IReferee {
         _within(layer, 1, trace.endLayer);
         if (layer < trace.firstLayer) revert Tree.IndexOutOfRange(layer, 1, trace.firstLayer);
         index = KINDS * (layer - trace.firstLayer) + kind;
-    }
-
-    function _trace(Place memory place, Read memory read) private pure returns (Trace memory) {
-        return read.next ? place.cell.next : place.cell.trace;
     }
 
     /// @dev The first leaf that an operand names in its layer.

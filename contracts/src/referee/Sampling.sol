@@ -63,7 +63,7 @@ library Sampling {
     /// @notice The inverse of `pack`, in place.
     function unpack(bytes memory packed) internal pure returns (int256[][] memory lists) {
         uint256 words = packed.length / 32;
-        uint256 at = 1;
+        uint256 place = 1;
         uint256 count;
         assembly ("memory-safe") {
             if words { count := mload(add(packed, 32)) }
@@ -74,11 +74,11 @@ library Sampling {
         for (uint256 i = 0; i < count; ++i) {
             int256[] memory list;
             assembly ("memory-safe") {
-                list := add(add(packed, 32), mul(at, 32))
+                list := add(add(packed, 32), mul(place, 32))
             }
-            if (at >= words || list.length >= words - at) revert Truncated();
+            if (place >= words || list.length >= words - place) revert Truncated();
             lists[i] = list;
-            at += 1 + list.length;
+            place += 1 + list.length;
         }
     }
 

@@ -94,19 +94,6 @@ contract OpsTest is Base {
         assertEq(referee.run(uint8(Op.VERDICT), args, limit, 0), expected, "verdict");
     }
 
-    function testFuzz_JoinAcceptsTheHardwareSumAlone(uint16 x, uint16 y, uint16 z, uint16 other) public view {
-        uint256 total = Floats.add(0, Floats.add(0, x, y), z);
-        int256[][] memory args = new int256[][](4);
-        for (uint256 i = 0; i < 4; ++i) {
-            args[i] = new int256[](1);
-        }
-        (args[0][0], args[1][0], args[2][0], args[3][0]) =
-        (int256(uint256(x)), int256(uint256(y)), int256(uint256(z)), int256(total));
-        assertEq(referee.run(uint8(Op.JOIN), args, 0, 0), 0, "the sum");
-        args[3][0] = int256(uint256(other));
-        assertEq(referee.run(uint8(Op.JOIN), args, 0, 0), other == total ? int256(0) : int256(1), "another");
-    }
-
     function testFuzz_SoftmaxTermsNeverExceedOne(int64 score, int64 most) public view {
         (int256[] memory x, int256[] memory y) = (new int256[](1), new int256[](1));
         (x[0], y[0]) = (score, most);
