@@ -357,6 +357,7 @@ class Run:
             self._kept, self._scheduler = scheduler.kept, None
         if scheduler.diverged:
             raise Diverged("an earlier attempt's tokens are not all what this one's rows yield")
+        log.info("job %s: %d positions were shared", self.folder.job.hex()[:8], scheduler.taken_positions)
         self._tokens = scheduler.outputs
         self.sealing = True
         assert self._recorder is not None

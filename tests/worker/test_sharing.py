@@ -80,6 +80,10 @@ def test_tokens_roots_and_handoffs_are_those_of_requests_served_alone(
     with TemporaryDirectory() as folder:
         shared = serve(Path(folder) / "shared", repeatable, requests, WAYS[way])
         assert told(shared) == told(serve(Path(folder) / "alone", repeatable, requests, ALONE))
+        for stage in range(2):
+            names = [path.name for path in (Path(folder) / "shared" / str(stage)).rglob("*.safetensors")]
+            dropped = [name for name in names if not name.endswith(".inputs.safetensors")] == []
+            assert dropped == (WAYS[way].retain == "regenerate")  # what was taken over comes out again
 
 
 @pytest.mark.parametrize("parts", [1, 3])
