@@ -94,8 +94,10 @@ def _compare(
         "transformers generate_batch": lambda: _generate_batch(model, prompts, limit),
     }
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _ in range(rounds + 1):
-        for side, work in sides.items():
+    for turn in range(rounds + 1):
+        order = list(sides)
+        for side in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody always comes behind the same
+            work = sides[side]
             wall, cpu = time.perf_counter(), time.process_time()
             outputs = work()
             seconds[side].append((time.perf_counter() - wall, time.process_time() - cpu))

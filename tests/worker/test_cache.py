@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worker.batch import Batch, Piece
-from worker.cache import AHEAD, PADDING, PAGE, READ_COST, TOGETHER, Cache, Run, View, alike
+from worker.cache import AHEAD, LAUNCH_COST, PADDING, PAGE, READ_COST, TOGETHER, Cache, Run, View, alike
 
 
 def made(reserves: Sequence[int] = (), foreseen: int = 0) -> Cache:
@@ -51,7 +51,9 @@ def test_every_position_is_read_back_whatever_came_between() -> None:
     assert cache.pages == 0
 
 
-def test_runs_hold_what_was_written_while_requests_come_and_go() -> None:
+@pytest.mark.parametrize("read_cost", [READ_COST["cpu"], LAUNCH_COST])
+def test_runs_hold_what_was_written_while_requests_come_and_go(read_cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(READ_COST, "cpu", read_cost)
     dice, cache = random.Random(6), made()
     cache.extend(Batch((Piece(99, 0, 1),)))
     lengths: dict[int, int] = {}
@@ -74,7 +76,8 @@ def test_runs_hold_what_was_written_while_requests_come_and_go() -> None:
             gone = dice.choice(sorted(lengths))
             del lengths[gone]
             cache.drop(gone)
-    assert 0 < cache.padding <= PADDING
+    assert cache.padding <= PADDING
+    assert read_cost < LAUNCH_COST or cache.padding > 0  # so runs were joined
 
 
 def decode(cache: Cache, requests: Sequence[int], first: int, end: int) -> list[list[Run]]:
@@ -87,19 +90,18 @@ def test_a_run_moves_only_when_it_is_outgrown() -> None:
     cache = made()
     for request in range(4):
         put(cache, [Piece(request, 0, 10)])
-    runs = decode(cache, range(4), 10, 10 + 2 * AHEAD)
-    assert all(len(step) == 1 for step in runs)
-    assert len({run for (run,) in runs}) <= 3
+    runs = [step for step in decode(cache, range(4), 10, 10 + 4 * AHEAD) if len(step) == 1]
     assert all(run.requests == (0, 1, 2, 3) for (run,) in runs)
+    assert 3 * AHEAD <= len(runs) and len({run for (run,) in runs}) <= 4
 
 
 def test_who_leaves_a_run_parts_it_and_nobody_moves() -> None:
     cache = made([100] * 6)
     for request in range(6):
         put(cache, [Piece(request, 0, 10)])
-    ((run,),) = decode(cache, range(6), 10, 11)
+    (run,) = decode(cache, range(6), 10, 50)[-1]
     cache.drop(2)
-    ((left, right),) = decode(cache, (0, 1, 3, 4, 5), 11, 12)
+    ((left, right),) = decode(cache, (0, 1, 3, 4, 5), 50, 51)
     assert (left.requests, right.requests) == ((0, 1), (3, 4, 5))
     assert (left.base, right.base) == (run.base, run.base + 3 * run.room)
 
@@ -115,10 +117,10 @@ def test_requests_are_joined_once_that_is_worth_the_copy() -> None:
     cache = made([400] * 8)
     for request in range(8):
         put(cache, [Piece(request, 0, 150)])
-    counts = [len(runs) for runs in decode(cache, range(8), 150, 250)]
+    counts = [len(runs) for runs in decode(cache, range(8), 150, 300)]
     apart = counts.index(1)
     assert set(counts[:apart]) == {8} and set(counts[apart:]) == {1}
-    assert (apart - 1) * 7 * READ_COST <= 8 * (150 + apart)
+    assert (apart - 1) * 7 * READ_COST["cpu"] <= 8 * (150 + apart)
 
 
 def test_what_is_foreseen_needs_no_growing() -> None:
