@@ -22,6 +22,7 @@ from verifier.commit import LIMITED, Output
 from verifier.record_rules import audit_stop
 from verifier.referee.codec import Model
 from verifier.reference import real
+from verifier.sketch import DOUBT, Sketch
 
 Z = 1.959964  # of 95 %, two-sided
 Flags = npt.NDArray[np.bool_]
@@ -96,6 +97,23 @@ def _completed(auditor: Auditor, result: Result, stage: Stage, ratio: Floats, fo
     vocabulary = auditor.shape.vocabulary
     stopped = audit_stop(0, result.index, result.request, output, stage.trace.positions, vocabulary)
     return Judged(ratio, prompt, found, stopped is not None, stage)
+
+
+def sketched(auditor: Auditor, results: Sequence[Result], seed: bytes) -> dict[str, int]:
+    """What a sketch makes of the tolerated pieces of every request: how many there are, how many are wrong by their
+    products, how many of these it sees, and how many pieces it repeats.
+    """
+    stages = [result.stage(auditor.weights) for result in results]
+    spans = [Span.whole(stage, r) for r, stage in enumerate(stages)]
+    told = dict.fromkeys(("pieces", "wrong", "seen", "repeated"), 0)
+    for layer in range(auditor.shape.layers):
+        both = (auditor.sweep(layer, spans, sketch=sketch) for sketch in (None, Sketch(seed)))
+        for exact, screened in zip(*both, strict=True):
+            wrong, seen = exact.ratios > 1, screened.ratios > 1
+            counts = (wrong.size, wrong.sum(), (wrong & seen).sum(), (screened.ratios > DOUBT).sum())
+            for name, count in zip(told, counts, strict=True):
+                told[name] += int(count)
+    return told
 
 
 def confirmed(auditor: Auditor, model: Model, judged: Judged) -> list[Verdict]:

@@ -25,7 +25,7 @@ import torch
 
 from bench import BenchError
 from bench._attacks import DRAWN, Attack, attacks
-from bench._cells import Judged, confirmed, judge_all, peaks, row, wilson
+from bench._cells import Judged, confirmed, judge_all, peaks, row, sketched, wilson
 from bench._served import Cheat, Result, Server, requests_like
 from bench._toploc import flagged, install
 from bench._tuned import tuned
@@ -93,6 +93,12 @@ class Court:
     @cached_property
     def auditor(self) -> Auditor:
         return Auditor(self.weights, self.profile)
+
+    @cached_property
+    def screener(self) -> Auditor:
+        """In the precision that a watchtower screens in."""
+        wide = self.weights.shape.served_dtype == Dtype.FLOAT32
+        return Auditor(self.weights, self.profile, torch.float64 if wide else torch.float32)
 
     @cached_property
     def model(self) -> Model:
@@ -240,6 +246,7 @@ def attack_rows(plan: Plan, dtype: str, python: Path | None) -> list[dict[str, A
         judged = judge_all(auditor, results)
         kind = "honest" if attack in honest else "attack"
         found = row(kind, attack.name, dtype, judged, plan.trials) | screened.rates(results)
+        found["sketch"] = sketched(court.screener, results, attack.name.encode())
         if kind == "honest":
             found |= _alarms(court, judged)
         else:

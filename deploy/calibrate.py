@@ -30,7 +30,7 @@ from worker.sampler import ONE, Draw
 from worker.stage import Stage
 
 FILE_NAME = REPORT_NAME
-FORMAT = "plumb-calibration-2"
+FORMAT = "plumb-calibration-3"
 SEQUENCES = 16
 LENGTH = 96  # positions of a sequence, where the model allows so many
 LONG = 4  # times as long: the last sequence
@@ -73,7 +73,7 @@ class Measured:
                 "floor_shares": list(row.shares),
                 "tail_scale": row.scale,
                 "margin": row.margin,
-                "threshold": row.threshold,
+                "thresholds": list(row.thresholds),
             }
         logits = {"token": self.calibration.logits(self.margin), "screen": self.screen}
         return {

@@ -75,7 +75,7 @@ def measure(folder: Path, margin: float = MARGIN, settings: str = "quick") -> No
     table.caption = "median, 99.9 % and worst in usual honest distances of each head or block"
     for kind, row in found.calibration.report(margin).items():
         numbers = (row.quantiles[0.5], row.quantiles[0.999], row.quantiles[1.0], row.margin)
-        least, largest = (row.threshold * usual for usual in row.usual)
+        least, largest = (end(row.thresholds) * usual for end, usual in zip((min, max), row.usual, strict=True))
         told = (*(f"{number:.2f}" for number in numbers), f"{least:.5f} to {largest:.5f}")
         table.add_row(kind.name.lower(), str(row.pieces), *told)
     console.print(table)
