@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from tests.worker.village import WINDOW_SECONDS, Village
 from verifier.commit import Request, make_outputs, outputs_root
 from verifier.trace import RequestTrace
 from worker import ring_pb2 as pb
+from worker.agent import Agent
 from worker.channel import Peer
 from worker.errors import BadMessage, Refused
-from worker.job import Phase
+from worker.grpc_channel import Link
+from worker.job import JobFolder, Phase
+from worker.notary import Notary
 from worker.recorder import trace_path
 
 
@@ -78,12 +82,13 @@ def test_a_job_is_served_committed_settled_and_paid(
     asyncio.run(within(900, story()))
 
 
-async def check_forgotten(village: Village, id: bytes, expected: list[list[int]]) -> None:
+async def check_forgotten(village: Village, id: bytes, expected: list[list[int]], seconds: float = 120.0) -> None:
     """A worker that kept something of every job it ever served would end without memory, or without disk."""
     first = village.agents[0]
-    while any(agent._engagements or any(agent.folder(id).path.glob("*.safetensors")) for agent in village.agents):
+    end = time.monotonic() + seconds
+    while kept := remembered(village, id):
+        assert time.monotonic() < end, f"expected everything of the job to be forgotten, kept is {kept}"
         await asyncio.sleep(0.1)
-    assert not any(agent.notary._signers for agent in village.agents)
     answer = await village.get(1, f"/jobs/{id.hex()}/outputs")
     assert [output["tokens"] for output in answer.json()["outputs"]] == expected
     answer = await village.get(0, f"/jobs/{id.hex()}/trace/2/0.q")
@@ -93,6 +98,59 @@ async def check_forgotten(village: Village, id: bytes, expected: list[list[int]]
     await first._receive(peer, pb.Envelope(job=id, attempt=1, sequence=99, finish=pb.Finish()))
     with pytest.raises(BadMessage, match="is not at this worker"):
         await first._receive(peer, pb.Envelope(job=bytes(32), attempt=1, finish=pb.Finish()))
+
+
+def remembered(village: Village, id: bytes) -> list[str]:
+    """What the workers have of a job, by name: in memory, and of traces on disk."""
+    kept = []
+    for i, agent in enumerate(village.agents):
+        link = agent.channel.to(*village_neighbour(village, 1 - i))
+        assert isinstance(link, Link)
+        places = {
+            "engagements": id in agent._engagements,
+            "signers": id in agent.notary._signers,
+            "messages": any(envelope.job == id for envelope in link._unacknowledged),
+            "refusals": id in link._refused,
+            "traces": any(agent.folder(id).path.glob("*.safetensors")),
+        }
+        kept += [f"{name} of worker {i}" for name, there in places.items() if there]
+    return kept
+
+
+def village_neighbour(village: Village, index: int) -> tuple[Peer, str]:
+    agent = village.agents[index]
+    return Peer(f"stage {index}", agent.account, agent.certificate), village.configs[index].grpc
+
+
+@pytest.mark.parametrize("faulty", ["_forget", "forget", "drop_traces"])
+def test_a_worker_that_forgets_nothing_is_found_out(
+    village: Village, requests_batch: list[Request], monkeypatch: pytest.MonkeyPatch, faulty: str
+) -> None:
+    """By the check above, which would else prove nothing."""
+
+    async def never(self: Agent, id: bytes) -> None:
+        pass
+
+    what = {
+        "_forget": (Agent, never, "engagements of worker 0"),
+        "forget": (Notary, lambda self, job: None, "signers of worker 0"),
+        "drop_traces": (JobFolder, lambda self: None, "traces of worker 0"),
+    }[faulty]
+    monkeypatch.setattr(what[0], faulty, what[1])
+
+    async def story() -> None:
+        await village.wake()
+        id = await village.open(requests_batch[:1])
+        await village.reaches(id, Status.COMMITTED)
+        village.devnet.pass_seconds(WINDOW_SECONDS + 2)
+        await village.reaches(id, Status.PAID)
+        while not all(agent.folder(id).over for agent in village.agents):
+            await asyncio.sleep(0.1)
+        with pytest.raises(AssertionError, match=what[2]):
+            await check_forgotten(village, id, [], seconds=3.0)
+        await village.sleep()
+
+    asyncio.run(within(900, story()))
 
 
 def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, requests_batch: list[Request]) -> None:

@@ -154,7 +154,11 @@ def test_a_batch_over_a_wire_that_is_cut_again_and_again_is_served_in_one_attemp
     parties = [Party(tmp_path, f"party{i}") for i in range(2)]
 
     async def story() -> list[JobState]:
-        stages, runs, relays, rings, links = split(folder, 3, 2), [], [], [], []
+        stages = split(folder, 3, 2)
+        runs: list[Run] = []
+        relays: list[Relay] = []
+        rings: list[Ring] = []
+        links: list[Link] = []
         with ThreadPoolExecutor(1) as compute:
             for i in range(2):
 
@@ -181,8 +185,8 @@ def test_a_batch_over_a_wire_that_is_cut_again_and_again_is_served_in_one_attemp
                 run.start()
             states = list(await within(250, asyncio.gather(*(run.finished for run in runs))))
             assert relays[1].connections > 2  # which rows go through; tokens are few bytes
-            for part in (*links, *rings, *relays):
-                await (part.close() if isinstance(part, Link) else part.stop())
+            await asyncio.gather(*(link.close() for link in links))
+            await asyncio.gather(*(part.stop() for part in (*rings, *relays)))
             return states
 
     states = asyncio.run(within(280, story()))
