@@ -13,7 +13,7 @@ FORGE = $$($(RUN) -c 'from deploy.devnet import foundry_binary as f; print(f("fo
 # $(call PROTOC,FOLDER): the generated half of the ring's wire format.
 PROTOC = mkdir -p $(1) && $(RUN) -m grpc_tools.protoc -I. --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) worker/ring.proto
 
-.PHONY: help setup demo test nightly prove slither check format test-system vectors snapshots proto bench clean
+.PHONY: help setup demo test faults nightly prove slither check format test-system vectors snapshots proto bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test: setup ## every test that needs Python and Node alone
 	FORGE_SNAPSHOT_CHECK=true "$(FORGE)" test || status=1; \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile || status=1; \
 	exit $$status
+
+faults: setup ## takes each rule out of the contracts and sees the test that docs/laws.md names for it fail
+	$(RUN) -m tests.contracts.try_faults
 
 nightly: setup ## the contracts' tests with 10,000 fuzz runs and long campaigns; hours
 	FOUNDRY_PROFILE=nightly "$(FORGE)" test

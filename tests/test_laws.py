@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts.faults import FAULTS, faulty
+from tests.contracts.faults import test_of as named_by
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "laws.md"
 NAMED = re.compile(r"`([\w/.]+)::(\w+)`")
 DEFINED = {".py": re.compile(r"^(?:async )?def (\w+)\(", re.M), ".sol": re.compile(r"^ +function (\w+)\(", re.M)}
 LAWS = 10
+# Rules that no fault in the contracts takes out, and who sees it when they are.
+ELSEWHERE = {
+    "a drawn token is one token": "tests/twin/test_mutants.py",
+    "a request is judged by its own law": "tests/twin/test_game_sample.py",
+    "workers serve only what they computed": "tests/worker/test_admission.py",
+    "what is judged is what was checked": "tests/twin/test_malformed.py",
+}
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -60,3 +70,26 @@ def test_every_law_of_a_campaign_is_asked_for() -> None:
     text = (ROOT / "tests/contracts/invariants/GameInvariants.t.sol").read_text(encoding="utf-8")
     for name in re.findall(r"function (law\d+_\w+)\(", text):
         assert len(re.findall(rf"\b{name}\(\);", text)) >= 1, name
+
+
+def test_every_fault_fits_the_contracts() -> None:
+    for path in {fault.path for fault in FAULTS}:
+        assert "0xFA017" in faulty(path)
+
+
+def test_every_fault_names_a_test_that_exists() -> None:
+    assert len({fault.what for fault in FAULTS}) == len(FAULTS)
+    for fault in FAULTS:
+        path, name = named_by(fault)
+        assert name in defined(path), fault.what
+        assert bool(fault.law) <= name.startswith("invariant_"), fault.what
+
+
+def test_every_law_and_every_rule_is_taken_out_once() -> None:
+    """Its own test, or the law that a campaign asks for, is what a fault of `make faults` must be seen by."""
+    seen = {"::".join(named_by(fault)) for fault in FAULTS}
+    laws = {fault.law for fault in FAULTS}
+    for number, _, tests in rows("Laws"):
+        assert f"law {number}" in laws or {"::".join(each) for each in NAMED.findall(tests)} & seen, number
+    left = [rule for rule, _, tests in rows("Rules") if not {"::".join(each) for each in NAMED.findall(tests)} & seen]
+    assert set(left) == set(ELSEWHERE)

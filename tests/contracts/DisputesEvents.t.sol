@@ -88,6 +88,54 @@ contract DisputesEventsTest is DisputesTable {
         assertEq(_sliced(moved, place), list, "and it is the list");
     }
 
+    /// @dev The same list in front of the move, at no word's start: within the state that was posted, where nobody looks for it.
+    function test_the_place_is_told_of_a_list_that_stands_before_its_move() external {
+        bytes memory before = descent;
+        uint256 move;
+        assembly ("memory-safe") {
+            move := mload(add(before, 100))
+        }
+        // State and move are pushed back; what is put between them begins with a byte that shifts all words.
+        bytes memory put = bytes.concat(hex"ff", bytes32(list.length), list, new bytes(31 - list.length % 32));
+        bytes memory moved = bytes.concat(_cut(before, 0, 4 + move), put, _cut(before, 4 + move, before.length));
+        uint256 behind = move + put.length;
+        uint256 back = type(uint256).max - (put.length - 1) + 1; // from the move to the length of the list
+        assembly ("memory-safe") {
+            mstore(add(moved, 100), behind)
+            mstore(add(add(moved, 36), add(behind, 128)), back)
+        }
+        _sent(WORKER, WORKER, address(disputes), moved);
+        (, uint32 place) = _told();
+        assertEq(place, 4 + move + 1 + 32, "where it was read");
+        assertEq(_sliced(moved, place), list, "and it is the list");
+    }
+
+    /// @dev A list that begins in the function's selector, or before the call itself, is no list.
+    function test_a_list_begins_within_the_call() external {
+        uint256 move;
+        bytes memory moved = descent;
+        assembly ("memory-safe") {
+            move := mload(add(moved, 100))
+        }
+        uint256[3] memory backs = [move + 4, move + 3, move + 36];
+        for (uint256 i = 0; i < backs.length; ++i) {
+            uint256 back = type(uint256).max - backs[i] + 1;
+            assembly ("memory-safe") {
+                mstore(add(add(moved, 36), add(move, 128)), back)
+            }
+            vm.prank(WORKER, WORKER);
+            (bool done,) = address(disputes).call(moved);
+            assertTrue(!done, "refused");
+        }
+    }
+
+    function _cut(bytes memory data, uint256 from, uint256 to) private pure returns (bytes memory part) {
+        part = new bytes(to - from);
+        for (uint256 i = 0; i < part.length; ++i) {
+            part[i] = data[from + i];
+        }
+    }
+
     function test_a_challenge_tells_where_its_roots_stand() external {
         (bytes32 salt,) = _commit(_segment());
         bytes memory call = abi.encodeCall(IDisputes.challenge, (_segment(), salt, model, _evidence(), _steps()));

@@ -3,10 +3,12 @@ pragma solidity 0.8.37;
 
 import {Acceptance, IEscrow, Job, Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {IDisputes, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
+import {Rows} from "../../../contracts/src/game/Rows.sol";
 import {IWorkers} from "../../../contracts/src/interfaces/IWorkers.sol";
 import {Batch, Batches, Lie} from "../village/Batches.sol";
 import {Case, Cases} from "../village/Cases.sol";
 import {Plan} from "../village/Plan.sol";
+import {Solver} from "../village/Solver.sol";
 import {Scene, Table} from "../village/Scene.sol";
 
 interface Prices {
@@ -104,6 +106,57 @@ contract MoneyAttacks is Scene {
         uint256 pay = 10; // six tenths of 17
         assertTrue((token.balanceOf(BURN) - burned) * 4 >= LOCK - pay, "at least a quarter burns");
         assertEq(escrow.credit(_account(1)), pay, "the other stage's pay comes first");
+    }
+
+    // ---- shows
+
+    /// @dev A fault that is shown at once is shown again and again by others, who send one transaction and are paid for two, `prepare`
+    /// included: what the lock pays for gas is bounded, and none of it is the part of whoever committed first.
+    function test_link_showingItAgainTakesNothingFromWhoeverWasFirst() external {
+        Batch memory b = Batches.build(Lie.OUT);
+        bytes32 job = _serve(b);
+        Segment memory s = _fault(job, b, 0);
+        Table memory t = _started(WATCH, b, s, "");
+        assertEq(t.seen.convicted, 1, "convicted");
+        _refused(WATCH, _openingCall(b, s, t.salt, ""), IDisputes.GameExists.selector);
+        vm.warp(block.timestamp + 1);
+        for (uint256 i = 0; i < 9; ++i) {
+            bytes32 salt = bytes32(++salts);
+            _send(COPIER, abi.encodeCall(IDisputes.commit, (_gameId(COPIER, s, salt))));
+            vm.roll(block.number + 1);
+            (bool done,) = _send(COPIER, _openingCall(b, s, salt, "")); // it prepares nothing
+            assertTrue(done, "the fault is still one");
+        }
+        vm.warp(escrow.windowEnd(job) + 1);
+        uint256 burned = token.balanceOf(BURN);
+        escrow.release(job);
+        uint256 pay = 6; // four tenths of 17, of the stage that is right
+        uint256 two = 2 * MOVE_GAS * GAS_RATE;
+        assertEq(escrow.credit(COPIER), (LOCK - pay) / 2 - two, "of the half for gas, what the first left");
+        assertTrue(escrow.credit(WATCH) >= two + (LOCK - pay) / 4, "its gas first, and a quarter of the lock at least");
+        assertTrue((token.balanceOf(BURN) - burned) * 4 >= LOCK - pay, "at least a quarter burns");
+        assertEq(disputes.credit(WATCH) + disputes.credit(COPIER), 0, "no bond was taken, none returns");
+    }
+
+    /// @dev A liar prepares every sum of a right job, before anybody else does and after: not one of them convicts.
+    function test_link_noPreparationConvictsWhatIsRight() external {
+        Batch memory b = Batches.build(Lie.NONE);
+        bytes32 job = _serve(b);
+        for (uint32 i = 0; i < 8; ++i) {
+            Segment memory s = Segment(job, 1, Plan.LINK, 0, i % 2, i / 2 % 2, i < 4 ? 0 : uint32(Plan.WIDTH - 1));
+            _prepare(LIAR, b, s);
+            Segment memory other = Segment(job, 1, Plan.LINK, 0, i % 2, 1 - i / 2 % 2, s.unit);
+            _prepare(LIAR, b, other);
+            Table memory t = _prepared(COPIER, b, s, "");
+            _refused(COPIER, _openingCall(b, s, t.salt, ""), IDisputes.NotWrong.selector);
+            // The evidence of one position, or of another column, under the name of the other.
+            bytes32 salt = bytes32(++salts);
+            _send(LIAR, abi.encodeCall(IDisputes.commit, (_gameId(LIAR, other, salt))));
+            vm.roll(block.number + 1);
+            bytes memory crossed = abi.encodeCall(IDisputes.show, (other, salt, model, Solver.exhibits(b, s)));
+            _refused(LIAR, crossed, Rows.RootMismatch.selector);
+        }
+        assertTrue(!escrow.convicted(job, 0) && !escrow.convicted(job, 1), "nobody is convicted");
     }
 
     // ---- challenges

@@ -16,6 +16,7 @@ import {Villagers} from "./Villagers.sol";
 /// @dev One invariant for all laws, because forge plays a campaign for each, and the same one.
 contract GameInvariants is Base {
     uint256 private constant STAGES = 2;
+    uint256 private constant WORKERS = 3; // one is a spare
     uint256 private constant STAKE = 1e30;
     /// @dev Of a move without its calldata. The dearest proves a verdict over 320 elements, wider than any real one, and ends the job.
     uint256 private constant MOST_GAS = 500_000;
@@ -45,11 +46,13 @@ contract GameInvariants is Base {
     }
 
     function targetSelectors() public view returns (FuzzSelector[] memory targets) {
-        bytes4[9] memory chosen = [
+        bytes4[11] memory chosen = [
             all.serve.selector,
             all.audit.selector,
             all.accuse.selector,
             all.frame.selector,
+            all.prepare.selector,
+            all.relieve.selector,
             all.move.selector,
             all.interfere.selector,
             all.finish.selector,
@@ -88,24 +91,28 @@ contract GameInvariants is Base {
         }
         assertEq(token.balanceOf(address(escrow)), owedByEscrow, "law 1: Escrow");
         assertEq(token.balanceOf(address(disputes)), owedByDisputes, "law 1: Disputes");
-        assertEq(token.balanceOf(address(workers)), _stake(0) + _stake(1), "law 1: Workers");
+        assertEq(token.balanceOf(address(workers)), _stake(0) + _stake(1) + _stake(2), "law 1: Workers");
     }
 
     function law2_anHonestWorkerNeverLosesItsLock() public view {
         assertEq(all.honestWorkersConvicted(), 0, "law 2: honest workers convicted");
         assertEq(all.honestMovesRefused(), 0, "law 2: honest moves refused");
-        uint256[2] memory lost;
+        assertEq(all.placesTaken(), 0, "law 2: places taken without consent");
+        uint256[WORKERS] memory lost;
         for (uint256 i; i < all.jobCount(); ++i) {
             (bytes32 id, Lie lie) = _job(i);
             for (uint8 stage; stage < STAGES; ++stage) {
                 bool guilty = Batches.guilty(lie) >> stage & 1 == 1;
                 assertTrue(guilty || !escrow.convicted(id, stage), "law 2: convicted though it served within tolerance");
                 bool slashed = escrow.convicted(id, stage) && !escrow.lockHeld(id, stage);
-                if (slashed) lost[stage] += escrow.job(id).lock;
+                for (uint256 k; k < WORKERS; ++k) {
+                    if (slashed && all.holder(i, stage) == all.worker(k)) lost[k] += escrow.job(id).lock;
+                }
             }
         }
-        assertEq(_stake(0), STAKE - lost[0], "law 2: stake of stage 0");
-        assertEq(_stake(1), STAKE - lost[1], "law 2: stake of stage 1");
+        for (uint256 k; k < WORKERS; ++k) {
+            assertEq(_stake(k), STAKE - lost[k], "law 2: stake");
+        }
     }
 
     function law3_oneHonestChallengerConvictsEveryViolation() public view {
@@ -160,7 +167,9 @@ contract GameInvariants is Base {
     function law1_noTokenStaysBehind() public view {
         assertEq(token.balanceOf(address(escrow)), 0, "law 1: left in Escrow");
         assertEq(token.balanceOf(address(disputes)), all.burned(), "law 1: left in Disputes, beside what burned");
-        assertEq(workers.lockedStake(all.party(1)) + workers.lockedStake(all.party(2)), 0, "law 1: left locked");
+        for (uint256 k; k < WORKERS; ++k) {
+            assertEq(workers.lockedStake(all.worker(k)), 0, "law 1: left locked");
+        }
     }
 
     function law5_everyJobEndsWithinItsWindowAndOneGame() public view {
@@ -179,8 +188,8 @@ contract GameInvariants is Base {
         (id, lie,,,,) = all.jobs(i);
     }
 
-    function _stake(uint256 stage) private view returns (uint256) {
-        address account = all.party(1 + stage);
+    function _stake(uint256 k) private view returns (uint256) {
+        address account = all.worker(k);
         (uint256 leaving,) = workers.withdrawalOf(account);
         return workers.freeStake(account) + workers.lockedStake(account) + leaving;
     }

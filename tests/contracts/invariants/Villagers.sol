@@ -3,11 +3,12 @@ pragma solidity 0.8.37;
 
 import {Games} from "../../../contracts/src/game/Games.sol";
 import {Game, IDisputes, Phase, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
+import {Opening} from "../../../contracts/src/interfaces/IReferee.sol";
 import {Job, Status} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Batch, Batches, Lie} from "../village/Batches.sol";
 import {Case, Cases} from "../village/Cases.sol";
 import {Plan} from "../village/Plan.sol";
-import {Board} from "../village/Solver.sol";
+import {Board, Solver} from "../village/Solver.sol";
 import {Village} from "../village/Village.sol";
 
 /// @notice As forge tells it.
@@ -80,12 +81,14 @@ contract Villagers is Village {
     uint256 public silenceUnpunished; // law 6
     uint256 public wrongClocks; // law 7
     uint256 public copiesAccepted; // laws 8 and 10
+    uint256 public placesTaken; // law 2: in a job, by or from whoever had not agreed
     uint256 public largestMoveGas; // law 9
     mapping(uint8 reason => uint256) public endings; // how far the fuzzer got
     mapping(bytes32 job => mapping(uint256 stage => bool)) public found; // convicted, as the games said
 
     function settleIn() external {
         _settleIn();
+        _hireSpare();
         for (uint8 lie = 0; lie < Batches.LIES; ++lie) {
             this.keep(Lie(lie));
         }
@@ -108,7 +111,15 @@ contract Villagers is Village {
         vm.warp(_now);
         // Every second batch is right.
         Lie lie = seed % 2 == 0 ? Lie.NONE : Lie(1 + (seed >> 8) % (Batches.LIES - 1));
-        bytes32 id = _serve(_batch(lie));
+        bytes32 id = _open(_order(_now));
+        escrow.accept(id, _acceptances(id, STAGES));
+        // Of some jobs the last stage is lost, and its spare serves. One consent less would be too few.
+        if ((seed >> 16) % 3 == 0) {
+            if (_move(id, (seed >> 24) % 3)) ++placesTaken;
+            if (_move(id, NOBODY)) pipelineOf[id] = spareLine;
+            else ++honestMovesRefused;
+        }
+        _commitTo(id, _batch(lie));
         _number[id] = jobs.length;
         jobs.push(Served(id, lie, false, escrow.windowEnd(id), 0, 0));
     }
@@ -152,6 +163,41 @@ contract Villagers is Village {
         _prepare(LIAR, b, s);
         (bool done,) = _send(LIAR, _openingCall(b, s, salt, ""));
         if (done) ++honestWorkersConvicted;
+    }
+
+    /// @notice Anybody prepares any LINK, from what was committed or from what was not. What is right cannot be shown to be wrong by that.
+    function prepare(uint256 seed) external {
+        vm.warp(_now);
+        if (jobs.length == 0) return;
+        Served memory job = jobs[_recent(seed)];
+        uint32 column = seed >> 8 & 1 == 0 ? uint32(Plan.ALTERED_COLUMN) : uint32((seed >> 16) % Plan.WIDTH);
+        Segment memory s = Segment(job.id, 1, Plan.LINK, 0, uint32((seed >> 32) % 2), uint32((seed >> 40) % 2), column);
+        Batch memory b = _batch(job.lie);
+        _prepareAnyhow(b, s, seed >> 48);
+        Segment memory fault = _fault(job.id, b, 0);
+        fault.stage = s.stage;
+        if (keccak256(abi.encode(fault)) == keccak256(abi.encode(s))) return;
+        bytes32 salt = _commit(LIAR, s, 1);
+        (bool done,) = _send(LIAR, _openingCall(b, s, salt, ""));
+        if (done) ++honestWorkersConvicted;
+    }
+
+    function _prepareAnyhow(Batch memory b, Segment memory s, uint256 seed) private {
+        Opening[] memory premises = Solver.premises(b, s);
+        bool untrue = seed % 3 == 0;
+        if (untrue) premises[1 + (seed >> 8) % 2].data[(seed >> 16) % 128] ^= 0x01;
+        bytes memory call = abi.encodeCall(IDisputes.prepare, (s, model, premises));
+        bool done = _sendQuietly(party((seed >> 24) % parties()), call);
+        if (done && untrue) ++copiesAccepted;
+        if (!done && !untrue) ++honestMovesRefused;
+    }
+
+    /// @notice A job that is committed to goes to nobody else, whoever agrees.
+    function relieve(uint256 seed) external {
+        vm.warp(_now);
+        if (jobs.length == 0) return;
+        Served memory job = jobs[_recent(seed)];
+        if (pipelineOf[job.id] == line && _move(job.id, NOBODY)) ++placesTaken;
     }
 
     /// @notice Whoever is to move may do so before it must.
@@ -450,11 +496,11 @@ contract Villagers is Village {
     }
 
     function parties() public pure returns (uint256) {
-        return 7;
+        return 8;
     }
 
     function party(uint256 i) public pure returns (address) {
-        return [REQUESTER, _account(0), _account(1), WATCH, LIAR, COPIER, STRANGER][i];
+        return [REQUESTER, _account(0), _account(1), WATCH, LIAR, COPIER, STRANGER, _account(SPARE)][i];
     }
 
     function contracts() external view returns (address, address, address, address) {
@@ -463,6 +509,15 @@ contract Villagers is Village {
 
     function now_() external view returns (uint256) {
         return _now;
+    }
+
+    /// @notice The account that has a stage of job `i`.
+    function holder(uint256 i, uint256 stage) external view returns (address) {
+        return _account(_holder(jobs[i].id, stage));
+    }
+
+    function worker(uint256 i) external pure returns (address) {
+        return _account(i);
     }
 
     // ---- reading
@@ -482,6 +537,10 @@ contract Villagers is Village {
     function _recent(uint256 seed) private view returns (uint256) {
         uint256 recent = jobs.length < 3 ? jobs.length : 3;
         return jobs.length - 1 - seed % recent;
+    }
+
+    function _move(bytes32 id, uint256 missing) private returns (bool done) {
+        (done,) = address(escrow).call(_moveCall(id, missing));
     }
 
     function _sendQuietly(address sender, bytes memory call) private returns (bool done) {

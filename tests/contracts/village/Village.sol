@@ -7,7 +7,7 @@ import {Demands} from "../../../contracts/src/Demands.sol";
 import {Disputes} from "../../../contracts/src/Disputes.sol";
 import {Games} from "../../../contracts/src/game/Games.sol";
 import {Game, HandoffProof, IDisputes, Segment} from "../../../contracts/src/interfaces/IDisputes.sol";
-import {IEscrow, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
+import {Consent, IEscrow, Job} from "../../../contracts/src/interfaces/IEscrow.sol";
 import {Model, Opening} from "../../../contracts/src/interfaces/IReferee.sol";
 import {IWorkers, Stage} from "../../../contracts/src/interfaces/IWorkers.sol";
 import {Referee} from "../../../contracts/src/referee/Referee.sol";
@@ -42,7 +42,9 @@ abstract contract Village is Market {
     Referee internal referee;
     Disputes internal disputes;
     Demands internal demands;
+    uint256 internal constant SPARE = 2; // a worker that may take the last stage's place
     bytes32 internal line; // the pipeline
+    bytes32 internal spareLine; // the same with the spare
     Model internal model;
     uint256 internal salts;
     uint64 internal nonces;
@@ -97,8 +99,47 @@ abstract contract Village is Market {
     function _serve(Batch memory b) internal returns (bytes32 id) {
         id = _open(_order(block.timestamp));
         escrow.accept(id, _acceptances(id, STAGES));
-        escrow.commit(id, _one(_claim(id, 0, Tree.leaf(b.nodes[0]), 0, 0, _key(0))));
-        escrow.commit(id, _one(_claim(id, 1, Tree.leaf(b.nodes[1]), Tree.leaf(b.output), b.total, _key(1))));
+        _commitTo(id, b);
+    }
+
+    function _commitTo(bytes32 id, Batch memory b) internal {
+        escrow.commit(id, _one(_claim(id, 0, Tree.leaf(b.nodes[0]), 0, 0, _keyOf(id, 0))));
+        escrow.commit(id, _one(_claim(id, 1, Tree.leaf(b.nodes[1]), Tree.leaf(b.output), b.total, _keyOf(id, 1))));
+    }
+
+    // ---- a spare
+
+    /// @notice Hires the spare, and has all sign the pipeline in which it has the last stage's place.
+    function _hireSpare() internal {
+        _hire(SPARE);
+        Stage[] memory stages = _stages(STAGES);
+        stages[1].worker = _account(SPARE);
+        bytes32 joined = keccak256(abi.encode(keccak256("Join(bytes32 pipeline)"), _pipelineId(stages, 1)));
+        bytes[] memory joins = new bytes[](STAGES);
+        (joins[0], joins[1]) = (_sign(address(workers), _key(0), joined), _sign(address(workers), _key(SPARE), joined));
+        spareLine = workers.createPipeline(modelId, stages, 1, joins);
+    }
+
+    /// @notice The call by which a job moves to the spare, with everybody's consent, or without that of party `missing`: 0 and 1 the
+    /// stages, 2 the spare.
+    function _moveCall(bytes32 id, uint256 missing) internal view returns (bytes memory) {
+        bytes32 typehash = keccak256("Move(bytes32 job,bytes32 from,bytes32 pipeline,uint64 until)");
+        uint64 until = uint64(block.timestamp + 30);
+        bytes32 content = keccak256(abi.encode(typehash, id, line, spareLine, until));
+        Consent[] memory consents = new Consent[](3);
+        for (uint256 i = 0; i < 3; ++i) {
+            consents[i] = Consent(until, _sign(address(escrow), _key(i == missing ? 7 : i), content));
+        }
+        return abi.encodeCall(IEscrow.move, (id, spareLine, consents));
+    }
+
+    /// @notice Which worker has a stage of a job.
+    function _holder(bytes32 id, uint256 stage) internal view returns (uint256) {
+        return stage == 1 && pipelineOf[id] == spareLine ? SPARE : stage;
+    }
+
+    function _keyOf(bytes32 id, uint256 stage) internal view returns (uint256) {
+        return _key(_holder(id, stage));
     }
 
     // ---- what is wrong
@@ -180,7 +221,7 @@ abstract contract Village is Market {
         bytes32 root = Tree.leaf(b.handoff);
         bytes32 typehash = keccak256("Handoff(bytes32 job,uint8 stage,bytes32 root,uint32 leaves)");
         bytes32 content = keccak256(abi.encode(typehash, s.job, sender, root, uint32(1)));
-        bytes memory signature = _sign(address(escrow), _key(sender), content);
+        bytes memory signature = _sign(address(escrow), _keyOf(s.job, sender), content);
         return HandoffProof(root, 1, 0, b.handoff, new bytes32[](0), signature);
     }
 
