@@ -273,7 +273,7 @@ class Ring(ring_pb2_grpc.RingServicer):
                 ("grpc.max_receive_message_length", self._limit + SLACK_BYTES),
                 ("grpc.so_reuseport", 0),
                 # Half of what peers keep to.
-                ("grpc.http2.min_ping_recv_interval_without_data_ms", int(500 * KEEPALIVE_SECONDS)),
+                ("grpc.http2.min_ping_interval_without_data_ms", int(500 * KEEPALIVE_SECONDS)),
             ]
         )
         ring_pb2_grpc.add_RingServicer_to_server(self, self._server)
