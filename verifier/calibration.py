@@ -12,7 +12,7 @@ or from those of all layers, whichever tail is known to be shorter.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, log, sqrt
 from pathlib import Path
@@ -86,16 +86,34 @@ class Bound:
         return self.threshold / self.worst if self.worst else 1.0
 
 
-def bound(values: Floats, margin: float, repeats: int = 1) -> Bound:
+def bound(values: Floats, margin: float, repeats: float = 1.0) -> Bound:
     """The threshold over honest values: `margin` times the worst, or more where the sample is small for its tail.
 
     An exponential tail that showed its worst in n values passes worst + scale * ln(1 / (n * p)) once in 1/p. values:
-    one or more; repeats: how many of them stem from the same position and unit, which count as one.
+    one or more; repeats: how many of them count as one.
     """
-    largest = np.sort(values)[-max(TAIL_LEAST, ceil(TAIL * len(values))) :]
+    largest = np.sort(values)[-_tail(len(values)) :]
     worst, scale = float(largest[-1]), float(largest.mean() - largest[0])
     beyond = scale * max(0.0, log(repeats / (len(values) * RARITY)))
     return Bound(len(values), worst, scale, max(margin * worst, worst + beyond))
+
+
+def clustered(units: Sequence[Floats], settings: int) -> float:
+    """How many of the largest values stem from one position of one unit, on average, so that they count as one: from 1,
+    each setting by itself, to `settings`, all alike. units: values of each, setting by setting, the positions in one
+    order; where they are not, as many as there are settings.
+    """
+    if any(len(rows) % settings for rows in units):
+        return float(settings)
+    every = np.concatenate(units)
+    start = np.partition(every, -_tail(len(every)))[-_tail(len(every))]
+    beyond = [rows.reshape(settings, -1) >= start for rows in units]
+    return float(sum(int(b.sum()) for b in beyond) / sum(int(b.any(axis=0).sum()) for b in beyond))
+
+
+def _tail(count: int) -> int:
+    """How many of the largest values the tail is read from."""
+    return min(count, max(TAIL_LEAST, ceil(TAIL * count)))
 
 
 @dataclass(frozen=True)
@@ -235,15 +253,18 @@ class Calibration:
             fits = {}
             for layer in self._layers(kind):
                 tried = [self._fit(kind, layer, share) for share in SHARES]
-                rooms = [bound(fit.every, margin, self._repeats).threshold * fit.room for fit in tried]
+                rooms = [self._bound([fit], margin).threshold * fit.room for fit in tried]
                 fits[layer] = tried[rooms.index(min(rooms))]
-            every = np.concatenate([fit.every for fit in fits.values()])
-            self._chosen[kind, margin] = fits, bound(every, margin, self._repeats)
+            self._chosen[kind, margin] = fits, self._bound(list(fits.values()), margin)
         return self._chosen[kind, margin]
 
     def _threshold(self, fit: _Fit, everywhere: Bound, margin: float) -> float:
         """Of one layer, in usual distances. It is `margin` times the layer's worst or more, for both bounds are."""
-        return min(bound(fit.every, margin, self._repeats).threshold, everywhere.threshold)
+        return min(self._bound([fit], margin).threshold, everywhere.threshold)
+
+    def _bound(self, fits: Sequence[_Fit], margin: float) -> Bound:
+        every = np.concatenate([fit.every for fit in fits])
+        return bound(every, margin, clustered([rows for fit in fits for rows in fit.ratios.values()], self._repeats))
 
     def _fit(self, kind: Kind, layer: int, share: float) -> _Fit:
         pieces = self._seen[kind, layer]

@@ -11,7 +11,16 @@ import torch
 
 from tests.verifier import tiny
 from verifier.audit import Auditor
-from verifier.calibration import DENOMINATOR, SHARES, TOLERATED, Calibration, UnseparableModel, bound, q30_floor
+from verifier.calibration import (
+    DENOMINATOR,
+    SHARES,
+    TOLERATED,
+    Calibration,
+    UnseparableModel,
+    bound,
+    clustered,
+    q30_floor,
+)
 from verifier.program import Kind, ModelShape, profile_index, shape_from_config
 from verifier.referee.codec import ProfileCell
 from verifier.referee.fixed import Q30
@@ -108,6 +117,17 @@ def test_a_margin_follows_from_the_sample_and_its_tail() -> None:
     # No tail, no more than the least margin; no distance, no threshold.
     assert bound(np.ones(1000), 1.25).threshold == 1.25
     assert bound(np.zeros(3), 1.25).threshold == 0 and bound(np.zeros(3), 1.25).margin == 1
+
+
+def test_values_of_one_position_count_as_one_as_far_as_they_are_large_together() -> None:
+    generator = np.random.default_rng(7)
+    alone, settings = generator.exponential(size=2000), 5
+    assert clustered([np.tile(alone, settings)], settings) == 5
+    assert clustered([np.tile(alone, settings)] * 3, settings) == 5
+    assert clustered([generator.exponential(size=2000 * settings)], settings) == pytest.approx(1.02, abs=0.03)
+    assert clustered([np.concatenate([alone, alone, np.zeros(6000)])], settings) == 2  # alike in two of five
+    assert clustered([alone[:7]], settings) == 5  # not the same positions in each
+    assert clustered([alone[:7]], 1) == 1
 
 
 @pytest.mark.parametrize("draw", ["exponential", "normal"])
