@@ -106,6 +106,16 @@ def test_who_leaves_a_run_parts_it_and_nobody_moves() -> None:
     assert (left.base, right.base) == (run.base, run.base + 3 * run.room)
 
 
+def test_who_left_a_run_does_not_come_back_when_it_is_outgrown() -> None:
+    cache = made([40, 200, 200, 200])
+    for request in range(4):
+        put(cache, [Piece(request, 0, 30)])
+    assert len(decode(cache, range(4), 30, 40)[-1]) == 1
+    cache.drop(0)
+    for runs in decode(cache, (1, 2, 3), 40, 199):
+        assert sorted(r for run in runs for r in run.requests) == [1, 2, 3]
+
+
 def test_a_request_whose_end_is_known_is_never_moved_alone() -> None:
     cache = made([300])
     put(cache, [Piece(0, 0, 10)])
@@ -125,11 +135,13 @@ def test_requests_are_joined_once_that_is_worth_the_copy() -> None:
 
 def test_what_is_foreseen_needs_no_growing() -> None:
     cache = made([64] * 10, 640)
-    put(cache, [Piece(0, 0, 5)])
-    held = cache.device_bytes
+    put(cache, [Piece(0, 0, 60)])
+    (first,) = decode(cache, [0], 60, 61)[0]
+    before = cache.read(0, View(first, 61))[0].data_ptr()
     for request in range(1, 10):
         put(cache, [Piece(request, 0, 60)])
-    assert cache.device_bytes == held == 2 * 640 * 8 * 4
+    assert cache.device_bytes == 2 * 640 * 8 * 4
+    assert cache.read(0, View(first, 61))[0].data_ptr() == before
 
 
 def test_pages_of_an_ended_request_are_used_again() -> None:
