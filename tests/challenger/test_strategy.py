@@ -252,7 +252,7 @@ def test_drawn_tokens_are_screened_by_the_law_of_drawing(judge: Judge, hall: Hal
 def test_auto_takes_all_where_that_fits_and_as_many_cells_as_do_else(judge: Judge) -> None:
     shape = judge.weights.shape
     assert settled(Strategy("auto"), shape, [5, 3], 3600.0) == Strategy("full")
-    wanted = [settled(Strategy("auto"), shape, [1000] * 100_000, 2.0**n) for n in range(24)]
+    wanted = [settled(Strategy("auto"), shape, [1000] * 100_000, 1.1**n) for n in range(180)]
     names = list(dict.fromkeys(each.name for each in wanted))  # the more time there is, the more is looked at
     assert names == ["cells", "sweep", "full"] and {each.count for each in wanted if each.name == "sweep"} == {THIN}
     few = settled(Strategy("auto"), shape, [1000] * 100_000, 0.5)
