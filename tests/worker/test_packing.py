@@ -145,7 +145,6 @@ def test_a_receiver_that_does_not_know_packing_gets_plain_rows(tmp_path: Path, m
         raise BadMessage(sender, "packed")
 
     monkeypatch.setattr(grpc_channel, "unpacked", never)
-    taken = grpc_channel.PACKING_TAKEN
 
     async def act(link: Link, got: list[pb.Envelope]) -> None:
         for i in range(4):
@@ -153,14 +152,21 @@ def test_a_receiver_that_does_not_know_packing_gets_plain_rows(tmp_path: Path, m
             await until(lambda i=i: len(got) == i + 1)  # type: ignore[misc]
         assert link.refusal is None and not link._packing
 
+    class Silent:
+        """A call's context in which nothing is told of packing."""
+
+        def __init__(self, context: Any) -> None:
+            self._context = context
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._context, name)
+
+        async def send_initial_metadata(self, _: Any) -> None:
+            await self._context.send_initial_metadata((("plumb-other", "1"),))
+
     class Older(Ring):
         async def Flow(self, request_iterator: Any, context: Any) -> Any:
-            monkeypatch.setattr(grpc_channel, "PACKING_TAKEN", ("plumb-other", "1"))
-            answers = super().Flow(request_iterator, context)
-            first = await anext(answers)
-            monkeypatch.setattr(grpc_channel, "PACKING_TAKEN", taken)
-            yield first
-            async for ack in answers:
+            async for ack in super().Flow(request_iterator, Silent(context)):
                 yield ack
 
     talk(tmp_path, act, compress=True, ring_class=Older)
