@@ -2,8 +2,10 @@
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from verifier.commit import Request
@@ -42,10 +44,31 @@ class _Unsigned:
         return False
 
 
+@dataclass(frozen=True)
+class Served:
+    """What came out, and what it took; CPU seconds are of all threads."""
+
+    outputs: Sequence[Sequence[int]]
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.outputs))
+
+
+def timed(work: Callable[[], Sequence[Sequence[int]]]) -> Served:
+    wall, cpu = time.perf_counter(), time.process_time()
+    outputs = work()
+    return Served(outputs, time.perf_counter() - wall, time.process_time() - cpu)
+
+
 def serve(
     stage: Stage, requests: Sequence[Request], serving: Serving, recorder_class: type[Recorder] = Recorder
-) -> tuple[tuple[int, ...], ...]:
-    """The outputs of a batch. Traces go to a temporary folder that is gone afterwards."""
+) -> Served:
+    """A batch, from its requests to the roots of traces that the disk has. The traces' removal, from a temporary
+    folder, is not timed.
+    """
 
     async def work(folder: Path) -> tuple[tuple[int, ...], ...]:
         job = JobFolder(folder, JOB)
@@ -57,4 +80,4 @@ def serve(
             return (await run.finished).tokens
 
     with tempfile.TemporaryDirectory() as name:
-        return asyncio.run(work(Path(name)))
+        return timed(lambda: asyncio.run(work(Path(name))))

@@ -5,7 +5,6 @@ sides take turns; `cpu_seconds` are of all threads of a run, which other work on
 """
 
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -62,9 +61,8 @@ def run(
             taken: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
             for turn in range(rounds + 1):
                 for side in sorted(SIDES, reverse=bool(turn % 2)):
-                    wall, cpu = time.perf_counter(), time.process_time()
-                    serve(stage, batch, serving, SIDES[side])
-                    taken[side].append((time.perf_counter() - wall, time.process_time() - cpu))
+                    served = serve(stage, batch, serving, SIDES[side])
+                    taken[side].append((served.seconds, served.cpu_seconds))
         keys = tensor_keys(stage.shape, 0, stage.shape.layers)
         row_bytes = sum(tensor_width(stage.shape, key) for key in keys) * stage.shape.served_dtype.size
         for side, seconds in taken.items():

@@ -92,14 +92,12 @@ def run(
 
 def _measure(stage: WatchedStage, job: Sequence[Request], serving: Serving) -> dict[str, float]:
     stage.rows, stage.chosen = 0, []
-    began, cpu = time.perf_counter(), time.process_time()
-    outputs = serve(stage, job, serving)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    count = sum(map(len, outputs))
+    began = time.perf_counter()
+    served = serve(stage, job, serving)
     firsts = sorted(when for when, position in stage.chosen if position == len(job[0].prompt) - 1)
     return {
-        "tokens_per_second": round(count / seconds, 2),
-        "tokens_per_cpu_second": round(count / cpu, 2),
-        "prefill_positions": stage.rows - (count - len(job)),
+        "tokens_per_second": round(served.tokens / served.seconds, 2),
+        "tokens_per_cpu_second": round(served.tokens / served.cpu_seconds, 2),
+        "prefill_positions": stage.rows - (served.tokens - len(job)),
         "ttft_seconds": round(firsts[len(firsts) // 2] - began, 3),
     }

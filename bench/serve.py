@@ -1,14 +1,15 @@
 """Batched generation on one machine: this worker against transformers' `generate` and `generate_batch`.
 
-Random Llamas, prompts of mixed length, the same number of output tokens for all, greedy; sides take turns. `plumb` is
-the whole worker of one stage, its trace recorded and committed; beside it the same without, and a stage that repeats
-itself (`--retain regenerate`). CPU seconds are of all threads: other work on the machine moves them less than the
-clock. `padding` is the share of the positions that attention read which belonged to no request.
+Random Llamas, prompts of mixed length, greedy; sides take turns. Each request gets the same number of output tokens,
+the kindest case for a static batch and the hardest for traces, which are then all stored at the end; or (`outputs`:
+"mixed") a quarter of it to seven quarters, the same in sum. `plumb` is the whole worker of one stage, its trace
+recorded and committed; beside it the same without, and a stage that repeats itself (`--retain regenerate`). CPU seconds
+are of all threads: other work on the machine moves them less than the clock. `padding` is the share of the positions
+that attention read which belonged to no request.
 """
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from bench._alone import Silent, serve
+from bench._alone import Served, Silent, serve, timed
 from bench._models import write_llama
 from verifier.commit import Request
 from verifier.sha256 import leaf_hashes
@@ -55,12 +57,14 @@ class WatchedStage(Stage):
 def run(
     models: dict[str, list[int]] | None = None,
     dtypes: list[str] | None = None,
+    outputs: list[str] | None = None,
     rounds: int = 3,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """models: name -> [requests, tokens each]; rounds: of which the median counts, a first one warms up.
+    """models: name -> [requests, tokens each]; outputs: "equal", "mixed"; rounds: of which the median counts, a first
+    one warms up.
 
-    Returns {"results": [{name, model, dtype, tokens_per_second, ...}], "ratios": [...]}.
+    Returns {"results": [{name, model, dtype, outputs, tokens_per_second, ...}], "ratios": [...]}.
     """
     torch.set_num_threads(threads)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
@@ -70,89 +74,116 @@ def run(
         for dtype in dtypes or ["bfloat16", "float32"]:
             with tempfile.TemporaryDirectory() as folder:
                 model = write_llama(Path(folder), DTYPES[dtype], **MODELS[name])
-                results += _compare(model, Path(folder), name, dtype, count, limit, rounds, threads)
+                for kind in outputs or ["equal", "mixed"]:
+                    described = {"model": name, "dtype": dtype, "outputs": kind, "requests": count, "threads": threads}
+                    results += _compare(model, Path(folder), _limits(kind, count, limit), described, rounds)
     return {"results": results, "ratios": _ratios(results)}
 
 
+def _limits(kind: str, count: int, mean: int) -> list[int]:
+    """Output tokens of each request, `count` * `mean` in sum."""
+    if kind not in ("equal", "mixed"):
+        raise ValueError(f"expected outputs equal or mixed, got {kind}")
+    if kind == "equal":
+        return [mean] * count
+    spread = torch.linspace(mean // 4, 2 * mean - mean // 4, count).round().long()
+    spread = spread[torch.randperm(count, generator=torch.Generator().manual_seed(2))]
+    spread[0] += count * mean - int(spread.sum())
+    return [int(limit) for limit in spread]
+
+
 def _compare(
-    model: LlamaForCausalLM, folder: Path, name: str, dtype: str, count: int, limit: int, rounds: int, threads: int
+    model: LlamaForCausalLM, folder: Path, limits: list[int], described: dict[str, Any], rounds: int
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(*PROMPT_TOKENS, (count,), generator=generator).tolist()
+    lengths = torch.randint(*PROMPT_TOKENS, (len(limits),), generator=generator).tolist()
     prompts = [torch.randint(0, 1000, (length,), generator=generator).tolist() for length in lengths]
-    requests = [Request(tuple(prompt), limit) for prompt in prompts]
-    widened = widening_pays(DTYPES[dtype])
+    requests = [Request(tuple(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    widened = widening_pays(DTYPES[described["dtype"]])
     layers = model.config.num_hidden_layers
     stage = WatchedStage(folder, 0, layers, widened=widened)
     repeatable = RepeatableStage(folder, 0, layers, weights=stage.weights, widened=widened)
     serving = Serving(max_rows=MAX_ROWS)
-    sides: dict[str, Callable[[], Sequence[Sequence[int]]]] = {
+    sides: dict[str, Callable[[], Served]] = {
         "plumb": lambda: serve(stage, requests, serving),
         "plumb without commitments": lambda: serve(stage, requests, serving, Silent),
         "plumb regenerating": lambda: serve(repeatable, requests, replace(serving, retain="regenerate")),
-        "transformers generate": lambda: _generate(model, prompts, limit),
-        "transformers generate_batch": lambda: _generate_batch(model, prompts, limit),
+        "transformers generate": lambda: timed(lambda: _generate(model, prompts, limits)),
+        "transformers generate_batch": lambda: timed(lambda: _generate_batch(model, prompts, limits)),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    taken: dict[str, list[Served]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         order = list(sides)
         for side in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody always comes behind the same
-            work = sides[side]
-            wall, cpu = time.perf_counter(), time.process_time()
-            outputs = work()
-            seconds[side].append((time.perf_counter() - wall, time.process_time() - cpu))
-            if [len(ids) for ids in outputs] != [limit] * count:
-                raise RuntimeError(f"{side}: expected {limit} tokens each, came {[len(ids) for ids in outputs]}")
+            served = sides[side]()
+            if (got := [len(ids) for ids in served.outputs]) != limits:
+                raise RuntimeError(f"{side}: expected {limits} tokens, came {got}")
+            taken[side].append(served)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    described = {"model": name, "parameters": parameters, "dtype": dtype, "requests": count, "threads": threads}
     return [
         {
             "name": side,
             **described,
+            "parameters": parameters,
             "prompt_tokens": sum(lengths),
-            "tokens": count * limit,
-            "tokens_per_second": round(count * limit / median(wall for wall, _ in taken[1:]), 2),
-            "tokens_per_cpu_second": round(count * limit / median(cpu for _, cpu in taken[1:]), 2),
+            "tokens": sum(limits),
+            "tokens_per_second": round(sum(limits) / median(each.seconds for each in rounds_taken[1:]), 2),
+            "tokens_per_cpu_second": round(sum(limits) / median(each.cpu_seconds for each in rounds_taken[1:]), 2),
             **({"widened": widened} if side.startswith("plumb") else {}),
             **({"padding": round(stage.padding, 4)} if side in ("plumb", "plumb without commitments") else {}),
         }
-        for side, taken in seconds.items()
+        for side, rounds_taken in taken.items()
     ]
 
 
-def _generate(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
-    """One static batch, padded on the left."""
+def _generate(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
+    """One static batch, padded on the left, until the last request is done."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0)
-    answer: list[list[int]] = out[:, longest:].tolist()
-    return answer
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, pad_token_id=0)
+    return [row[:limit] for row, limit in zip(out[:, longest:].tolist(), limits, strict=True)]
 
 
-def _generate_batch(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+def _generate_batch(
+    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], limits: Sequence[int]
+) -> list[list[int]]:
     """Continuous batching, with as many pages as the batch needs and microbatches as large as ours."""
-    pages = sum(-(-(len(prompt) + limit) // PAGE) + 1 for prompt in prompts)
-    out = model.generate_batch(
-        [list(prompt) for prompt in prompts],
-        GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=MAX_ROWS),
-    )
-    return [list(answer.generated_tokens) for answer in out.values()]
+    pages = sum(-(-(len(prompt) + limit) // PAGE) + 1 for prompt, limit in zip(prompts, limits, strict=True))
+    answers: dict[str, list[int]] = {}
+    with model.continuous_batching_context_manager(
+        GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=pages, max_batch_tokens=MAX_ROWS
+        ),
+        workload_hints=WorkloadHints(max(map(len, prompts)), max(limits), len(prompts)),
+    ) as manager:
+        names = [
+            manager.add_request(list(prompt), max_new_tokens=limit, eos_token_id=-1)
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+        while len(answers) < len(names):
+            answer = manager.get_result(timeout=1)
+            if answer is not None and answer.is_finished():
+                answers[answer.request_id] = list(answer.generated_tokens)
+            elif answer is None and not manager.is_running():
+                raise RuntimeError("generate_batch ended before its requests")
+    return [answers[str(name)] for name in names]
 
 
 def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By model and dtype: plumb over the faster of the two peers, by the clock and by CPU seconds."""
-    by = {(row["model"], row["dtype"], row["name"]): row for row in results}
+    """By model, dtype and outputs: plumb over the faster of the two peers, by the clock and by CPU seconds."""
+    cases = ("model", "dtype", "outputs")
     ratios = []
-    for model, dtype, name in by:
-        if not name.startswith("plumb"):
+    for row in results:
+        if not row["name"].startswith("plumb"):
             continue
-        peers = [by[model, dtype, f"transformers {peer}"] for peer in ("generate", "generate_batch")]
+        case = {key: row[key] for key in cases}
+        peers = [peer for peer in results if peer["name"].startswith("transformers") and case.items() <= peer.items()]
         over = {
-            unit: round(by[model, dtype, name][unit] / max(peer[unit] for peer in peers), 3)
+            unit: round(row[unit] / max(peer[unit] for peer in peers), 3)
             for unit in ("tokens_per_second", "tokens_per_cpu_second")
         }
-        ratios.append({"name": name, "model": model, "dtype": dtype, **over})
+        ratios.append({"name": row["name"], **case, **over})
     return ratios
