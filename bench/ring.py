@@ -28,18 +28,19 @@ EMULATED_STAGES = 8
 EMULATED_ROWS = 1
 TORCH_STAGES = 2
 TORCH_ROWS = 16
+PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """A ring to measure. stage_seconds: roughly, to choose how many requests fill it."""
+    """A ring to measure. stage_seconds: to choose how many requests fill it."""
 
     name: str
     builds: Sequence[Build]
     rows: int
     stage_seconds: float
     cores: Sequence[int | None]
-    known: bool  # stage_seconds is what the stages take, not a guess
+    known: bool  # stage_seconds is what the stages take, not what they once took
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run(
                 latencies_ms if latencies_ms is not None else [0, 16, 64, 256],
             ),
             (
-                Case("torch", halves, TORCH_ROWS, 0.04, list(range(TORCH_STAGES)), False),
+                Case("torch", halves, TORCH_ROWS, _slowest_seconds(halves), list(range(TORCH_STAGES)), False),
                 torch_latencies_ms if torch_latencies_ms is not None else [0, 16, 64],
             ),
         ):
@@ -91,6 +92,14 @@ def run(
 
 def _stage(folder: Path, kind: type[Stage], first: int, end: int) -> Callable[[], Stage]:
     return partial(kind, folder, first, end)
+
+
+def _slowest_seconds(halves: Sequence[Build]) -> float:
+    """What a microbatch takes at the slower of two neighbours. Of too few requests none would have all its rows."""
+    requests = [Request(prompt=(r % 7,), limit=PROBE_TOKENS) for r in range(TORCH_STAGES * TORCH_ROWS)]
+    serving = Serving(max_rows=TORCH_ROWS, microbatches=TORCH_STAGES, stall_seconds=120, attempts=1)
+    returned = measure(halves, requests, serving, [0] * TORCH_STAGES, range(TORCH_STAGES))
+    return rated(returned, len(requests), PROBE_TOKENS).slowest_seconds
 
 
 def _row(case: Case, latency: float, sized: bool, seconds: float, rounds: int) -> dict[str, Any]:
