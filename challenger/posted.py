@@ -214,7 +214,7 @@ class Posted:
         if not unknown:
             return []
         span = range(trace.leaves_of(key, unknown[0]).start, trace.leaves_of(key, unknown[-1]).stop)
-        most = MAX_ANSWER_BYTES // grid.leaf_bytes
+        most = grid.most_leaves
         starts = range(span.start, span.stop, most)
         return [Demand(self.id, stage, Wanted.LEAVES, r, place, i, min(most, span.stop - i)) for i in starts]
 

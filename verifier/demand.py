@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # Rationale: reading answers needs no tensors
     from verifier.trace import RequestTrace
 
 MAX_ANSWER_BYTES = 64 * 1024
+MAX_ANSWER_LEAVES = 2048
 ANSWER_GAS = 250_000
 LEAF_GAS = 2_000
 BYTE_GAS = 40
@@ -109,6 +110,11 @@ class Grid:
         """Bytes of the longest leaf, wherever the rows end."""
         return self.tall * min(self.width, self.wide) * self.element_bytes
 
+    @property
+    def most_leaves(self) -> int:
+        """Leaves that one demand may ask for."""
+        return min(MAX_ANSWER_BYTES // self.leaf_bytes, MAX_ANSWER_LEAVES)
+
     def bytes_of(self, index: int) -> int:
         """Bytes of leaf `index` < leaves."""
         rows = min(self.rows - index // self.across * self.tall, self.tall)
@@ -160,9 +166,8 @@ def grid_of(demand: Demand, model: Model, first_layer: int, end_layer: int, rows
         grid = Grid(rows, 1, TOKENS_A_LEAF, 1, 4)
     else:
         raise WrongDemand(f"expected a kind below {len(Wanted)}, got {demand.kind}")
-    most = MAX_ANSWER_BYTES // grid.leaf_bytes
-    if not 0 < demand.count <= most:
-        raise WrongDemand(f"expected 1 .. {most} leaves, got {demand.count}")
+    if not 0 < demand.count <= grid.most_leaves:
+        raise WrongDemand(f"expected 1 .. {grid.most_leaves} leaves, got {demand.count}")
     return grid
 
 

@@ -23,6 +23,10 @@ contract Demands is IDemands {
     /// @notice Most bytes of leaves that one demand may ask for.
     // Rationale: 40 gas a byte of calldata (EIP-7623) make 2.6M gas, which fits any block; what is hashed and logged of them stays below that floor.
     uint256 public constant MAX_ANSWER_BYTES = 64 * 1024;
+    /// @notice Most leaves that one demand may ask for.
+    // Rationale: so many roots are 64 KB. Of leaves of two bytes those would be 32,768, which take more gas to hash than one transaction has
+    // (EIP-7825): whoever is asked for them could not answer.
+    uint256 public constant MAX_ANSWER_LEAVES = 2048;
     /// @dev Besides the leaves: the state, the model, a record and up to some fifty siblings.
     uint256 public constant MAX_CALLDATA_BYTES = MAX_ANSWER_BYTES + 8 * 1024;
     /// @notice What an answer's pay counts: the call with its proofs, each leaf, and each byte of leaves.
@@ -222,7 +226,9 @@ contract Demands is IDemands {
 
     function _answerGas(Demand calldata asked, Target memory target) private pure returns (uint256) {
         uint256 leafBytes = target.grid.leafBytes();
-        if (asked.count == 0 || asked.count * leafBytes > MAX_ANSWER_BYTES) revert WrongDemand("count");
+        if (asked.count == 0 || asked.count > MAX_ANSWER_LEAVES || asked.count * leafBytes > MAX_ANSWER_BYTES) {
+            revert WrongDemand("count");
+        }
         return ANSWER_GAS + asked.count * (LEAF_GAS + BYTE_GAS * leafBytes);
     }
 

@@ -32,7 +32,8 @@ contract Escrow is IEscrow, EIP712 {
     /// @notice Gas of having one byte of a withheld history posted, price of the demand included (Demands: 5/4 of 506,000 + 40 a byte, for 64 KB).
     uint256 public constant HISTORY_GAS = 60;
     /// @notice A lock must be worth so often the posting of one layer's k and v.
-    // Rationale: whoever convicts alone gets at least a quarter of the lock, so a demander of all that ATTEND reads ends no poorer.
+    // Rationale: whoever convicts alone gets at least a quarter of the lock, so a demander of all that ATTEND reads ends no poorer, but
+    // where rows of k are narrower than a leaf or the history is short (docs/protocol.md, "A job's life").
     uint256 public constant HISTORY_LOCKS = 4;
     uint256 public constant NO_SHOW_BPS = 100;
     address public constant BURN_ADDRESS = 0x000000000000000000000000000000000000dEaD;
