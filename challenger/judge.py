@@ -126,7 +126,7 @@ class Judge:
         for cell in evidence.drawn or ():
             ends[cell.request] = max(ends.get(cell.request, 0), cell.position + 1)
         for r, end in ends.items():
-            if not evidence.held[0] and "0.h" not in evidence.parts.get((0, r), ()):
+            if not evidence.has(0, r, ["0.h"]):
                 continue
             trace = evidence.trace(0, r)
             if trace is not None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
-from challenger.evidence import Archive, Evidence
+from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, say, serve
+from challenger.evidence import Archive, Evidence, Unavailable
 from challenger.fetch import Ask, Fetcher
 from challenger.judge import SCREEN_MARGINS, Findings, Judge
 from challenger.strategy import THIN, Cell, Strategy, draw, parse_strategy, settled, thinned
@@ -122,6 +122,26 @@ def test_cells_download_their_columns_alone_and_judge_the_spoilt_one(judge: Judg
     whole = Ask(Strategy("cells", 1000), seed=b"")
     _, findings, _ = look(judge, hall, spoilt, tmp_path / "whole", whole)
     assert list(findings.cells) == sorted(every(spoilt)) and [v.kind for v in findings.wrong] == [Kind.MLP]
+
+
+@pytest.mark.parametrize("refused", ["0.h", "0.k", "1.h", "1.q", "1.mlp_out", "out"])
+def test_a_stage_that_breaks_off_is_judged_by_what_it_gave_alone(
+    judge: Judge, hall: Hall, tmp_path: Path, refused: str
+) -> None:
+    """Its other columns are on disk already: what is missing between them is no zero."""
+    spoilt = serve(judge.weights, spoil=True)
+    for served, wrong in ((serve(judge.weights), []), (spoilt, [Kind.MLP])):
+        hall.misbehave = lambda handler, path: f"/1/{refused}?" in path and say(handler, b"", 503)
+        known, folder = facts(judge.weights, served, hall), tmp_path / str(len(wrong))
+        ask = Ask(Strategy("cells", 1000), seed=b"")
+        evidence = Fetcher(Archive(folder), 1 << 30).fetch(known, judge.weights.shape, 20.0, ask)
+        assert len(evidence.missing) == 1
+        assert [(v.kind, v.request) for v in judge.audit(evidence).wrong] == [(kind, SPOILT_REQUEST) for kind in wrong]
+        stage = 0 if refused.startswith("0") else 1
+        trace = evidence.trace(stage, 1)
+        if trace is not None:
+            with pytest.raises(Unavailable, match="is not on disk"):
+                trace.open_row(refused, 0, 0, 1)
 
 
 def test_all_cells_see_what_a_full_audit_sees(judge: Judge, hall: Hall, tmp_path: Path) -> None:
