@@ -290,9 +290,12 @@ class Agent:
         return self.judges[self.chain.escrow.job(bytes.fromhex(row.job)).model]
 
     def evidence(self, id: bytes, judge: Judge) -> Dossier:
-        """A job's data as it was when it was audited, from disk and from answered demands. Raises Unavailable."""
+        """A job's data as it was when it was judged: from disk, and where an inquiry judged it from answered demands.
+        Raises Unavailable.
+        """
         if id not in self._evidence:
-            posted = self.withheld.posted(id, judge)
+            # SAFETY: anybody may demand, and what was posted is less than what an audit has seen.
+            posted = self.withheld.posted(id, judge) if self.withheld.inquired(id) else None
             self._evidence[id] = posted or self.fetcher.load(read_facts(self.chain, id), judge.weights.shape)
         return self._evidence[id]
 

@@ -67,8 +67,11 @@ class Desk:
 
     def free(self, id: bytes) -> bool:
         """Whether a job may be taken up now."""
-        resting = id in self._pauses and time.monotonic() < self._pauses[id][0]
-        return id not in self._busy and not resting and len(self._busy) < self._capacity
+        return id not in self._busy and not self.resting(id) and len(self._busy) < self._capacity
+
+    def resting(self, id: bytes) -> bool:
+        """Whether a job is left alone for a while."""
+        return id in self._pauses and time.monotonic() < self._pauses[id][0]
 
     def start(self, task: Task) -> None:
         self._busy.add(task.id)

@@ -47,9 +47,14 @@ class Withheld:
         """One look at every such job. Returns whether anything was done."""
         acted = False
         for row in self.agent.store.jobs(JobState.WITHHELD):
-            if self.agent.desk.free(bytes.fromhex(row.id)):
+            if not self.agent.desk.resting(bytes.fromhex(row.id)):  # however busy the desk is: clocks are running
                 acted |= self._inquire(row, now)
         return acted
+
+    def inquired(self, id: bytes) -> bool:
+        """Whether an inquiry judged a job, or is about to."""
+        row = self.agent.store.job(id.hex())
+        return row is not None and "seed" in row.receipt
 
     def posted(self, id: bytes, judge: Judge) -> Posted | None:
         """What answered demands brought to light of a job, beside what lies on disk; None without any."""
