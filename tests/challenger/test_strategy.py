@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, say, serve
-from challenger.evidence import Archive, Evidence, Unavailable
+from challenger.evidence import Archive, Dossier, Evidence, Unavailable
 from challenger.fetch import Ask, Fetcher
-from challenger.judge import SCREEN_MARGINS, Findings, Judge
+from challenger.judge import MISSES, SCREEN_MARGINS, Findings, Judge
 from challenger.strategy import THIN, Cell, Strategy, draw, parse_strategy, settled, thinned
+from challenger.units import Seen
+from verifier.audit import JUDGED, Verdict
+from verifier.canonical import Case
 from verifier.commit import WHOLE_TOP_P, Request
 from verifier.program import Kind
 from verifier.referee.fixed import Q30
@@ -142,6 +145,24 @@ def test_a_stage_that_breaks_off_is_judged_by_what_it_gave_alone(
         if trace is not None:
             with pytest.raises(Unavailable, match="is not on disk"):
                 trace.open_row(refused, 0, 0, 1)
+
+
+def test_who_comes_near_its_tolerance_everywhere_keeps_no_judge_busy(
+    judge: Judge, hall: Hall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, _, _ = look(judge, hall, serve(judge.weights), tmp_path, Ask())
+    near = Seen()
+    places = [(r, t) for r, trace in enumerate((evidence.trace(0, 0), evidence.trace(0, 1))) if trace for t in range(3)]
+    near.exact([Verdict(0.98 + t / 1000, 0, kind, r, 0, t, 0) for kind in JUDGED for r, t in places * 10])
+    cases: list[Verdict] = []
+
+    def case(dossier: Dossier, verdict: Verdict) -> Case:
+        cases.append(verdict)
+        return Judge.case(judge, dossier, verdict)
+
+    monkeypatch.setattr(judge, "case", case)
+    assert judge.audit(evidence, lambda units: [near]).wrong == ()
+    assert Counter(verdict.kind for verdict in cases) == dict.fromkeys(JUDGED, MISSES)
 
 
 def test_all_cells_see_what_a_full_audit_sees(judge: Judge, hall: Hall, tmp_path: Path) -> None:
