@@ -17,7 +17,7 @@ from challenger.judge import Findings, Judge
 from challenger.plan import plan
 from challenger.posted import Posted
 from challenger.store import JobRow, JobState
-from contracts.client import ChainUnreachable
+from contracts.client import ChainUnreachable, ContractsError
 
 if TYPE_CHECKING:
     from challenger.agent import Agent
@@ -66,6 +66,10 @@ class Withheld:
             found.feed(held.demanded[demand].demand, openings)
         return found
 
+    def known(self) -> set[str]:
+        """Jobs that somebody's demands are remembered of."""
+        return {job.hex() for job in self.log.jobs}
+
     def forget(self, job: bytes) -> None:
         self.log.forget(job)
         demander = self._demanders.pop(job, None)
@@ -83,7 +87,7 @@ class Withheld:
             raise
         except Exception as error:  # one job's fault must not cost the others anything
             log.exception("job %s", row.id)
-            if agent.store.attempted(row.id) >= FAULTS:
+            if not isinstance(error, ContractsError) and agent.store.attempted(row.id) >= FAULTS:
                 agent.unjudged(row.id, f"{row.receipt['why']}; demands: {type(error).__name__}: {error}")
             agent.desk.pause(id, REST_SECONDS)
             return False

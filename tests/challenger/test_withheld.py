@@ -3,16 +3,18 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import challenger.withheld
 from bench._place import Defence, Place, Poster
 from bench._town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve, until
 from challenger.agent import Agent
 from challenger.desk import Desk, Task
 from challenger.evidence import Evidence, Unavailable
 from challenger.store import GameState, JobState
-from contracts.client import Status
+from contracts.client import ReceiptTimeout, Status
 from contracts.events import DemandLapsed, DemandOpened, GameEnded, StageConvicted
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
@@ -140,12 +142,25 @@ def test_a_stage_that_never_answers_loses_by_the_clock(place: Place, quantised: 
     assert not (config.data / "jobs" / job.hex()).exists()
 
 
-def test_demands_are_made_however_busy_the_desk_is(place: Place, quantised: Served) -> None:
-    """Jobs whose servers are slow hold all its places."""
+def test_demands_are_made_however_busy_the_desk_is_and_whatever_the_node_refuses(
+    place: Place, quantised: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs whose servers are slow hold all places of the desk; transactions wait for their blocks in vain."""
     config = place.config("busy", demand_budget=BUDGET)
     job = place.town.commit(quantised)
     agent, go = place.agent(config), threading.Event()
+    for _ in range(5):
+        agent.store.attempted(job.hex()) if agent.store.job(job.hex()) else agent.reader.read()
     wait_out(place, agent, job)
+    demand, refusals = agent.chain.demands.demand, [ReceiptTimeout("Demands.demand", "0x", 60.0)] * 4
+
+    def reluctant(*given: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return demand(*given)
+
+    monkeypatch.setattr(agent.chain.demands, "demand", reluctant)
+    monkeypatch.setattr(challenger.withheld, "REST_SECONDS", 0.1)
 
     def slow(_: Task) -> Evidence:
         go.wait(300)
