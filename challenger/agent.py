@@ -78,7 +78,7 @@ class Agent:
         """Loads and identifies every model folder of the configuration.
 
         A folder that cannot be used is refused by its own error, one that is not registered by WrongModel, a database
-        by StoreError; ConfigError if another process uses the data.
+        by StoreError; ConfigError if another process uses the data, or no cluster is at `ray`.
         """
         config.data.mkdir(parents=True, exist_ok=True)
         lock = (config.data / "lock").open("w")
@@ -94,7 +94,10 @@ class Agent:
                 check_registered(chain, judge)
                 judges[judge.id] = judge
                 log.info("judging model %s from %s", judge.id.hex(), folder)
-            return cls(config, chain, judges, Store(config.database_url), lock)
+            agent = cls(config, chain, judges, Store(config.database_url), lock)
+            for judge in judges.values():
+                agent.work_of(judge)
+            return agent
         except BaseException:
             lock.close()
             raise
@@ -150,7 +153,7 @@ class Agent:
         self.collect()
         needed = {row.id for row in self.store.jobs(JobState.WATCHED, JobState.WITHHELD)}
         needed |= self.store.playing(self.reader.next_block - 1 - KEEP_BLOCKS)
-        for job in self.archive.jobs() - needed:
+        for job in (self.archive.jobs() | self.withheld.known()) - needed:
             self.forget(bytes.fromhex(job))
 
     # ---- auditing
@@ -164,16 +167,20 @@ class Agent:
         self.metrics.waiting.set(len(rows))
         self.metrics.deadline.set(rows[0].window_end - now if rows else float("inf"))
         crowded = len(rows) > self.config.downloads
-        for row in rows:
-            if self.desk.free(bytes.fromhex(row.id)):
+        # SAFETY: half of the desk goes by deadlines, half by who was looked at least often, or slow servers whose
+        # windows end early, asked again and again, would keep all others from being looked at.
+        turns = [(row, True) for row in rows] + [(row, False) for row in sorted(rows, key=lambda row: row.attempts)]
+        over: set[str] = set()
+        for row, urgent in turns:
+            if row.id not in over and self.desk.free(bytes.fromhex(row.id), urgent):
                 try:
-                    decided |= self.take_up(row, now, crowded)
+                    over |= {row.id} if self.take_up(row, now, crowded, urgent) else set()
                 except ChainError as error:
                     log.error("job %s: %s", row.id, error)
                     self.desk.pause(bytes.fromhex(row.id), LONGEST_PAUSE_SECONDS)
-        return self.withheld.advance(now) or decided
+        return self.withheld.advance(now) or decided or bool(over)
 
-    def take_up(self, row: JobRow, now: int, crowded: bool = False) -> bool:
+    def take_up(self, row: JobRow, now: int, crowded: bool = False, urgent: bool = False) -> bool:
         """Starts an attempt at a job. Returns whether it needs none. crowded: whether others wait for their turn."""
         id = bytes.fromhex(row.id)
         if now > row.window_end or self.chain.escrow.status(id) not in (Status.COMMITTED, Status.VOID):
@@ -191,7 +198,8 @@ class Agent:
         seconds = patience if patience > 0 else (row.window_end - now) / 2
         if crowded and patience > 0:  # a slow server must not keep others from being looked at; it is asked again
             seconds = min(seconds, SLICE_SECONDS * 2.0 ** min(row.attempts, 32))
-        self.desk.start(Task(id, judge, max(seconds, LEAST_FETCH_SECONDS), patience <= 0, row.window_end))
+        most = max(seconds, LEAST_FETCH_SECONDS)
+        self.desk.start(Task(id, judge, most, patience <= 0, row.window_end, urgent=urgent))
         return False
 
     def conclude(self, outcome: Outcome, now: int) -> bool:
@@ -290,9 +298,12 @@ class Agent:
         return self.judges[self.chain.escrow.job(bytes.fromhex(row.job)).model]
 
     def evidence(self, id: bytes, judge: Judge) -> Dossier:
-        """A job's data as it was when it was audited, from disk and from answered demands. Raises Unavailable."""
+        """A job's data as it was when it was judged: from disk, and where an inquiry judged it from answered demands.
+        Raises Unavailable.
+        """
         if id not in self._evidence:
-            posted = self.withheld.posted(id, judge)
+            # SAFETY: anybody may demand, and what was posted is less than what an audit has seen.
+            posted = self.withheld.posted(id, judge) if self.withheld.inquired(id) else None
             self._evidence[id] = posted or self.fetcher.load(read_facts(self.chain, id), judge.weights.shape)
         return self._evidence[id]
 

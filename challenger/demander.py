@@ -89,6 +89,7 @@ class Demander:
         self._request = 0
         self._thread = ThreadPoolExecutor(1, "inquiry")
         self._thought: Future[Step] | None = None
+        self._step: Step | None = None  # what was thought last, until something that it asks for is answered
 
     def advance(self, now: int) -> Progress:
         """One look. now: the latest block's timestamp. Raises ContractsError, and what an inquiry raises."""
@@ -98,20 +99,28 @@ class Demander:
             self._lapse(id, held.demanded[id])
         if late:
             return Progress.SENT
-        if held.open:
-            return Progress.WAITING
         if held.lapsed:
             self.why = f"stage {min(held.lapsed.values())} did not post what was demanded of it"
             return Progress.SILENT
-        if self._thought is None:
-            self._thought = self._thread.submit(self._think, dict(held.answers))
-        if not self._thought.done():
-            return Progress.WAITING
-        step, self._thought = self._thought.result(), None
-        if step.wrong:
-            self.wrong = step.wrong
+        if self._step is None:
+            if self._thought is None:
+                self._thought = self._thread.submit(self._think, dict(held.answers))
+            if not self._thought.done():
+                return Progress.WAITING
+            future, self._thought = self._thought, None
+            self._step = future.result()
+        if self._step.wrong:
+            self.wrong = self._step.wrong
             return Progress.WRONG
-        return self._ask(held, step)
+        # SAFETY: anybody may demand, before us or beside us. What others ask for is not waited for unless it is what
+        # we would ask for, or an accomplice held us up until the window is over; and once it is answered we go on.
+        asked = {demand_id(demand) for demand in self._step.demands}
+        if asked & set(held.open):
+            return Progress.WAITING
+        if (asked & held.answers.keys()) - self._fed:
+            self._step = None
+            return Progress.WAITING
+        return self._ask(held, self._step)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -24,6 +24,7 @@ class Task:
     """One attempt at one job. seconds: most that its download may take. deadline: the end of its window.
 
     final: whether what is missing after it is not waited for any more. closer: requests that must be seen whole.
+    urgent: whether it was taken up because its window ends first.
     """
 
     id: bytes
@@ -32,6 +33,7 @@ class Task:
     final: bool
     deadline: int
     closer: tuple[int, ...] = ()
+    urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,22 @@ class Desk:
         self._turn = threading.Condition()
         self._waiting: list[tuple[int, bytes]] = []  # a heap of (deadline, job)
         self._auditing = False
-        self._busy: set[bytes] = set()
+        self._busy: dict[bytes, bool] = {}  # job -> whether it was urgent
         self._closer: dict[bytes, tuple[int, ...]] = {}
         self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
 
-    def free(self, id: bytes) -> bool:
-        """Whether a job may be taken up now."""
-        resting = id in self._pauses and time.monotonic() < self._pauses[id][0]
-        return id not in self._busy and not resting and len(self._busy) < self._capacity
+    def free(self, id: bytes, urgent: bool = False) -> bool:
+        """Whether a job may be taken up now. urgent: because its window ends first, which half of the desk is for."""
+        if id in self._busy or self.resting(id) or len(self._busy) >= self._capacity:
+            return False
+        return not urgent or sum(self._busy.values()) < self._capacity // 2
+
+    def resting(self, id: bytes) -> bool:
+        """Whether a job is left alone for a while."""
+        return id in self._pauses and time.monotonic() < self._pauses[id][0]
 
     def start(self, task: Task) -> None:
-        self._busy.add(task.id)
+        self._busy[task.id] = task.urgent
         task = replace(task, closer=self._closer.get(task.id, ()))
         threading.Thread(target=self._work, args=(task,), name=f"job {task.id.hex()[:8]}", daemon=True).start()
 
@@ -80,7 +87,7 @@ class Desk:
         outcomes = []
         while not self._done.empty():
             outcome = self._done.get()
-            self._busy.discard(outcome.task.id)
+            self._busy.pop(outcome.task.id, None)
             outcomes.append(outcome)
         return outcomes
 

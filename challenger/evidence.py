@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -211,6 +211,25 @@ def tensor_roots(body: bytes, request: int, shape: ModelShape, first_layer: int,
     return roots
 
 
+class _Absent:
+    """In place of an array that is not on disk.
+
+    SAFETY: nothing stands in for its values. Zeros would be judged, and a bond put on an honest stage.
+    """
+
+    def __init__(self, why: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self._why, self.shape, self.dtype = why, shape, dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, _: object) -> Any:
+        raise Unavailable(self._why)
+
+    def __array__(self, *_: object, **__: object) -> Any:
+        raise Unavailable(self._why)
+
+
 class RecordsTree(Protocol):
     """What opens request or output records: a tree of verifier.commit, or what was posted of one."""
 
@@ -284,10 +303,14 @@ class Evidence:
             raise Unavailable(f"the records of stage {stage} are not on disk")
         return found
 
+    def has(self, stage: int, request: int, keys: Iterable[str]) -> bool:
+        """Whether these tensors are on disk: of a stage that broke off, a trace has others alone."""
+        return self.held[stage] or self.parts.get((stage, request), frozenset()).issuperset(keys)
+
     def trace(self, stage: int, request: int) -> RequestTrace | None:
         """One request's tensors at one stage, mapped into memory; None where the stage gave none.
 
-        Raises CorruptEvidence.
+        Raises CorruptEvidence. Who reads a tensor that is not on disk (`has`) gets Unavailable.
         """
         if self.held[stage]:
             return RequestTrace.load(self.archive.trace_path(self.id, trace_name(stage, request)), self.shape)
@@ -306,8 +329,8 @@ class Evidence:
             if key in keys:
                 path = self.archive.trace_path(self.id, part_name(stage, request, key))
                 arrays[key] = np.memmap(path, dtype, "r", shape=size)
-            else:  # no page of it is ever touched
-                arrays[key] = np.broadcast_to(np.zeros(1, dtype), size)
+            else:
+                arrays[key] = cast(Bits, _Absent(f"{part_name(stage, request, key)} is not on disk", size, dtype))
         return RequestTrace(self.shape, place.first_layer, place.end_layer, arrays, roots)
 
 

@@ -1,13 +1,14 @@
 """Audits spread over a Ray cluster: its machines do the units of challenger/units.py, by request and layer.
 
-Every machine needs this program (`pip install .[fleet]`) and the model's folder at the same path; one whose folder is
-another model refuses to work. Units carry the tensors that they judge, and are cut the same wherever they are done:
-what is found is the same. Ray trusts its cluster, so the cluster must be one's own.
+Every machine needs this program (`pip install .[fleet]`) and the model's folder at the same path. One whose folder is
+another model refuses to work; where one is lost the others go on. Units carry the tensors that they judge, and are cut
+the same wherever they are done: what is found is the same. Ray trusts its cluster, so the cluster must be one's own.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from challenger.config import ConfigError
 from challenger.judge import Judge
 from challenger.units import Piece, Rows, Seen, Unit, examine
+
+log = logging.getLogger("plumb.challenger.fleet")
 
 LOCAL = "local"  # in place of an address: a cluster on this machine, which ends with this process
 AHEAD = 2  # units that wait for each hand: it never idles, and little is copied too early
@@ -46,7 +49,7 @@ class Fleet:
             ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise ConfigError("ray: expected it to be installed: pip install .[fleet]") from error
-        self._ray = ray
+        self._ray, self._judge = ray, judge
         try:
             if not ray.is_initialized():
                 where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
@@ -58,21 +61,35 @@ class Fleet:
         self._hands = [hand.remote(str(judge.folder.resolve()), judge.id) for _ in range(count)]
 
     def work(self, units: Iterator[Unit]) -> Iterable[Seen]:
-        """What each unit shows, in any order. Raises what a hand raised."""
-        running: dict[Any, Any] = {}
+        """What each unit shows, in any order. A hand that is lost, with its machine or because that has another model,
+        is not asked again, and its units are done here. Raises what examining raised.
+        """
+        running: dict[Any, tuple[Any, Unit]] = {}
         free = [hand for hand in self._hands for _ in range(AHEAD)]
         for unit in units:
-            if not free:
+            while running and not free:
                 yield self._next(running, free)
-            hand = free.pop()
-            running[hand.examine.remote(_portable(unit))] = hand
+            if free:
+                hand = free.pop()
+                running[hand.examine.remote(_portable(unit))] = hand, unit
+            else:
+                yield examine(self._judge.screener, unit)
         while running:
             yield self._next(running, free)
 
-    def _next(self, running: dict[Any, Any], free: list[Any]) -> Seen:
+    def _next(self, running: dict[Any, tuple[Any, Unit]], free: list[Any]) -> Seen:
         done, _ = self._ray.wait(list(running), num_returns=1)
-        free.append(running.pop(done[0]))
-        seen: Seen = self._ray.get(done[0])
+        hand, unit = running.pop(done[0])
+        try:
+            seen: Seen = self._ray.get(done[0])
+        except self._ray.exceptions.RayActorError as error:
+            if hand in self._hands:
+                self._hands.remove(hand)
+                log.error("ray: a hand is lost, %d are left: %s", len(self._hands), error)
+            free[:] = [other for other in free if other is not hand]
+            return examine(self._judge.screener, unit)
+        if hand in self._hands:
+            free.append(hand)
         return seen
 
 

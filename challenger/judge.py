@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,6 +31,8 @@ SCREEN_MARGINS = 8.0
 # Of the sampling law: what rounding through all layers may add to it on an honest machine, where nobody measured it.
 SCREENED_REQUESTS = 4  # whose traces are then downloaded
 EXECUTED_ROWS = 1 << 14  # positions executed at a time: 2 GB at a hidden size of 8192
+
+MISSES = 8  # of a stage and kind. The reference errs by far less than what separates this many pieces.
 
 Work = Callable[[Iterator[Unit]], Iterable[Seen]]
 
@@ -126,7 +129,7 @@ class Judge:
         for cell in evidence.drawn or ():
             ends[cell.request] = max(ends.get(cell.request, 0), cell.position + 1)
         for r, end in ends.items():
-            if not evidence.held[0] and "0.h" not in evidence.parts.get((0, r), ()):
+            if not evidence.has(0, r, ["0.h"]):
                 continue
             trace = evidence.trace(0, r)
             if trace is not None:
@@ -180,13 +183,18 @@ class Judge:
         its sender may turn out guilty of.
         """
         found: set[tuple[int, bool]] = set()
+        missed = Counter[tuple[int, Kind]]()
         for verdict in seen.suspicions():
-            group = (verdict.stage, may_be_senders(evidence, verdict))
-            if group in found:
+            group, place = (verdict.stage, may_be_senders(evidence, verdict)), (verdict.stage, verdict.kind)
+            # SAFETY: a canonical run takes seconds, and whoever bends its tensors to just within the tolerance has as
+            # many as it likes. Those that follow lie nearer still.
+            if group in found or missed[place] >= MISSES:
                 continue
             if verdict.kind not in TOLERATED or self.case(evidence, verdict).verdict():
                 found.add(group)
                 yield verdict
+            else:
+                missed[place] += 1
 
 
 def stages_of(evidence: Dossier, request: int) -> list[Stage]:

@@ -86,7 +86,8 @@ class Store:
 
     def rewind(self, block: int) -> list[str]:
         """The chain has other blocks from `block` on. Jobs committed there are watched anew, unless games were decided
-        on; games that ended there are open again. Returns the jobs that are watched anew.
+        on; games that ended there are open again, and those that others made needless there are due again. Returns the
+        jobs that are watched anew.
         """
         with Session(self._engine) as session, session.begin():
             session.execute(delete(BlockRow).where(BlockRow.number >= block))
@@ -95,6 +96,8 @@ class Store:
                 row.block = min(row.block, block)
             over = update(GameRow).where(GameRow.ended >= block, GameRow.state.in_((GameState.WON, GameState.LOST)))
             session.execute(over.values(state=GameState.OPEN, ended=None))
+            needless = update(GameRow).where(GameRow.ended >= block, GameRow.state == GameState.DROPPED)
+            session.execute(needless.values(state=GameState.PLANNED, ended=None))
             busy = select(GameRow.job)
             again = select(JobRow).where(
                 JobRow.block >= block, JobRow.state.in_((JobState.CLEAN, JobState.UNJUDGED)), JobRow.id.not_in(busy)
@@ -120,10 +123,14 @@ class Store:
             return list(session.scalars(found))
 
     def judged(self, job: str, state: JobState, receipt: dict[str, Any], games: Sequence[GameRow] = ()) -> None:
-        """An audit's result, with the challenges that it leads to."""
+        """An audit's result, with the challenges that it leads to. Demands, if that is what follows, have attempts of
+        their own.
+        """
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
             row = session.get_one(JobRow, job)
             row.state, row.receipt = state, receipt
+            if state == JobState.WITHHELD:
+                row.attempts = 0
             session.add_all(games)
 
     def watch_again(self, job: str, note: str) -> None:

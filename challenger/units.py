@@ -214,7 +214,7 @@ def _traces(evidence: Evidence, r: int) -> dict[int, RequestTrace]:
 def _piece(
     evidence: Evidence, held: Mapping[int, RequestTrace], r: int, layer: int, rows: range | None
 ) -> Piece | None:
-    """None where the stage gave nothing, or has no such position."""
+    """None where the stage did not give all that is judged together, or has no such position."""
     index = next(i for i, stage in enumerate(evidence.stages) if stage.first_layer <= layer < stage.end_layer)
     trace, shape = held.get(index), evidence.shape
     if trace is None:
@@ -223,11 +223,13 @@ def _piece(
     if rows.stop > trace.positions:
         return None
     last = layer + 1 == shape.layers
-    after = None
-    if layer + 1 == trace.end_layer and not last and index + 1 in held:
-        after = (index + 1, _rows(held[index + 1], [f"{layer + 1}.h"]))
     keys = [f"{layer}.{name}" for name in ("h", "q", "k", "v", "attn_out", "mlp_out")]
     keys += ["out"] if last else [f"{layer + 1}.h"] if layer + 1 < trace.end_layer else []
+    if not evidence.has(index, r, keys):
+        return None
+    after, entered = None, [f"{layer + 1}.h"]
+    if layer + 1 == trace.end_layer and not last and index + 1 in held and evidence.has(index + 1, r, entered):
+        after = (index + 1, _rows(held[index + 1], entered))
     request, output = evidence.requests[r], evidence.outputs[r]
     known = all(token < shape.vocabulary for token in output.tokens)  # else STOP convicts
     # Of cells that were drawn, the judge compares all embeddings up to them.

@@ -17,7 +17,7 @@ from challenger.judge import Findings, Judge
 from challenger.plan import plan
 from challenger.posted import Posted
 from challenger.store import JobRow, JobState
-from contracts.client import ChainUnreachable
+from contracts.client import ChainUnreachable, ContractsError
 
 if TYPE_CHECKING:
     from challenger.agent import Agent
@@ -47,9 +47,14 @@ class Withheld:
         """One look at every such job. Returns whether anything was done."""
         acted = False
         for row in self.agent.store.jobs(JobState.WITHHELD):
-            if self.agent.desk.free(bytes.fromhex(row.id)):
+            if not self.agent.desk.resting(bytes.fromhex(row.id)):  # however busy the desk is: clocks are running
                 acted |= self._inquire(row, now)
         return acted
+
+    def inquired(self, id: bytes) -> bool:
+        """Whether an inquiry judged a job, or is about to."""
+        row = self.agent.store.job(id.hex())
+        return row is not None and "seed" in row.receipt
 
     def posted(self, id: bytes, judge: Judge) -> Posted | None:
         """What answered demands brought to light of a job, beside what lies on disk; None without any."""
@@ -60,6 +65,10 @@ class Withheld:
         for demand, openings in held.answers.items():
             found.feed(held.demanded[demand].demand, openings)
         return found
+
+    def known(self) -> set[str]:
+        """Jobs that somebody's demands are remembered of."""
+        return {job.hex() for job in self.log.jobs}
 
     def forget(self, job: bytes) -> None:
         self.log.forget(job)
@@ -78,7 +87,7 @@ class Withheld:
             raise
         except Exception as error:  # one job's fault must not cost the others anything
             log.exception("job %s", row.id)
-            if agent.store.attempted(row.id) >= FAULTS:
+            if not isinstance(error, ContractsError) and agent.store.attempted(row.id) >= FAULTS:
                 agent.unjudged(row.id, f"{row.receipt['why']}; demands: {type(error).__name__}: {error}")
             agent.desk.pause(id, REST_SECONDS)
             return False

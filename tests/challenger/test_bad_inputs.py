@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,7 +147,8 @@ def cli_config(place: Place, folder: Path, **changes: object) -> Path:
     return folder / "watch.toml"
 
 
-def test_the_command_refuses_too(place: Place, tmp_path: Path) -> None:
+def test_the_command_refuses_too(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     for changes, reason in (
         ({"database": "sqlite:////no/such/folder/x.db"}, "cannot use the database"),
         ({"strategy": "cells:0"}, "expected full, tokens, auto, sweep:N or cells:N, got 'cells:0'"),
@@ -155,6 +157,7 @@ def test_the_command_refuses_too(place: Place, tmp_path: Path) -> None:
         ({"log_format": "xml"}, "log_format: expected one of text, json"),
         ({"metrics_port": 70_000}, "metrics_port: expected 0 .. 65535"),
         ({"audit_seconds": 0}, "audit_seconds: expected more than 0"),
+        ({"ray": "auto"}, "ray: expected it to be installed"),  # at once, not by leaving job after job unjudged
     ):
         told = CliRunner().invoke(app, ["run", "--config", str(cli_config(place, tmp_path, **changes))])
         assert told.exit_code == 1 and reason in told.output, told.output

@@ -2,14 +2,23 @@
 
 import random
 import threading
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
+import challenger.desk
 from bench._town import until
+from challenger.agent import Agent
+from challenger.config import Config
 from challenger.desk import Desk, Task
-from challenger.evidence import Evidence
+from challenger.evidence import Evidence, Unavailable
 from challenger.judge import Findings, Judge
 from challenger.store import JobState, Store
+from contracts.client import Chain, Status
 
 NOTHING = Findings(0, {}, (), 0)
 
@@ -94,4 +103,34 @@ def test_thousands_of_jobs_are_taken_up_by_their_deadlines_a_few_at_a_time(tmp_p
     assert started == sorted(ends) and len(set(done)) == jobs and max(at_once) <= capacity
     store.judged(done[0].hex(), JobState.CLEAN, {})
     assert len(store.due()) == jobs - 1
+    store.close()
+
+
+def test_slow_servers_with_early_windows_keep_no_job_from_being_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times as many as the desk has places, each asked again as soon as it may be."""
+    monkeypatch.setattr(challenger.desk, "LONGEST_PAUSE_SECONDS", 0.05)
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    slow, late = [number.to_bytes(32, "big") for number in range(12)], b"\xff" * 32
+    store.advance(5, [(id.hex(), 2 * 10**6 + place, 1) for place, id in enumerate([*slow, late])])
+    escrow = SimpleNamespace(
+        status=lambda _: Status.COMMITTED, job=lambda _: SimpleNamespace(model=b"", window=2 * 10**6)
+    )
+    chain = cast(Chain, SimpleNamespace(escrow=escrow))
+    config = Config("http://unused", tmp_path, tmp_path, tmp_path, (tmp_path,), tmp_path, downloads=4)
+    agent, asked = Agent(config, chain, {b"": cast(Judge, object())}, store), Counter[bytes]()
+
+    def give(task: Task) -> Evidence:
+        asked[task.id] += 1
+        time.sleep(0.2)
+        raise Unavailable("in good time")
+
+    agent.desk = Desk(give, lambda judge, evidence: NOTHING, config.downloads)
+
+    def tried() -> bool:
+        agent.work(0)
+        return asked[late] > 0 and all(asked[id] > 1 for id in slow)
+
+    until(tried, 10.0)
     store.close()

@@ -23,6 +23,20 @@ def test_a_live_game_is_read_from_its_beginning_again(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_others_made_needless_is_due_again_where_their_blocks_are_gone(tmp_path: Path) -> None:
+    """Another's conviction that a reorganisation took away: whoever sent it may not send it again."""
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    store.advance(100, [("aa", 5, 1)])
+    games = [GameRow(id=id, job="aa", segment={}, salt=bytes(32), block=40) for id in ("before", "behind", "doubted")]
+    store.judged("aa", JobState.SUSPECT, {}, games)
+    store.mark("before", GameState.DROPPED, "convicted by somebody else", ended=89)
+    store.mark("behind", GameState.DROPPED, "convicted by somebody else", ended=90)
+    store.mark("doubted", GameState.DROPPED, "corrupt evidence")
+    assert store.rewind(90) == []
+    assert [row.id for row in store.games(*LIVE)] == ["behind"] and store.next_block(7) == 40
+    store.close()
+
+
 def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'x.db'}")
     store.advance(5, [("11" * 32, 9, 1)])

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, serve
-from challenger.evidence import Archive, Evidence
+from bench._town import REQUESTS, SPOILT_POSITION, SPOILT_REQUEST, Hall, Served, facts, model, say, serve
+from challenger.evidence import Archive, Dossier, Evidence, Unavailable
 from challenger.fetch import Ask, Fetcher
-from challenger.judge import SCREEN_MARGINS, Findings, Judge
+from challenger.judge import MISSES, SCREEN_MARGINS, Findings, Judge
 from challenger.strategy import THIN, Cell, Strategy, draw, parse_strategy, settled, thinned
+from challenger.units import Seen
+from verifier.audit import JUDGED, Verdict
+from verifier.canonical import Case
 from verifier.commit import WHOLE_TOP_P, Request
 from verifier.program import Kind
 from verifier.referee.fixed import Q30
@@ -122,6 +125,44 @@ def test_cells_download_their_columns_alone_and_judge_the_spoilt_one(judge: Judg
     whole = Ask(Strategy("cells", 1000), seed=b"")
     _, findings, _ = look(judge, hall, spoilt, tmp_path / "whole", whole)
     assert list(findings.cells) == sorted(every(spoilt)) and [v.kind for v in findings.wrong] == [Kind.MLP]
+
+
+@pytest.mark.parametrize("refused", ["0.h", "0.k", "1.h", "1.q", "1.mlp_out", "out"])
+def test_a_stage_that_breaks_off_is_judged_by_what_it_gave_alone(
+    judge: Judge, hall: Hall, tmp_path: Path, refused: str
+) -> None:
+    """Its other columns are on disk already: what is missing between them is no zero."""
+    spoilt = serve(judge.weights, spoil=True)
+    for served, wrong in ((serve(judge.weights), []), (spoilt, [Kind.MLP])):
+        hall.misbehave = lambda handler, path: f"/1/{refused}?" in path and say(handler, b"", 503)
+        known, folder = facts(judge.weights, served, hall), tmp_path / str(len(wrong))
+        ask = Ask(Strategy("cells", 1000), seed=b"")
+        evidence = Fetcher(Archive(folder), 1 << 30).fetch(known, judge.weights.shape, 20.0, ask)
+        assert len(evidence.missing) == 1
+        assert [(v.kind, v.request) for v in judge.audit(evidence).wrong] == [(kind, SPOILT_REQUEST) for kind in wrong]
+        stage = 0 if refused.startswith("0") else 1
+        trace = evidence.trace(stage, 1)
+        if trace is not None:
+            with pytest.raises(Unavailable, match="is not on disk"):
+                trace.open_row(refused, 0, 0, 1)
+
+
+def test_who_comes_near_its_tolerance_everywhere_keeps_no_judge_busy(
+    judge: Judge, hall: Hall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, _, _ = look(judge, hall, serve(judge.weights), tmp_path, Ask())
+    near = Seen()
+    places = [(r, t) for r, trace in enumerate((evidence.trace(0, 0), evidence.trace(0, 1))) if trace for t in range(3)]
+    near.exact([Verdict(0.98 + t / 1000, 0, kind, r, 0, t, 0) for kind in JUDGED for r, t in places * 10])
+    cases: list[Verdict] = []
+
+    def case(dossier: Dossier, verdict: Verdict) -> Case:
+        cases.append(verdict)
+        return Judge.case(judge, dossier, verdict)
+
+    monkeypatch.setattr(judge, "case", case)
+    assert judge.audit(evidence, lambda units: [near]).wrong == ()
+    assert Counter(verdict.kind for verdict in cases) == dict.fromkeys(JUDGED, MISSES)
 
 
 def test_all_cells_see_what_a_full_audit_sees(judge: Judge, hall: Hall, tmp_path: Path) -> None:

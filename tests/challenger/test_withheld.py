@@ -1,20 +1,26 @@
 """Stages that serve nothing, on a local chain: what they hide is demanded, and convicts them."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import challenger.withheld
 from bench._place import Defence, Place, Poster
 from bench._town import CLOCK_SECONDS, FUNDS, Hall, Served, Town, model, say, serve, until
 from challenger.agent import Agent
+from challenger.desk import Desk, Task
+from challenger.evidence import Evidence, Unavailable
 from challenger.store import GameState, JobState
-from contracts.client import Status
+from contracts.client import ReceiptTimeout, Status
 from contracts.events import DemandLapsed, DemandOpened, GameEnded, StageConvicted
 from deploy.deployment import deploy
 from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.challenger.cheats import coarse, made
+from verifier.demand import Demand, Wanted
 
 STAGE = 1  # the one with other weights
 BUDGET = 10**9
@@ -134,6 +140,67 @@ def test_a_stage_that_never_answers_loses_by_the_clock(place: Place, quantised: 
     assert agent.chain.escrow.status(job) == Status.VOID
     assert agent.chain.token.balance(agent.chain.account) > before  # the lock paid for the demands, and more
     assert not (config.data / "jobs" / job.hex()).exists()
+
+
+def test_demands_are_made_however_busy_the_desk_is_and_whatever_the_node_refuses(
+    place: Place, quantised: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs whose servers are slow hold all places of the desk; transactions wait for their blocks in vain."""
+    config = place.config("busy", demand_budget=BUDGET)
+    job = place.town.commit(quantised)
+    agent, go = place.agent(config), threading.Event()
+    for _ in range(5):
+        agent.store.attempted(job.hex()) if agent.store.job(job.hex()) else agent.reader.read()
+    wait_out(place, agent, job)
+    demand, refusals = agent.chain.demands.demand, [ReceiptTimeout("Demands.demand", "0x", 60.0)] * 4
+
+    def reluctant(*given: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return demand(*given)
+
+    monkeypatch.setattr(agent.chain.demands, "demand", reluctant)
+    monkeypatch.setattr(challenger.withheld, "REST_SECONDS", 0.1)
+
+    def slow(_: Task) -> Evidence:
+        go.wait(300)
+        raise Unavailable("in the end")
+
+    desk = agent.desk = Desk(slow, agent.findings, 1)
+    desk.start(Task(b"another", place.judge, 1.0, True, 0))
+
+    def demanded() -> bool:
+        agent.tick()
+        return bool(place.events(DemandOpened, job, config))
+
+    until(demanded, 30.0)
+    assert not desk.free(b"a third")
+    go.set()
+
+
+def test_what_an_accomplice_demands_hides_nothing_that_was_downloaded(place: Place) -> None:
+    """A game is played from what its audit has seen, however little of it was posted."""
+    place.town.hall.misbehave = lambda handler, path: False
+    config = place.config("columns", strategy="cells:1000")
+    spoilt = serve(place.town.weights, spoil=True)
+    job = place.town.commit(spoilt)
+    agent, poster, defence = place.agent(config), Poster(place, spoilt, config), Defence(place, spoilt, config)
+    accomplice = place.town.chain(5)
+    accomplice.token.mint(accomplice.account, FUNDS)
+    accomplice.token.approve(accomplice.demands.address, FUNDS)
+    accomplice.demands.demand(Demand(job, STAGE, Wanted.TENSORS, 0, 0, 0, 1), place.judge.model, FUNDS)
+    poster.post()
+
+    def over() -> bool:
+        agent.tick()
+        defence.play()
+        place.devnet.mine()
+        return any(game.state in (GameState.WON, GameState.LOST) for game in agent.store.games_of(job.hex()))
+
+    until(over)
+    place.town.hall.misbehave = lambda handler, path: say(handler, b"", 503)
+    (game,) = agent.store.games_of(job.hex())
+    assert game.state == GameState.WON and agent.chain.escrow.convicted(job, STAGE)
 
 
 def test_an_honest_stage_that_only_posts_is_left_alone_and_no_poorer(place: Place, honest: Served) -> None:

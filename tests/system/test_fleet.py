@@ -50,6 +50,17 @@ def test_a_cluster_finds_what_one_thread_finds(fleet: Fleet, judge: Judge, tmp_p
             assert bool(alone.wrong) == spoil or strategy.count == 5
 
 
+def test_hands_that_are_lost_cost_no_audit(fleet: Fleet, judge: Judge, tmp_path: Path) -> None:
+    """One after the other, to the last: a watchtower must not go blind."""
+    with Hall() as hall:
+        held = evidence(judge, hall, tmp_path, True, Ask(Strategy(), seed=b"s"))
+        alone = judge.audit(held)
+        for left in reversed(range(len(fleet._hands))):
+            ray.kill(fleet._hands[-1])  # which is asked first
+            assert judge.audit(held, fleet.work) == alone and alone.wrong
+            assert len(fleet._hands) == left
+
+
 def test_no_cluster_is_told() -> None:
     if ray.is_initialized():
         ray.shutdown()
