@@ -28,7 +28,7 @@ from verifier.weights import Weights, identify
 
 TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 SCREEN_MARGINS = 8.0
-# Of the sampling law: what rounding through all layers may add to it on an honest machine, where nobody measured it.
+# Of the sampling law: what rounding through all layers may add to it on an honest machine, where nobody measured less.
 SCREENED_REQUESTS = 4  # whose traces are then downloaded
 EXECUTED_ROWS = 1 << 14  # positions executed at a time: 2 GB at a hidden size of 8192
 
@@ -94,7 +94,8 @@ class Judge:
         # What was served in 16 bits is screened at half the price.
         wide = self.weights.shape.served_dtype == Dtype.FLOAT32
         self.screener = self.auditor if wide else Auditor(self.weights, self.profile, torch.float32)
-        self.margins = screen_margins(folder, self.profile) or SCREEN_MARGINS
+        # SAFETY: the report is not part of the model's identity, and whoever wrote it may want no token looked at.
+        self.margins = min(screen_margins(folder, self.profile) or SCREEN_MARGINS, SCREEN_MARGINS)
 
     def audit(self, evidence: Evidence, work: Work | None = None) -> Findings:
         """Every piece of every request that the evidence holds, or the cells that were drawn; a stage that withholds

@@ -246,9 +246,19 @@ def runner_up(judge: Judge, served: Served) -> tuple[Served, float]:
     return Served(served.requests, (output, *served.outputs[1:]), served.traces, served.tokens), behind
 
 
+def wider(judge: Judge, folder: Path, times: float) -> Judge:
+    """The same model with a wider token margin."""
+    shutil.copytree(judge.folder, folder)
+    *others, margin = judge.profile.cells
+    replace(judge.profile, cells=(*others, replace(margin, floor=round(times * margin.floor)))).save(folder)
+    return Judge(folder)
+
+
 def test_the_margin_that_was_measured_decides_what_is_looked_at(judge: Judge, hall: Hall, tmp_path: Path) -> None:
     served, behind = runner_up(judge, serve(judge.weights))
+    judge = wider(judge, tmp_path / "wider", behind / 4)
     assert judge.margins == SCREEN_MARGINS
+    behind = 4.0
     for margins, closer in ((behind * 1.01, ()), (behind * 0.99, (0,))):
         folder = tmp_path / str(margins)
         shutil.copytree(judge.folder, folder)
@@ -262,6 +272,14 @@ def test_the_margin_that_was_measured_decides_what_is_looked_at(judge: Judge, ha
         assert findings.pieces == 5 and findings.worst["screen"] == pytest.approx(behind / margins, rel=1e-3)
         (folder / "calibration.json").write_text(json.dumps(report | {"profile_root": "00"}))
         assert Judge(folder).margins == SCREEN_MARGINS  # of another calibration
+
+
+def test_a_report_that_forgives_everything_is_not_believed(judge: Judge, tmp_path: Path) -> None:
+    shutil.copytree(judge.folder, tmp_path / "model")
+    logits = {"screen": {"threshold": 1e9}, "token": {"threshold": 1.0}}
+    report = {"profile_root": judge.profile.root.hex(), "logits": logits}
+    (tmp_path / "model" / "calibration.json").write_text(json.dumps(report))
+    assert Judge(tmp_path / "model").margins == SCREEN_MARGINS
 
 
 @pytest.mark.parametrize(
