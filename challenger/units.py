@@ -91,8 +91,10 @@ class Seen:
         worst = audit.worst()
         self._worst(audit.kind.name.lower(), worst.ratio)
         if worst.suspicious:
-            found = audit.suspicions()
-            self.exact([replace(v, token=tokens[v.position]) for v in found] if tokens else found)
+            self.suspicious += audit.suspicious
+            found = audit.suspicions(KEPT)
+            place = (audit.stage, audit.kind)
+            self._keep(place, [replace(v, token=tokens[v.position]) for v in found] if tokens else found)
 
     def tokens(self, verdicts: Iterable[Verdict]) -> None:
         for verdict in verdicts:

@@ -121,9 +121,18 @@ class Audit:
         position, unit = np.unravel_index(int(self.ratios.argmax()), self.ratios.shape)
         return self._verdict(int(position), int(unit))
 
-    def suspicions(self, threshold: float = SUSPICION) -> list[Verdict]:
-        """Every piece above the threshold, by position and unit."""
-        return [self._verdict(int(position), int(unit)) for position, unit in np.argwhere(self.ratios > threshold)]
+    @property
+    def suspicious(self) -> int:
+        """How many pieces are above the threshold."""
+        return int((self.ratios > SUSPICION).sum())
+
+    def suspicions(self, most: int | None = None) -> list[Verdict]:
+        """Every piece above the threshold, or the farthest `most` of them, by position and unit."""
+        places = np.argwhere(self.ratios > SUSPICION)
+        if most is not None and len(places) > most:
+            farthest = np.argpartition(self.ratios[self.ratios > SUSPICION], -most)[-most:]
+            places = places[np.sort(farthest)]
+        return [self._verdict(int(position), int(unit)) for position, unit in places]
 
     def _verdict(self, position: int, unit: int) -> Verdict:
         ratio = float(self.ratios[position, unit])

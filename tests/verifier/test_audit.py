@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.verifier import tiny
-from verifier.audit import NO_TOKEN, Auditor, Stage, Verdict
+from verifier.audit import NO_TOKEN, SUSPICION, Audit, Auditor, Stage, Verdict
 from verifier.commit import LIMITED, STOPPED, Output, Request, TraceNode
 from verifier.linear import Bits
 from verifier.program import Kind
@@ -150,6 +150,18 @@ def test_what_is_no_number_is_infinitely_far(model: tiny.Tiny, auditor: Auditor)
     trace = tiny.altered(model, "0.q", spoiled)
     (audit,) = auditor.layer(tiny.whole(trace), 0, 0, [Kind.Q])
     assert audit.worst().ratio == float("inf") and places(audit.suspicions()) == {(Kind.Q, 0, 1, 0)}
+
+
+@pytest.mark.parametrize("most", [1, 3, 50, 200])
+def test_of_millions_of_suspicions_the_farthest_are_told(most: int) -> None:
+    ratios = np.random.default_rng(0).permutation(np.linspace(0, 4, 100)).reshape(20, 5)
+    ratios[7, 2] = np.inf
+    audit = Audit(0, Kind.Q, 0, 0, ratios, first=10)
+    every = audit.suspicions()
+    assert len(every) == audit.suspicious == int((ratios > SUSPICION).sum())
+    told = audit.suspicions(most)
+    assert sorted(told, reverse=True) == sorted(every, reverse=True)[:most]
+    assert told[0].position >= 10 and (17, 2) in {(v.position, v.unit) for v in told}
 
 
 def test_a_token_is_held_against_its_strongest_competitor(model: tiny.Tiny, auditor: Auditor) -> None:
