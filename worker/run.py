@@ -178,13 +178,11 @@ class Run:
             error = BadMessage(peer.name, f"expected one of {allowed}, came {body}")
             await self._break(error)
             raise error
-        pulse = self._pulse
-        pulse.came(time.monotonic())
+        (pulse := self._pulse).came(time.monotonic())
         try:
             await self._inbox.put(envelope)
         except asyncio.CancelledError:  # its connection is lost, and brings it again
-            if pulse is self._pulse:
-                self._expected = before
+            self._expected = before if pulse is self._pulse else self._expected
             raise
         finally:
             pulse.queued(time.monotonic())
@@ -193,8 +191,7 @@ class Run:
         self._attempt = attempt
         self._expected = 0
         self._sequence = 0
-        self._broken = False
-        self.sealing = False  # all is served: no consent to a move is given any more
+        self._broken = self.sealing = False  # sealing: all is served: no consent to a move is given any more
         self._own_seconds = 0.0  # a microbatch here, smoothed
         self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
@@ -374,8 +371,7 @@ class Run:
 
     async def _returned_tokens(self) -> tuple[list[Token], pb.Times]:
         envelope = await self._next(self._serving.stall_seconds)
-        body = envelope.WhichOneof("body")
-        if body != "tokens":
+        if (body := envelope.WhichOneof("body")) != "tokens":
             raise BadMessage(self._predecessor, f"expected tokens, came {body}")
         tokens = unpack_tokens(self._predecessor, envelope.tokens, self._stage.shape.vocabulary, self._serving.max_rows)
         assert self._recorder is not None
@@ -435,9 +431,8 @@ class Run:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
         for r in rows.ended:
-            if r >= len(self.requests) or r in self._ended:
-                what = f"expected a request below {len(self.requests)}, each once, came {r}"
-                raise BadMessage(self._predecessor, f"ended: {what}")
+            if r >= (most := len(self.requests)) or r in self._ended:
+                raise BadMessage(self._predecessor, f"ended: expected a request below {most}, each once, came {r}")
             self._ended.add(r)
         check_pieces(self._predecessor, batch, self.requests, self._positions, self._ended)
         return self._step(batch, list(rows.ended), lambda: hidden, rows.times)

@@ -4,7 +4,6 @@ part is in tests/worker/test_spare.py.
 
 import asyncio
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from contracts.client import Consent, ContractsError, Job, Stage, Status
+from contracts.client import Consent, Job, Stage, Status
 from tests.worker.pipeline_in_process import JOB, Tiny, split, wire, within
 from verifier.commit import Request
 from worker.agent import Agent
@@ -23,7 +22,6 @@ from worker.engagement import Engagement
 from worker.errors import PeerFault, Refused
 from worker.handoff import Handoff
 from worker.job import JobFolder, JobState, Phase
-from worker.peers import Peers
 from worker.run import Run
 from worker.spare import Spare
 
@@ -342,91 +340,6 @@ def test_a_worker_that_a_move_brings_in_serves_whatever_it_remembers(tmp_path: P
         (stage,) = started
         assert town._engagements == {JOB: stage} and stage.status is Status.ACCEPTED and stage.index == 1
         assert stage.job.pipeline == RELIEF and stage.state.rings == 1 and stage.state.held_until == 5.0
-
-    asyncio.run(within(60, story()))
-
-
-@pytest.mark.parametrize("told", [[[211]], [[5, -1]], [[2**70]], [[1], [2]], []])
-def test_a_first_stage_without_memory_believes_no_tokens_that_can_not_be(tmp_path: Path, told: list[list[int]]) -> None:
-    """Each attempt would embed them anew, and break."""
-
-    async def story() -> None:
-        town: Any = Town(tmp_path)
-        town.stage = SimpleNamespace(shape=SimpleNamespace(vocabulary=211))
-        answers = [told, [[210, 0]]]
-
-        async def tokens(name: str, url: str, job: bytes) -> list[list[int]]:
-            return answers.pop(0)
-
-        town.peers.tokens = tokens
-        stage = Engagement(town, JOB, WORK, STAGES, 0)
-        assert await stage._told_tokens(REQUESTS) == []
-        assert await stage._told_tokens(REQUESTS) == [[210, 0]]
-
-    asyncio.run(within(60, story()))
-
-
-def test_a_move_at_which_a_node_fails_is_counted_once(tmp_path: Path) -> None:
-    """Attempts are numbered by the moves so far: who counts one twice hears nobody any more."""
-
-    async def story() -> None:
-        town: Any = Town(tmp_path, "a")
-        answers: list[Any] = [ContractsError("the node is gone"), NOW]
-
-        def now() -> int:
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return int(answer)
-
-        town.now = now
-        town._engagements[JOB] = Engagement(town, JOB, WORK, STAGES, 0)
-        with pytest.raises(ContractsError):
-            await Agent._moved(town, JOB, RELIEF)
-        await Agent._moved(town, JOB, RELIEF)
-        assert town._rings == {JOB: 1} and town._engagements[JOB].state.rings == 1
-
-    asyncio.run(within(60, story()))
-
-
-def test_events_are_taken_in_once_whatever_fails_between(tmp_path: Path) -> None:
-    async def story() -> None:
-        town: Any = Town(tmp_path)
-        town._event_lock, town._events, town._next_block = asyncio.Lock(), deque(), 5
-        head, failing, taken = [7], [3], []
-        town.chain.block_number = lambda: head[0]
-        town.chain.events = lambda first, last: range(first, last + 1)
-
-        async def event(number: int) -> None:
-            if number == 6 and failing[0]:
-                failing[0] -= 1
-                raise ContractsError("the node is gone")
-            taken.append(number)
-
-        town._event = event
-        for _ in range(3):
-            with pytest.raises(ContractsError):
-                await Agent.follow(town)
-        await Agent.follow(town)
-        assert taken == [5, 6, 7]
-        head[0] = 8
-        await Agent.follow(town)
-        assert taken == [5, 6, 7, 8]
-
-    asyncio.run(within(60, story()))
-
-
-@pytest.mark.parametrize("url", ["http://[", "http://host:99999999", "http://ho st", "ftp://host", "", "http://a\x00b"])
-def test_a_url_that_is_none_is_its_stages_fault(url: str) -> None:
-    """It may stand on chain any time: whoever asks waits, or takes that stage's place, and does not break."""
-
-    async def story() -> None:
-        chain: Any = SimpleNamespace(workers=SimpleNamespace(worker=lambda account: SimpleNamespace(url=url, tls=b"")))
-        peers = Peers(chain, (), 1000)
-        with pytest.raises(PeerFault, match="stage 1"):
-            where, _ = peers.locate(1, STAGES[1])
-            await peers.well("stage 1", where, JOB, SERVING)
-        await peers.close()
 
     asyncio.run(within(60, story()))
 

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -226,12 +224,12 @@ def test_the_audit_finds_an_honest_trace_within_tolerance(
             assert link is not None and link.worst().ratio == 0
 
 
-async def _deliver(runs: list[Run], stage: int, **fields: object) -> None:
+async def deliver(runs: list[Run], stage: int, **fields: object) -> None:
     body = pb.Envelope(job=JOB, attempt=1, **fields)
     await runs[stage].receive(Peer("stage 0", "stage 0", b""), body)
 
 
-def _rows(first: int, count: int, request: int = 0, ended: Sequence[int] = (), busy: int = 0) -> pb.Rows:
+def rows_of(first: int, count: int, request: int = 0, ended: Sequence[int] = (), busy: int = 0) -> pb.Rows:
     hidden = pb.Tensor(dtype=2, shape=[count, 64], data=bytes(256 * count))
     pieces = [pb.Piece(request=request, first=first, count=count)]
     return pb.Rows(pieces=pieces, hidden=hidden, ended=ended, times=pb.Times(busy=busy))
@@ -240,11 +238,11 @@ def _rows(first: int, count: int, request: int = 0, ended: Sequence[int] = (), b
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        (_rows(1, 2), "expected position 0, came 1"),
-        (_rows(0, 2, request=9), "expected a request below 5, came 9"),
-        (_rows(0, 11), "expected at most 10 positions, came 11"),
-        (_rows(0, 2, ended=[1, 5]), "ended: expected a request below 5, each once, came 5"),
-        (_rows(0, 2, ended=[1, 1]), "ended: expected a request below 5, each once, came 1"),
+        (rows_of(1, 2), "expected position 0, came 1"),
+        (rows_of(0, 2, request=9), "expected a request below 5, came 9"),
+        (rows_of(0, 11), "expected at most 10 positions, came 11"),
+        (rows_of(0, 2, ended=[1, 5]), "ended: expected a request below 5, each once, came 5"),
+        (rows_of(0, 2, ended=[1, 1]), "ended: expected a request below 5, each once, came 1"),
     ],
 )
 def test_rows_out_of_place_break_the_attempt(
@@ -260,7 +258,7 @@ def test_rows_out_of_place_break_the_attempt(
     async def work() -> None:
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
-            await _deliver(runs, 1, sequence=0, rows=rows)
+            await deliver(runs, 1, sequence=0, rows=rows)
             await asyncio.sleep(0.3)
             for run in runs:
                 await run.close("the test is over")
@@ -269,66 +267,17 @@ def test_rows_out_of_place_break_the_attempt(
     assert f"stage 0: request 0: {what}" in caplog.text or f"stage 0: {what}" in caplog.text
 
 
-def test_stage_times_that_no_stage_can_take_break_nothing(
-    tiny: Tiny, requests_batch: list[Request], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def work() -> None:
-        with ThreadPoolExecutor(1) as compute:
-            runs = wire(tmp_path, split(tiny[0], 3, 2), requests_batch, Serving(), compute)
-            told: asyncio.Queue[pb.Envelope] = asyncio.Queue()
-
-            async def receive(peer: Peer, envelope: pb.Envelope) -> None:
-                if envelope.WhichOneof("body") != "beat":
-                    told.put_nowait(envelope)
-
-            link: Any = runs[1]._successor
-            link.target = SimpleNamespace(receive=receive)
-            await _deliver(runs, 1, sequence=0, rows=_rows(0, 5, busy=2**64 - 1))
-            came = await within(30, told.get())
-            assert len(came.tokens.tokens) == 1 and came.tokens.times.busy == 2**63, came
-            for run in runs:
-                await run.close("the test is over")
-
-    asyncio.run(work())
-
-
-def test_a_last_stage_that_keeps_its_tokens_is_no_hang(
-    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
-) -> None:
-    """It answers each microbatch, and beats: no silence tells."""
-
-    async def work() -> None:
-        with ThreadPoolExecutor(1) as compute:
-            runs = wire(tmp_path, split(tiny[0], 3, 2), requests_batch, Serving(attempts=1), compute)
-            link: Any = runs[1]._successor
-            send = link.send
-
-            async def empty(envelope: pb.Envelope) -> None:
-                del envelope.tokens.tokens[:]
-                await send(envelope)
-
-            link.send = lambda envelope: (empty if envelope.WhichOneof("body") == "tokens" else send)(envelope)
-            for run in runs:
-                run.start()
-            with pytest.raises(JobFailed, match="stage 1: no token came of 5 requests whose rows it had"):
-                await within(30, runs[0].finished)
-            for run in runs:
-                await run.close("the test is over")
-
-    asyncio.run(work())
-
-
 def test_a_gap_in_the_sequence_drops_the_sender(tiny: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
     folder, _ = tiny
 
     async def work() -> None:
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
-            await _deliver(runs, 1, sequence=0, rows=_rows(0, 2))
+            await deliver(runs, 1, sequence=0, rows=rows_of(0, 2))
             with pytest.raises(BadMessage, match="stage 0: expected message 1, came 3"):
-                await _deliver(runs, 1, sequence=3, rows=_rows(2, 2))
+                await deliver(runs, 1, sequence=3, rows=rows_of(2, 2))
             with pytest.raises(BadMessage, match="attempt 1001 of at most 1000"):
-                await runs[1].receive(Peer("stage 0", "", b""), pb.Envelope(job=JOB, attempt=1001, rows=_rows(0, 1)))
+                await runs[1].receive(Peer("stage 0", "", b""), pb.Envelope(job=JOB, attempt=1001, rows=rows_of(0, 1)))
             for run in runs:
                 await run.close("the test is over")
 
