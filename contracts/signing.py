@@ -15,6 +15,8 @@ from verifier.demand import Demand
 from verifier.game import Game, Segment
 from verifier.referee.codec import Model
 
+CURVE_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141  # secp256k1's
+
 _DOMAIN = [
     {"name": "name", "type": "string"},
     {"name": "version", "type": "string"},
@@ -129,8 +131,14 @@ def sign(account: LocalAccount, message: SignableMessage) -> bytes:
 
 
 def recover(message: SignableMessage, signature: bytes) -> str | None:
-    """The checksummed signer; None if the bytes are no signature at all."""
-    if len(signature) != 65:
+    """The checksummed signer; None if the bytes are no signature at all.
+
+    SAFETY: what the chain takes and nothing else. eth-account takes other forms too, with which nobody could show there
+    what a neighbour had signed.
+    """
+    if len(signature) != 65 or signature[64] not in (27, 28):
+        return None
+    if int.from_bytes(signature[32:64], "big") > CURVE_ORDER // 2:
         return None
     try:
         return to_checksum_address(Account.recover_message(message, signature=signature))

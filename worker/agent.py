@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -111,6 +112,7 @@ class Agent:
         self._pipelines: dict[bytes, tuple[Stage, ...]] = {}  # ours, and those of jobs
         self._rings: dict[bytes, int] = {}  # how often a job has moved
         self._next_block = config.chain.start_block
+        self._events: deque[Event] = deque()  # not taken in yet
         self._event_lock = asyncio.Lock()
 
     def folder(self, job: bytes) -> JobFolder:
@@ -190,12 +192,12 @@ class Agent:
         """Takes in the chain's events up to the head."""
         async with self._event_lock:
             last = await asyncio.to_thread(self.chain.block_number)
-            if last < self._next_block:
-                return
-            events = await asyncio.to_thread(lambda: list(self.chain.events(self._next_block, last)))
-            for event in events:
-                await self._event(event)
-            self._next_block = last + 1
+            if last >= self._next_block:
+                self._events.extend(await asyncio.to_thread(lambda: list(self.chain.events(self._next_block, last))))
+                self._next_block = last + 1
+            while self._events:  # one at which a node or the disk fails comes again, those before it don't
+                await self._event(self._events[0])
+                self._events.popleft()
 
     async def _event(self, event: Event) -> None:
         match event:
@@ -270,7 +272,7 @@ class Agent:
         engagement, spare = self._engagements.get(id), self._spares.pop(id, None)
         if spare is not None and spare.task is not asyncio.current_task():
             await spare.stop()  # before there is an engagement: it writes the job's state too
-        self._rings[id] = rings = self._rings.get(id, 0) + 1
+        rings = self._rings.get(id, 0) + 1
         index = next((i for i, stage in enumerate(stages) if stage.worker == self.account), None)
         if engagement is not None:
             await engagement.moved(pipeline, stages, rings, index)
@@ -285,6 +287,7 @@ class Agent:
             self._offer(id, replace(spare.job, pipeline=pipeline), stages)
             if id in self._spares:
                 self._spares[id].status = Status.ACCEPTED
+        self._rings[id] = rings  # last: what fails before is told again
 
     async def _forget(self, id: bytes) -> None:
         """A job that is over: what is asked about it later is on disk. Also after a restart, which hears of it anew."""
@@ -346,15 +349,13 @@ class Agent:
             if await asyncio.to_thread(lambda: self.folder(envelope.job).over):
                 return  # said again after a restart
             raise BadMessage(peer.name, str(error)) from error
-        if peer.account != engagement.predecessor[1].worker:
+        if not await self.peers.is_stage(peer, *engagement.predecessor):
             await self.follow()  # the job may have moved
         before, expected = engagement.predecessor
-        if peer.account != expected.worker:
-            raise BadMessage(
-                peer.name,
-                f"sent a message of job {engagement.name}, whose {stage_name(before, expected)} is our predecessor",
-            )
-        await engagement.receive(peer, envelope)
+        name = stage_name(before, expected)
+        if not await self.peers.is_stage(peer, before, expected):
+            raise BadMessage(peer.name, f"sent a message of job {engagement.name}, whose {name} is our predecessor")
+        await engagement.receive(Peer(name, expected.worker, peer.certificate), envelope)
 
 
 def build_worker(

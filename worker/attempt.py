@@ -39,7 +39,9 @@ class Step:
     slowest_seconds: float
 
     def times(self) -> pb.Times:
-        return pb.Times(busy=int(1e6 * self.busy_seconds), slowest=int(1e6 * self.slowest_seconds))
+        """Whatever those before told, it fits the wire."""
+        busy, slowest = (min(int(1e6 * seconds), 2**63) for seconds in (self.busy_seconds, self.slowest_seconds))
+        return pb.Times(busy=busy, slowest=slowest)
 
     def rows(self, dtype: int) -> pb.Rows:
         """For the next stage. dtype: by the code in docs/canonical.md."""
@@ -111,7 +113,7 @@ def judge_handoff(
     if (finish.root, finish.leaves) != (root, leaves):
         raise BadHandoff(
             name,
-            f"signed hand-off 0x{finish.root.hex()} of {finish.leaves} records; "
+            f"signed hand-off 0x{finish.root[:32].hex()} of {finish.leaves} records; "
             f"what it sent has 0x{root.hex()} of {leaves}",
         )
     handoff = Handoff(finish.root, finish.leaves, finish.signature)

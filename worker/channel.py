@@ -71,7 +71,16 @@ def pack_tensor(rows: torch.Tensor, dtype: int) -> pb.Tensor:
 
 
 def unpack_rows(sender: str, rows: pb.Rows, hidden: int, dtype: int) -> tuple[Batch, torch.Tensor]:
-    """The microbatch and its layer inputs, [rows, hidden]. Raises BadMessage naming the sender."""
+    """The microbatch and its layer inputs, [rows, hidden]. Raises BadMessage naming the sender.
+
+    SAFETY: what takes two bytes here takes a hundred once it is made. Pieces are made of no more than have a row.
+    """
+    tensor = rows.hidden
+    if tensor.dtype != dtype:
+        raise BadMessage(sender, f"rows: expected dtype {dtype}, came {tensor.dtype}")
+    kind = np.dtype(BITS[dtype]).newbyteorder("<")
+    if len(rows.pieces) * hidden * kind.itemsize > max(len(tensor.data), hidden * kind.itemsize):
+        raise BadMessage(sender, f"rows: {len(rows.pieces)} pieces came with {len(tensor.data)} bytes of rows")
     pieces = (Piece(p.request, p.first, p.count, p.donor if p.HasField("donor") else None) for p in rows.pieces)
     batch = Batch(tuple(pieces))
     if not batch.pieces:
@@ -80,19 +89,19 @@ def unpack_rows(sender: str, rows: pb.Rows, hidden: int, dtype: int) -> tuple[Ba
         raise BadMessage(sender, "rows: a request occurs twice in a microbatch")
     if any(piece.count == 0 for piece in batch.pieces):
         raise BadMessage(sender, "rows: a piece of no rows")
-    tensor = rows.hidden
-    if tensor.dtype != dtype:
-        raise BadMessage(sender, f"rows: expected dtype {dtype}, came {tensor.dtype}")
-    if list(tensor.shape) != [batch.rows, hidden]:
-        raise BadMessage(sender, f"rows: expected shape {[batch.rows, hidden]}, came {list(tensor.shape)}")
-    kind = np.dtype(BITS[dtype]).newbyteorder("<")
+    shape = list(tensor.shape[:3])
+    if shape != [batch.rows, hidden]:
+        raise BadMessage(sender, f"rows: expected shape {[batch.rows, hidden]}, came {shape}")
     if len(tensor.data) != batch.rows * hidden * kind.itemsize:
         raise BadMessage(sender, f"rows: expected {batch.rows * hidden * kind.itemsize} bytes, came {len(tensor.data)}")
     bits = np.frombuffer(tensor.data, kind).astype(BITS[dtype]).reshape(batch.rows, hidden)
     return batch, from_bits(bits, (torch.bfloat16, torch.float16, torch.float32)[dtype])
 
 
-def unpack_tokens(sender: str, tokens: pb.Tokens, vocabulary: int) -> list[Token]:
+def unpack_tokens(sender: str, tokens: pb.Tokens, vocabulary: int, most: int) -> list[Token]:
+    """most: tokens of one microbatch. Raises BadMessage naming the sender."""
+    if len(tokens.tokens) > most:
+        raise BadMessage(sender, f"tokens: expected at most {most}, came {len(tokens.tokens)}")
     for token in tokens.tokens:
         if token.token >= vocabulary:
             raise BadMessage(sender, f"tokens: expected an id below {vocabulary}, came {token.token}")
@@ -116,9 +125,11 @@ def unpacked(sender: str, envelope: pb.Envelope, limit: int) -> pb.Envelope:
     if tensor.packing != PACKED or tensor.dtype >= len(BITS):
         what = f"packing {tensor.packing} of dtype {tensor.dtype}"
         raise BadMessage(sender, f"rows: expected packing {PACKED} of a dtype below {len(BITS)}, came {what}")
-    count = math.prod(tensor.shape)
-    if count * np.dtype(BITS[tensor.dtype]).itemsize > limit:
-        raise BadMessage(sender, f"rows: expected at most {limit} bytes unpacked, came shape {list(tensor.shape)[:8]}")
+    # SAFETY: two numbers; the product of millions would take hours, and nothing else of this process runs meanwhile.
+    shape = list(tensor.shape[:3])
+    count = math.prod(shape)
+    if len(shape) != 2 or count * np.dtype(BITS[tensor.dtype]).itemsize > limit:
+        raise BadMessage(sender, f"rows: expected a matrix, at most {limit} bytes unpacked, came shape {shape}")
     try:
         tensor.data = unpack(tensor.data, count, tensor.dtype)
     except ValueError as error:

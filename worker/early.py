@@ -7,6 +7,7 @@ messages of all other jobs waiting behind this one's, their heartbeats too.
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from worker import ring_pb2 as pb
 from worker.channel import Peer
@@ -14,6 +15,7 @@ from worker.errors import BadMessage
 from worker.run import Run
 
 MOST = 64  # what is in flight at once, and a minute of beats
+MOST_BYTES = 64 * 2**20  # and one message more
 LOOK_SECONDS = 0.2
 
 
@@ -29,19 +31,32 @@ class Early:
     async def receive(self, peer: Peer, envelope: pb.Envelope) -> None:
         """Waits only where MOST are kept already. Raises BadMessage."""
         for _ in range(int(self._patience_seconds / LOOK_SECONDS)):
-            if self._run() is not None or len(self._kept) < MOST:
+            if self._run() is not None or self._room():
                 break
             await asyncio.sleep(LOOK_SECONDS)
         else:
-            raise BadMessage(peer.name, f"{MOST} messages came, but we are not serving the job")
+            raise BadMessage(peer.name, f"{len(self._kept)} messages came, but we are not serving the job")
         self._kept.append((peer, envelope))
-        await self.hear()
+        try:
+            await self.hear()
+        except asyncio.CancelledError:  # its connection is lost, and brings it again
+            with suppress(ValueError):
+                self._kept.remove((peer, envelope))
+            raise
 
     async def hear(self) -> None:
         """All that was kept, in its order, if there is a run. Raises BadMessage."""
         async with self._order:
             while (run := self._run()) is not None and self._kept:
-                await run.receive(*self._kept.popleft())
+                first = self._kept.popleft()
+                try:
+                    await run.receive(*first)
+                except asyncio.CancelledError:  # with whoever came last; what came before it comes no more
+                    self._kept.appendleft(first)
+                    raise
+
+    def _room(self) -> bool:
+        return len(self._kept) < MOST and sum(envelope.ByteSize() for _, envelope in self._kept) < MOST_BYTES
 
     def forget(self) -> None:
         self._kept.clear()

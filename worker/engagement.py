@@ -217,7 +217,7 @@ class Engagement:
     async def _told_tokens(self, requests: Sequence[Request]) -> list[list[int]]:
         """Stage 0, without memory of earlier attempts: what the last stage has of them, as far as a request goes on.
 
-        It may tell what it likes: it chooses every token again.
+        It may tell any that there are: it chooses every token again.
         """
         last = len(self.stages) - 1
         name = stage_name(last, self.stages[last])
@@ -227,7 +227,8 @@ class Engagement:
         except (PeerFault, ContractsError) as error:
             log.warning("job %s: its tokens so far are lost: %s", self.name, error)
             return []
-        if len(told) != len(requests):
+        most = self.agent.stage.shape.vocabulary
+        if len(told) != len(requests) or not all(0 <= token < most for tokens in told for token in tokens):
             return []
         return [unfinished(request, tokens) for request, tokens in zip(requests, told, strict=True)]
 
@@ -289,6 +290,8 @@ class Engagement:
         over = self.status not in (Status.OPEN, Status.ACCEPTED) or self.state.phase in (Phase.FINISHED, Phase.FAILED)
         if self.run is None and over:
             return  # said again after a restart; the claims are on chain, or on their way
+        if self.status is Status.OPEN and self.state.phase is Phase.OPEN:
+            raise BadMessage(peer.name, "sent a message of a job that we have not accepted")
         await self._early.receive(peer, envelope)
 
     async def _neighbour(self, index: int) -> tuple[Peer, str]:

@@ -34,6 +34,9 @@ SLACK_BYTES = 2**20
 # Told by a receiver at the start of a stream: that it takes packed rows.
 PACKING_TAKEN = ("plumb-packing", str(PACKED))
 
+# Of one peer: the one it uses, and those of lost connections that nobody has noticed yet. Each may hold a message.
+STREAMS = 4
+
 BACKOFF_SECONDS = (0.05, 2.0)  # first and longest pause between connections
 IDLE_SECONDS = 30.0  # the same where nothing waits to be sent
 
@@ -242,7 +245,7 @@ class Link:
         ):
             return  # of a message that was dropped since
         if ack.refusal:
-            self._refuse(ack, ack.refusal)
+            self._refuse(ack, ack.refusal[:500])  # as long as an honest peer's
             return
         self._bytes -= self._unacknowledged.popleft().ByteSize()
         self._next -= 1
@@ -261,6 +264,7 @@ class Ring(ring_pb2_grpc.RingServicer):
         self._handler = handler
         self._limit = max_message_bytes
         self._peers: dict[bytes, Peer] = {}  # by fingerprint
+        self._streams: dict[bytes, deque[asyncio.Task[None] | None]] = {}  # by fingerprint, the oldest first
         self._credentials_changed = False
         self._server: grpc.aio.Server | None = None
 
@@ -318,6 +322,10 @@ class Ring(ring_pb2_grpc.RingServicer):
             log.warning("%s: its certificate is not one of our predecessors'", context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this certificate is not one of our predecessors'")
             return
+        task, streams = asyncio.current_task(), self._streams.setdefault(fingerprint(peer.certificate), deque())
+        streams.append(task)
+        if len(streams) > STREAMS and (oldest := streams.popleft()) is not None:
+            oldest.cancel()
         try:
             await context.send_initial_metadata((PACKING_TAKEN,))
             async for envelope in request_iterator:
@@ -333,6 +341,9 @@ class Ring(ring_pb2_grpc.RingServicer):
         except BadMessage as error:
             log.error("dropped %s", error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.what[:500])
+        finally:
+            with suppress(ValueError):
+                streams.remove(task)
 
     async def _take(self, peer: Peer, envelope: pb.Envelope) -> None:
         """Raises BadMessage."""

@@ -121,16 +121,34 @@ class JobFolder:
             raise UnknownJob(self.job) from error
 
     def _write(self, name: str, value: Any) -> None:
-        """SAFETY: replaced in one step and on disk before returning, so no signature can outlive the memory of having
-        given it.
+        """SAFETY: on disk before returning, as all that was written to this folder before it: so no signature can
+        outlive the memory of having given it, nor the traces that it is about.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        part = self.path / (name + ".part")
-        with part.open("w") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path / name)
+        if not self.path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path.parent, self.path.parent.parent):
+                _on_disk(folder)
+        write_text(self.path / name, json.dumps(value))
+        _on_disk(self.path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaced in one step; on disk once its folder is. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _on_disk(folder: Path) -> None:
+    """The names in it: a file that was written may still have its old one after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def written(folder: JobFolder, state: JobState, before: JobState, note: Callable[[JobState], None]) -> None:

@@ -44,12 +44,28 @@ class Peers:
     def locate(self, index: int, stage: Stage) -> tuple[str, bytes]:
         """(URL, certificate fingerprint) of a stage, from the chain."""
         worker = self._chain.workers.worker(stage.worker)
-        parts = urlsplit(worker.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(worker.url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            good = False
+        if not good:
             raise PeerFault(stage_name(index, stage), f"its URL on chain is none: {worker.url[:100]!r}")
         if self._hosts and parts.hostname not in self._hosts:
             raise PeerFault(stage_name(index, stage), f"its host {parts.hostname} is not among ours")
         return worker.url.rstrip("/"), worker.tls
+
+    async def is_stage(self, peer: Peer, index: int, stage: Stage) -> bool:
+        """SAFETY: by its certificate. Who registers another's has no key to it, and takes nothing but the name that the
+        other was admitted by.
+        """
+        if peer.account == stage.worker:
+            return True
+        try:
+            _, pinned = await asyncio.to_thread(self.locate, index, stage)
+        except PeerFault:
+            return False
+        return tls.fingerprint(peer.certificate) == pinned
 
     async def identity(self, name: str, account: str, url: str, fingerprint: bytes) -> tuple[Peer, str]:
         """The peer with its certificate checked against the chain, and its gRPC address. Raises UnpinnedCertificate
@@ -132,7 +148,7 @@ class Peers:
                         raise PeerFault(name, f"answers more than {most} bytes")
                     parts.append(part)
                 status = response.status_code
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise PeerFault(name, f"{method} {url}: {type(error).__name__} {error}") from error
         body = b"".join(parts)
         if status != 200:

@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from verifier.trace import RequestTrace
 from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed, OutOfRange
 from worker.handoff import RowHandoff, TokenHandoff
+from worker.job import write_text
 from worker.ledger import Ledger
 from worker.stage import Captured, to_bits
 
@@ -243,15 +244,20 @@ class Recorder:
         arrays, roots = self._ledger.take(request)
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
         self._nodes[request] = TraceNode(positions, trace.tensors_root)
-        if self._drops is None or not self._drops(request, trace):
-            self._save(trace, trace_path(self._folder, request))
-        roots_path(self._folder, request).write_text(json.dumps({key: root.hex() for key, root in roots.items()}))
+        dropped = self._drops is not None and self._drops(request, trace)
+        self._save(request, None if dropped else trace, roots)
 
-    def _save(self, trace: RequestTrace, path: Path) -> None:
+    def _save(self, request: int, trace: RequestTrace | None, roots: Mapping[str, bytes]) -> None:
         """Begun here; done by `finish`. Disks take several files in little more time than one."""
         if len(self._saves) == SAVED_AT_ONCE:
             self._saves.popleft().result()
-        self._saves.append(self._disk.submit(trace.save, path))
+
+        def save() -> None:
+            if trace is not None:
+                trace.save(trace_path(self._folder, request))
+            write_text(roots_path(self._folder, request), json.dumps({key: root.hex() for key, root in roots.items()}))
+
+        self._saves.append(self._disk.submit(save))
 
 
 def trace_path(folder: Path, request: int) -> Path:

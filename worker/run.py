@@ -31,6 +31,7 @@ from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.homes import Homes
+from worker.inbox import Inbox
 from worker.job import JobFolder, JobState, Phase, written
 from worker.pace import SMOOTHING, Pace
 from worker.pipe import Pipe
@@ -44,7 +45,6 @@ from worker.stage import Stage
 
 log = logging.getLogger("plumb.worker.run")
 
-INBOX = 8  # messages taken from the predecessor before it has to wait
 ATTEMPTS = 1000  # whose numbers a ring may use up; those that fail are bounded by Serving.attempts
 
 
@@ -88,7 +88,7 @@ class Run:
         self._ready = ready
         self._first_attempt = rings * ATTEMPTS  # numbers of earlier rings lie below, so their messages count no more
         self._task: asyncio.Task[None] | None = None
-        self._inbox: asyncio.Queue[pb.Envelope] = asyncio.Queue(INBOX)
+        self._inbox = Inbox()
         self._final = False  # sealed, or failed for good
         self._broken = False  # this attempt is given up, the next may come
         self.pace = Pace(state.stages, serving.microbatches)  # of stage 0
@@ -160,8 +160,8 @@ class Run:
             if envelope.attempt > self._first_attempt + ATTEMPTS:
                 raise BadMessage(peer.name, f"attempt {envelope.attempt} of at most {self._first_attempt + ATTEMPTS}")
             await self._begin(envelope.attempt)
-        if self._broken or envelope.sequence < self._expected:
-            return  # given up already; or sent again after a lost connection
+        if self._broken or (envelope.sequence < self._expected and body != "abort"):
+            return  # given up already; or sent again after a lost connection. Who restarted gives up by number 0
         if envelope.sequence > self._expected and body != "abort":
             if self._expected == 0:  # we lost what came before, by a restart
                 await self._break(JobFailed("this stage restarted in the middle of an attempt"))
@@ -172,16 +172,18 @@ class Run:
         if body == "beat":
             self._pulse.beat(envelope.beat.held_ms / 1e3, envelope.beat.last, time.monotonic())
             return
-        self._expected = envelope.sequence + 1
+        before, self._expected = self._expected, max(self._expected, envelope.sequence + 1)
         allowed = ("tokens", "finish", "abort") if self.state.stage == 0 else ("rows", "finish", "abort")
         if body not in allowed:
             error = BadMessage(peer.name, f"expected one of {allowed}, came {body}")
             await self._break(error)
             raise error
-        pulse = self._pulse
-        pulse.came(time.monotonic())
+        (pulse := self._pulse).came(time.monotonic())
         try:
             await self._inbox.put(envelope)
+        except asyncio.CancelledError:  # its connection is lost, and brings it again
+            self._expected = before if pulse is self._pulse else self._expected
+            raise
         finally:
             pulse.queued(time.monotonic())
 
@@ -189,12 +191,11 @@ class Run:
         self._attempt = attempt
         self._expected = 0
         self._sequence = 0
-        self._broken = False
-        self.sealing = False  # all is served: no consent to a move is given any more
+        self._broken = self.sealing = False  # sealing: all is served: no consent to a move is given any more
         self._own_seconds = 0.0  # a microbatch here, smoothed
         self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
-        self._inbox = asyncio.Queue(INBOX)
+        self._inbox = Inbox()
         bounds = self._serving
         self._homes = Homes(self.requests, bounds.cache_positions, bounds.swap_positions, bounds.host_positions)
         self._cache = self._stage.cache(bounds.swap_positions, self._homes.reserves, self._homes.foreseen)
@@ -330,6 +331,8 @@ class Run:
                 await sent.acquire()
                 tokens, times = await self._returned_tokens()
                 scheduler.returned(tokens)
+                if missing := scheduler.unanswered:
+                    raise BadMessage(self._predecessor, f"no token came of {missing} requests whose rows it had")
                 now = time.perf_counter()
                 if began:
                     self.pace.returned(now - began.popleft(), times.busy / 1e6, times.slowest / 1e6)
@@ -368,10 +371,9 @@ class Run:
 
     async def _returned_tokens(self) -> tuple[list[Token], pb.Times]:
         envelope = await self._next(self._serving.stall_seconds)
-        body = envelope.WhichOneof("body")
-        if body != "tokens":
+        if (body := envelope.WhichOneof("body")) != "tokens":
             raise BadMessage(self._predecessor, f"expected tokens, came {body}")
-        tokens = unpack_tokens(self._predecessor, envelope.tokens, self._stage.shape.vocabulary)
+        tokens = unpack_tokens(self._predecessor, envelope.tokens, self._stage.shape.vocabulary, self._serving.max_rows)
         assert self._recorder is not None
         self._recorder.tokens(tokens)
         return tokens, envelope.tokens.times
@@ -429,9 +431,9 @@ class Run:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
         for r in rows.ended:
-            if r >= len(self.requests):
-                raise BadMessage(self._predecessor, f"ended: expected a request below {len(self.requests)}, came {r}")
-        self._ended.update(rows.ended)
+            if r >= (most := len(self.requests)) or r in self._ended:
+                raise BadMessage(self._predecessor, f"ended: expected a request below {most}, each once, came {r}")
+            self._ended.add(r)
         check_pieces(self._predecessor, batch, self.requests, self._positions, self._ended)
         return self._step(batch, list(rows.ended), lambda: hidden, rows.times)
 

@@ -110,6 +110,13 @@ class Scheduler:
         return self._in_flight
 
     @property
+    def unanswered(self) -> int:
+        """Requests whose next token must have come, since nothing is in flight, and has not."""
+        if self._in_flight or self.diverged:
+            return 0
+        return sum(self._progress[r].waiting for r in self._active)
+
+    @property
     def outputs(self) -> list[list[int]]:
         return [list(progress.tokens) for progress in self._progress]
 

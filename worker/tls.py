@@ -84,6 +84,10 @@ def _only(pem: bytes) -> x509.Certificate:
         raise ValueError(f"expected a certificate of at most {MAX_PEM_BYTES} bytes, came {len(pem)}")
     try:
         certificates = x509.load_pem_x509_certificates(pem)
+        for certificate in certificates:
+            # SAFETY: names are decoded when asked for. gRPC reads roots up to the first that it can't, and shuts out
+            # all peers behind that one.
+            certificate.subject, certificate.issuer  # noqa: B018
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError(f"not a PEM certificate: {error}") from error
     if len(certificates) != 1:

@@ -252,6 +252,22 @@ def test_a_wrong_signature_is_refused_by_name(world: Any, pipeline: bytes) -> No
     assert refused.value.name == "BadSignature"
 
 
+def test_another_form_of_a_signature_is_one_neither_here_nor_on_the_chain(world: Any, pipeline: bytes) -> None:
+    """Who took a hand-off so signed could not show it, and would be convicted in its sender's place."""
+    requester, order = world.chain(4), signing.CURVE_ORDER
+    job = job_of(requester, pipeline, 11)
+    job_id = requester.escrow.open(job)
+    good = requester.sign_accept(job_id, 0, job.model, key=dev_account(1))
+    assert requester.recover_accept(job_id, 0, job.model, good) == dev_account(1).address
+    head, v = good[:64], good[64]
+    high_s = (order - int.from_bytes(good[32:64], "big")).to_bytes(32, "big")
+    for other in (good[:32] + high_s + bytes([55 - v]), head + bytes([v - 27]), head + bytes([v + 8])):
+        assert requester.recover_accept(job_id, 0, job.model, other) is None
+        with pytest.raises(ChainError) as refused:
+            requester.escrow.accept(job_id, [Acceptance(0, other)])
+        assert refused.value.name == "BadSignature"
+
+
 def test_a_commitment_to_a_challenge_is_dated(world: Any) -> None:
     challenger = world.chain(3)
     game_id = signing.challenge_id(challenger.account, sample_game().segment, b"\x21" * 32)

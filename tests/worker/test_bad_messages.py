@@ -199,6 +199,28 @@ def test_strangers_get_nothing_and_the_job_is_served(
     asyncio.run(within(900, story()))
 
 
+def test_who_registers_anothers_certificate_takes_nothing_from_it(village: Village, tiny: Tiny, greedy: Greedy) -> None:
+    """It stands on chain for everybody to copy; what comes by it is the job's predecessor's all the same."""
+    _, model = tiny
+
+    async def story() -> None:
+        await village.wake()
+        first, second = village.agents
+        id = await village.open([GOOD])
+        await until(lambda: (stage := second._engagements.get(id)) is not None and stage.run is not None)
+        second.channel.admit(Peer("stage 0 of another job", "0xcopies", first.certificate))
+        first.channel.admit(Peer("stage 3 of another job", "0xcopies", second.certificate))
+        await village.reaches(id, Status.COMMITTED)
+        expected = outputs_root(make_outputs([greedy(model, GOOD)], [GOOD]))
+        assert village.requester.escrow.outputs(id)[0] == expected
+        assert (await village.get(0, f"/jobs/{id.hex()}")).json()["attempt"] == 1
+        again = await village.open([GOOD])
+        await village.reaches(again, Status.COMMITTED)
+        await village.sleep()
+
+    asyncio.run(within(900, story()))
+
+
 def test_who_shows_another_certificate_than_the_chain_names_is_not_talked_to(
     village: Village, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

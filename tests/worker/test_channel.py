@@ -1,12 +1,16 @@
 """Mutual TLS with pinned certificates, and what a receiver refuses."""
 
 import asyncio
+import base64
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from worker import grpc_channel, tls
 from worker import ring_pb2 as pb
@@ -269,6 +273,8 @@ def test_rows_survive_the_wire() -> None:
         ({"pieces": [pb.Piece(request=0, count=2), pb.Piece(request=1, count=0)]}, "no rows"),
         ({"dtype": 1}, "expected dtype 2, came 1"),
         ({"shape": [2, 9]}, "expected shape"),
+        ({"shape": [2, 8, *[1] * 100_000]}, r"came \[2, 8, 1\]$"),
+        ({"pieces": [pb.Piece()] * 3}, "3 pieces came with 64 bytes"),
         ({"data": b"123"}, "expected 64 bytes, came 3"),
     ],
 )
@@ -279,7 +285,9 @@ def test_malformed_rows_name_their_sender(changes: dict[str, object], what: str)
 
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(BadMessage, match="below 10, came 10"):
-        unpack_tokens("stage 2", pb.Tokens(tokens=[pb.Token(token=10)]), 10)
+        unpack_tokens("stage 2", pb.Tokens(tokens=[pb.Token(token=10)]), 10, 1)
+    with pytest.raises(BadMessage, match="expected at most 3, came 4"):
+        unpack_tokens("stage 2", pb.Tokens(tokens=[pb.Token(token=1)] * 4), 10, 3)
 
 
 def test_a_certificate_is_pinned_by_its_fingerprint(tmp_path: Path) -> None:
@@ -291,6 +299,11 @@ def test_a_certificate_is_pinned_by_its_fingerprint(tmp_path: Path) -> None:
         tls.pinned(other.certificate, tls.fingerprint(one.certificate), "stage 3")
     with pytest.raises(ValueError, match="expected one certificate, came 2"):
         tls.pinned(one.certificate + other.certificate, tls.fingerprint(one.certificate), "x")
+    bare = x509.load_pem_x509_certificate(one.certificate).public_bytes(Encoding.DER)
+    garbled = bare.replace(b".worker.plumb", b"\xffworker.plumb")  # a name of no UTF-8
+    text = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(garbled) + b"-----END CERTIFICATE-----\n"
+    with pytest.raises(ValueError, match="not a PEM certificate"):
+        tls.pinned(text, hashlib.sha256(garbled).digest(), "x")
     with pytest.raises(FileExistsError):
         tls.create(tmp_path / "one.pem", tmp_path / "one.key")
     assert (tmp_path / "one.key").stat().st_mode & 0o77 == 0

@@ -1,6 +1,7 @@
 """A disk that is full, for real, under a stage's traces and its state."""
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_what_is_sealed_waits_for_a_full_disk(
         state = asyncio.run(work())
         assert JobFolder(data / "0", JOB).load_state() == state
     assert state.phase is Phase.FINISHED and state.reason == "" and state.attempt == 1
+
+
+@pytest.mark.parametrize("retain", ["store", "regenerate"])
+def test_what_a_signature_is_about_is_on_disk_before_it_is_given(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retain: str
+) -> None:
+    """Contents and names, by the order of what is flushed: a power cut leaves what was, and that alone."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    stages = split(tiny[0], 3, 2, RepeatableStage if retain == "regenerate" else Stage)
+    serve(tmp_path, stages, requests_batch, Serving(max_rows=16, retain=retain))
+    last = {name: place for place, name in enumerate(flushed)}
+    assert last[JOB.hex()] > last["state.json.part"]
+    assert flushed.count(JOB.hex()) == sum(name in ("state.json.part", "requests.json.part") for name in flushed)
+    for r in range(len(requests_batch)):
+        assert flushed.count(f"{r}.roots.json.part") == 2 and last[f"{r}.roots.json.part"] < last["state.json.part"]
 
 
 @pytest.mark.parametrize("retain", ["store", "regenerate"])

@@ -1,6 +1,7 @@
 """Whole batches through one, two and three stages."""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -223,22 +224,25 @@ def test_the_audit_finds_an_honest_trace_within_tolerance(
             assert link is not None and link.worst().ratio == 0
 
 
-async def _deliver(runs: list[Run], stage: int, **fields: object) -> None:
+async def deliver(runs: list[Run], stage: int, **fields: object) -> None:
     body = pb.Envelope(job=JOB, attempt=1, **fields)
     await runs[stage].receive(Peer("stage 0", "stage 0", b""), body)
 
 
-def _rows(first: int, count: int, request: int = 0) -> pb.Rows:
+def rows_of(first: int, count: int, request: int = 0, ended: Sequence[int] = (), busy: int = 0) -> pb.Rows:
     hidden = pb.Tensor(dtype=2, shape=[count, 64], data=bytes(256 * count))
-    return pb.Rows(pieces=[pb.Piece(request=request, first=first, count=count)], hidden=hidden)
+    pieces = [pb.Piece(request=request, first=first, count=count)]
+    return pb.Rows(pieces=pieces, hidden=hidden, ended=ended, times=pb.Times(busy=busy))
 
 
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        (_rows(1, 2), "expected position 0, came 1"),
-        (_rows(0, 2, request=9), "expected a request below 5, came 9"),
-        (_rows(0, 11), "expected at most 10 positions, came 11"),
+        (rows_of(1, 2), "expected position 0, came 1"),
+        (rows_of(0, 2, request=9), "expected a request below 5, came 9"),
+        (rows_of(0, 11), "expected at most 10 positions, came 11"),
+        (rows_of(0, 2, ended=[1, 5]), "ended: expected a request below 5, each once, came 5"),
+        (rows_of(0, 2, ended=[1, 1]), "ended: expected a request below 5, each once, came 1"),
     ],
 )
 def test_rows_out_of_place_break_the_attempt(
@@ -254,7 +258,7 @@ def test_rows_out_of_place_break_the_attempt(
     async def work() -> None:
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
-            await _deliver(runs, 1, sequence=0, rows=rows)
+            await deliver(runs, 1, sequence=0, rows=rows)
             await asyncio.sleep(0.3)
             for run in runs:
                 await run.close("the test is over")
@@ -269,11 +273,11 @@ def test_a_gap_in_the_sequence_drops_the_sender(tiny: Tiny, requests_batch: list
     async def work() -> None:
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, split(folder, 3, 2), requests_batch, Serving(), compute)
-            await _deliver(runs, 1, sequence=0, rows=_rows(0, 2))
+            await deliver(runs, 1, sequence=0, rows=rows_of(0, 2))
             with pytest.raises(BadMessage, match="stage 0: expected message 1, came 3"):
-                await _deliver(runs, 1, sequence=3, rows=_rows(2, 2))
+                await deliver(runs, 1, sequence=3, rows=rows_of(2, 2))
             with pytest.raises(BadMessage, match="attempt 1001 of at most 1000"):
-                await runs[1].receive(Peer("stage 0", "", b""), pb.Envelope(job=JOB, attempt=1001, rows=_rows(0, 1)))
+                await runs[1].receive(Peer("stage 0", "", b""), pb.Envelope(job=JOB, attempt=1001, rows=rows_of(0, 1)))
             for run in runs:
                 await run.close("the test is over")
 

@@ -1,0 +1,32 @@
+"""Messages of one attempt that wait for this stage.
+
+Rationale: bounded by what they take, as neighbours send them, and by a number that no honest ring reaches: a stage that
+stops for a while must not stop the stream that brings them. Other jobs' messages come by it too, and their heartbeats.
+"""
+
+import asyncio
+
+from worker import ring_pb2 as pb
+
+MOST = 1024
+MOST_BYTES = 64 * 2**20  # and one message more
+
+
+class Inbox(asyncio.Queue[pb.Envelope]):
+    """`put` waits while there is no room."""
+
+    def __init__(self) -> None:
+        super().__init__(MOST)
+        self._bytes = 0
+
+    def full(self) -> bool:
+        return super().full() or self._bytes >= MOST_BYTES
+
+    def _put(self, item: pb.Envelope) -> None:
+        self._bytes += item.ByteSize()
+        super()._put(item)
+
+    def _get(self) -> pb.Envelope:
+        item = super()._get()
+        self._bytes -= item.ByteSize()
+        return item
