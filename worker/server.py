@@ -25,6 +25,7 @@ log = logging.getLogger("plumb.worker.server")
 
 ANSWER_BYTES = 4 * 2**20  # most raw rows in one answer
 SMALL_BODY_BYTES = 64 * 2**10  # of everything but prompts
+REQUEST_BYTES, TOKEN_BYTES = 2**12, 2**5  # of prompts as JSON, however it is laid out: a request without its tokens, a token
 SERVED = (Phase.SEALED, Phase.FINISHED, Phase.CLOSED)
 
 
@@ -84,7 +85,9 @@ def create_app(agent: Agent) -> FastAPI:
     @app.put("/jobs/{job}")
     async def put_requests(job: str, request: Request) -> dict[str, Any]:
         id = _bytes32(job)
-        requests = parse_requests(await _body(request, config.serving.max_body_bytes))
+        terms = (await agent.engagement(id)).job  # SAFETY: nobody's body is read for a job that nobody has funded
+        told = SMALL_BODY_BYTES + REQUEST_BYTES * terms.requests + TOKEN_BYTES * terms.prompt_tokens
+        requests = parse_requests(await _body(request, min(told, config.serving.max_body_bytes)))
         await agent.take_requests(id, requests)
         return {"job": id.hex(), "requests": len(requests)}
 

@@ -174,7 +174,7 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
         told = {"prompt": list(good.prompt), "limit": good.limit}
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             for body, reason in (
-                ("[" * 100_000, "expected JSON"),
+                ("[" * 50_000, "expected JSON"),
                 ({"requests": [told], "more": 1}, "nothing else"),
                 ({"requests": []}, "an entry or more"),
                 ({"requests": [{**told, "limit": 1 << 32}]}, "requests[0]: limit: expected a whole number below"),
@@ -183,6 +183,11 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
                 content = body if isinstance(body, str) else json.dumps(body)
                 answer = await client.put(f"{village.configs[0].url}/jobs/{other.hex()}", content=content)
                 assert answer.status_code == 409 and reason in answer.json()["error"], answer.text
+
+            # What strangers send is read only for a job that is open, and no more of it than the job's terms allow.
+            for job, status, reason in ((other, 413, "a body of at most"), (bytes(32), 404, "is not at this worker")):
+                answer = await client.put(f"{village.configs[0].url}/jobs/{job.hex()}", content=" " * 2**20)
+                assert answer.status_code == status and reason in answer.json()["error"], answer.text
 
         cheap = await village.open([good], token_price=0)
         for _ in range(50):
