@@ -25,7 +25,7 @@ log = logging.getLogger("plumb.worker.server")
 
 ANSWER_BYTES = 4 * 2**20  # most raw rows in one answer
 SMALL_BODY_BYTES = 64 * 2**10  # of everything but prompts
-REQUEST_BYTES, TOKEN_BYTES = 2**12, 2**5  # of prompts as JSON, however it is laid out: a request without its tokens, a token
+REQUEST_BYTES, TOKEN_BYTES = 2**12, 2**5  # of prompts as JSON: a request without its tokens, a token
 SERVED = (Phase.SEALED, Phase.FINISHED, Phase.CLOSED)
 
 
