@@ -93,6 +93,7 @@ def run(
 def _job(
     home: Path, count: int, prompt: int, output: int, layers: int, strategies: Sequence[str], liars: int
 ) -> list[Any]:
+    torch.set_num_threads(1)  # of both sides: threads that wait for one another count as work
     weights = tiny.make_weights(home / "model", tiny.config(**{**MODEL, "num_hidden_layers": layers}))
     calibrate(home / "model", sequences=CALIBRATED, length=prompt).save(home / "model")
     judge = Judge(home / "model")

@@ -115,8 +115,9 @@ class Soak:
         self.village.devnet.pass_seconds(TERMS.window + 5)
         self.reaches(id, Status.PAID)
         self.jobs += 1
-        for player in self.line:  # a stage that has seen its pay is at rest
+        for player in self.line:  # a stage that has seen its pay and removed its traces is at rest
             self.wait(lambda player=player: self.ask(player, f"/jobs/{id.hex()}")["phase"] == "closed")
+            self.wait(lambda player=player: not any((self.data(player.name) / "jobs").rglob("*.safetensors")))
         self.look()
         print(f"  job {self.jobs}: {self.tokens} tokens, {time.monotonic() - self.began:.0f} s", flush=True)
 
@@ -145,6 +146,9 @@ class Soak:
         answer: dict[str, Any] = self.http.get(f"{player.url}{path}").raise_for_status().json()
         return answer
 
+    def data(self, name: str) -> Path:
+        return self.village.home / name / "data"
+
     def reaches(self, id: bytes, status: Status) -> None:
         self.wait(lambda: self.village.requester.escrow.status(id) is status)
 
@@ -164,7 +168,7 @@ class Soak:
         processes |= {"requester": os.getpid(), "chain": self.village.devnet.process_id}
         seconds = round(time.monotonic() - self.began, 1)
         for name, pid in processes.items():
-            stored = stored_bytes(self.village.home / name / "data") if name.startswith("stage") else 0
+            stored = stored_bytes(self.data(name)) if name.startswith("stage") else 0
             self.samples.setdefault(name, []).append(Sample(self.tokens, seconds, *read_process(pid), stored))
 
     def report(self) -> dict[str, Any]:
