@@ -74,6 +74,10 @@ def run(name: str, options: dict[str, Any]) -> dict[str, Any]:
         inspect.signature(chosen).bind(**options)
     except TypeError as error:
         raise BenchError(f"bench {name}: {error}; it takes {inspect.signature(chosen)}") from None
+    for key, value in options.items():
+        kind = str(inspect.signature(chosen).parameters[key].annotation)
+        if kind.startswith(("list[", "collections.abc.Sequence[")) and not isinstance(value, list):
+            raise BenchError(f'bench {name}: {key}: expected a list as JSON, such as [1, 2] or ["a"], got {value!r}')
     result: dict[str, Any] = chosen(**options)
     return {"benchmark": name, "options": options, "machine": machine(), **result}
 

@@ -38,7 +38,9 @@ def _fail(reason: object) -> typer.Exit:
 
 def open_chain(config: Config) -> Chain:
     account = load_account(config.keystore, config.password)
-    return Chain(config.rpc_urls, Addresses.load(config.addresses), account, PATIENCE_SECONDS, RECEIPT_SECONDS)
+    chain = Chain(config.rpc_urls, Addresses.load(config.addresses), account, PATIENCE_SECONDS, RECEIPT_SECONDS)
+    chain.check_addresses()
+    return chain
 
 
 @app.command()
@@ -52,7 +54,12 @@ def run(config: ConfigFile, ray: RayAddress = "") -> None:
         set_up(settings.log_format)
         agent = Agent.build(settings, open_chain(settings))
         if settings.metrics_port:
-            agent.metrics.serve(settings.metrics_host, settings.metrics_port)
+            try:
+                agent.metrics.serve(settings.metrics_host, settings.metrics_port)
+            except OSError as error:
+                raise ConfigError(
+                    f"metrics_port: {settings.metrics_port} of {settings.metrics_host}: {error}"
+                ) from error
     except REFUSALS as error:
         raise _fail(error) from error
     typer.echo(f"watching {', '.join(settings.rpc_urls)} as {agent.chain.account}")

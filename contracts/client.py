@@ -148,6 +148,24 @@ class Chain:
         """Unix seconds of a block, by default the latest: the clock that deadlines are measured by."""
         return int(self.transport.web3.eth.get_block("latest" if block is None else block)["timestamp"])
 
+    def check_addresses(self) -> None:
+        """Raises AddressesError where these are not the contracts of one deployment on this chain: who answers games at
+        another address than its jobs' loses them by the clock.
+        """
+        for door, names in (
+            (self.escrow, ("token", "workers", "disputes", "demands")),
+            (self.workers, ("models",)),
+            (self.disputes, ("referee",)),
+        ):
+            for name in names:
+                ours = getattr(self.addresses, name)
+                try:
+                    known = to_checksum_address(door.neighbour(name))
+                except ChainError as error:
+                    raise AddressesError(f"{door.contract.lower()}: none at {door.address}: {error}") from error
+                if known != ours:
+                    raise AddressesError(f"{name}: expected {known}, which {door.contract} works with, got {ours}")
+
     def balance_wei(self, account: str) -> int:
         return int(self.transport.web3.eth.get_balance(to_checksum_address(account)))
 

@@ -35,6 +35,10 @@ class Door:
     def _send(self, name: str, *arguments: Any) -> TxReceipt:
         return self._transport.send(self.address, self._functions[name], arguments)
 
+    def neighbour(self, name: str) -> str:
+        """The address of another contract of its deployment, as this one knows it. Raises ChainError."""
+        return str(self._read(name))
+
     @property
     def _sender(self) -> str:
         if self._transport.key is None:

@@ -75,6 +75,12 @@ def test_options_of_a_benchmark_are_json_where_they_can_be() -> None:
         bench.parse_options(["layers"])
 
 
+def test_a_list_is_asked_for_as_one() -> None:
+    for name, key in (("commit", "models"), ("audit", "strategies")):
+        with pytest.raises(bench.BenchError, match=f"{name}: {key}: expected a list as JSON.*got 'demo'"):
+            bench.run(name, {key: "demo"})
+
+
 def test_a_report_tells_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "noop.py").write_text('"""Does nothing."""\ndef run(times: int = 1): return {"seconds": 0.5 * times}\n')
     monkeypatch.setattr(bench, "_FOLDER", tmp_path)

@@ -88,10 +88,12 @@ class Profile:
 
     @classmethod
     def load(cls, folder: Path, shape: ModelShape) -> "Profile":
-        """Reads what save wrote. Raises OSError, InvalidProfile: malformed, of another model, or altered."""
+        """Reads what save wrote. Raises OSError, InvalidProfile: none, malformed, of another model, or altered."""
         path = folder / FILE_NAME
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InvalidProfile(f"{path}: there is none: see `plumb model calibrate`") from None
         except ValueError as error:
             raise InvalidProfile(f"{path}: expected JSON, got {error}") from None
         keys = {"format", "root", "layout", "cells"}

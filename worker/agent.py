@@ -47,7 +47,7 @@ from verifier.weights import Weights, identify
 from worker import ring_pb2 as pb
 from worker.admission import check_join, own_stage
 from worker.channel import Channel, Handler, Peer
-from worker.config import WorkerConfig, split_address
+from worker.config import WorkerConfig
 from worker.consent import place
 from worker.demand import Answerer
 from worker.engagement import Engagement
@@ -56,6 +56,7 @@ from worker.grpc_channel import GrpcChannel
 from worker.job import JobFolder, JobState, Phase
 from worker.notary import Notary
 from worker.peers import Peers
+from worker.preflight import check_chain, listen
 from worker.recorder import Recorder
 from worker.repeat import RepeatableStage
 from worker.respond import Responder
@@ -132,9 +133,8 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------------ life
 
     async def run(self) -> None:
-        from worker.server import (
-            create_app,
-        )  # the server knows the agent's class, so the agent can't import it at the top
+        # The server knows the agent's class, so the agent can't import it at the top.
+        from worker.server import create_app
 
         self.peers = Peers(self.chain, self.config.peer_hosts, self.config.serving.max_body_bytes)
         serving = self.config.serving
@@ -142,9 +142,8 @@ class Agent:
             self.certificate, self._key, self._receive, serving.max_message_bytes, serving.compress
         )
         await self.channel.start(self.config.grpc)
-        host, port = split_address(self.config.http, "http")
-        settings = uvicorn.Config(create_app(self), host=host, port=port, log_level="warning", access_log=False)
-        self.server = uvicorn.Server(settings)
+        self.server = uvicorn.Server(uvicorn.Config(create_app(self), log_level="warning", access_log=False))
+        listener = listen(self.config.http, "http")
         watch = asyncio.create_task(self._watch())
         log.info(
             "worker %s, layers %d .. %d, model 0x%s",
@@ -154,7 +153,9 @@ class Agent:
             self.model_id.hex(),
         )
         try:
-            await self.server.serve()
+            await self.server.serve([listener])
+            if watch.done():
+                watch.result()
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -169,6 +170,11 @@ class Agent:
             self.compute.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
+        try:
+            await check_chain(self.chain, self.account, self.config.chain.poll_seconds)
+        except ConfigError:
+            self.server.should_exit = True
+            raise
         while True:
             try:
                 await self.follow()
@@ -367,7 +373,7 @@ def build_worker(
     recorder_class: type[Recorder] = Recorder,
     channel_class: MakeChannel = GrpcChannel,
 ) -> Agent:
-    """Everything of one process, from its configuration. Raises ConfigError, ModelFolderError, KeystoreError."""
+    """All of one process. Raises ConfigError, ModelFolderError, InvalidProfile, KeystoreError."""
     if config.serving.threads:
         torch.set_num_threads(config.serving.threads)
     config.data.mkdir(parents=True, exist_ok=True)

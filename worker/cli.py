@@ -14,6 +14,7 @@ from eth_account import Account
 from eth_utils.address import to_checksum_address
 
 from contracts.client import Addresses, Chain, ContractsError, Worker, load_account, save_account
+from verifier.tolerance import InvalidProfile
 from verifier.weights import ModelFolderError
 from worker import config as configuration
 from worker import tls
@@ -136,7 +137,7 @@ def run(
         if retain:
             settings = replace(settings, serving=replace(settings.serving, retain=retain))
         agent = build_worker(settings)
-    except (WorkerError, ContractsError, ModelFolderError, OSError) as error:
+    except (WorkerError, ContractsError, ModelFolderError, InvalidProfile, OSError) as error:
         raise _stop(error) from error
     try:
         asyncio.run(agent.run())

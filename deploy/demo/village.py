@@ -190,13 +190,13 @@ class Village:
     def wealth(self, account: str) -> int:
         """Everything of the token that is an account's: wallet, credits, stake. Base units."""
         chain = self.bank
-        credits = chain.escrow.credit(account) + chain.disputes.credit(account)
-        return (
-            chain.token.balance(account)
-            + credits
-            + chain.workers.free_stake(account)
-            + chain.workers.locked_stake(account)
-        )
+        while True:  # all of one block: what moves from one place to another counts once
+            block = chain.block_number()
+            credits = sum(door.credit(account) for door in (chain.escrow, chain.disputes, chain.demands))
+            stake = chain.workers.free_stake(account) + chain.workers.locked_stake(account)
+            total = chain.token.balance(account) + credits + stake
+            if chain.block_number() == block:
+                return total
 
     def _newcomer(self) -> tuple[LocalAccount, Chain]:
         """A fresh account with ether and tokens."""

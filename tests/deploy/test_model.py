@@ -127,7 +127,8 @@ def test_check_names_the_weight_that_is_no_number(folder: Path) -> None:
 
 def test_an_id_needs_a_profile_of_this_very_model(folder: Path) -> None:
     (folder / "tolerance.json").unlink()
-    assert plumb("id", str(folder)).exit_code == 1
+    answer = plumb("id", str(folder))
+    assert answer.exit_code == 1 and "tolerance.json: there is none: see `plumb model calibrate`" in line(answer)
     (folder / "tolerance.json").write_text("[]", encoding="utf-8")
     answer = plumb("id", str(folder))
     assert answer.exit_code == 1

@@ -118,7 +118,8 @@ async def reason(village: Village, id: bytes) -> str:
     """Of the stages that failed, whoever knows more."""
     for _ in range(600):
         states = [(await village.get(stage, f"/jobs/{id.hex()}")).json() for stage in (0, 1)]
-        told = [str(state["reason"]) for state in states if state["phase"] == "failed"]
+        # A stage that has not heard of the job yet tells no phase.
+        told = [str(state["reason"]) for state in states if state.get("phase") == "failed"]
         if told:
             return max(told, key=len)
         await asyncio.sleep(0.1)
