@@ -7,7 +7,6 @@ download and checks of every byte included. The workers' HTTP side runs in a thi
 import asyncio
 import json
 import multiprocessing
-import resource
 import shutil
 import socket
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from bench import _tiny as tiny
 from bench._attacks import integers
 from bench._layer import shape_named
+from bench._memory import peak_bytes, reset_peak
 from bench._pipeline import JOB, split, wire
 from bench._traces import WholeLayer, serve
 from challenger.evidence import Archive, Facts
@@ -269,6 +269,7 @@ def _cell(home: str, position: int) -> dict[str, Any]:
     arrays["0.mlp_out"][spot] = tiny.to_bits(made, shape.served_dtype)
     trace = RequestTrace(shape, 0, 1, arrays)
     auditor = Auditor(weights, profile, torch.float32)
+    reset_peak()  # what served these rows is over
     started, cpu = time.perf_counter(), time.process_time()
     audits = list(auditor.sweep(layer, [Span(Served(0, trace), 0, position, position + 1)]))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -278,7 +279,7 @@ def _cell(home: str, position: int) -> dict[str, Any]:
         "position": position,
         "seconds": seconds,
         "cpu_seconds": cpu,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_bytes(),
         "weight_bytes": sum(2 * place.rows * place.cols for place in cast(WholeLayer, weights)._places),
         "worst": max(audit.worst().ratio for audit in audits),
     }

@@ -12,7 +12,6 @@ the report costs without all calldata beyond the state and a choice of its own. 
 show its place in a list, so the reference is, if anything, too cheap.
 """
 
-import resource
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from typing import Any
 from bench._court import JUDGED, Batch, Court, Played
 from bench._layer import STAGES, LayerWeights, served, shape_named
 from bench._liar import Liar, Lie
+from bench._memory import peak_bytes, reset_peak
 from verifier import link
 from verifier.canonical import Case
 from verifier.game import Segment
@@ -110,7 +110,7 @@ def _games(
     court: Court, shape_name: str, kind: Kind, position: int, instruction: int | str, liar: str
 ) -> Iterator[dict[str, Any]]:
     shape = shape_named(shape_name)
-    _reset_peak()
+    reset_peak()
     if kind == Kind.LINK:
         if liar in (ALL, "worker"):
             yield _linked(court, shape_name, position)
@@ -202,23 +202,6 @@ def _row(played: Played, liar: str, trace_seconds: float) -> dict[str, Any]:
         "max_calldata_bytes": max(receipt.calldata_bytes for receipt in receipts),
         "trace_seconds": round(trace_seconds, 3),
         "solve_seconds": round(played.solve_seconds, 3),
-        "peak_memory_bytes": _peak(),
+        "peak_memory_bytes": peak_bytes(),
         "transactions": [[r.method.removeprefix("Disputes."), r.gas, r.calldata_bytes, r.floor_gas] for r in receipts],
     }
-
-
-def _reset_peak() -> None:
-    """Linux starts its high-water mark again; elsewhere the whole run's counts."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _peak() -> int:
-    """Bytes of memory held at most, mapped weights included."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
