@@ -120,7 +120,7 @@ def register(
 
 
 @app.command()
-def demo(folder: Folder, steps: Annotated[int, typer.Option(help="Training steps.")] = 0) -> None:
+def demo(folder: Folder, steps: Annotated[int, typer.Option(help="Training steps; 0: the demo's own.")] = 0) -> None:
     """Train the demo's small Llama from text that ships with Python, and calibrate it."""
     try:
         make_demo(folder, steps)

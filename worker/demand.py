@@ -46,7 +46,9 @@ class Answerer:
             return
         if ours:
             self._open[event.id] = event.demanded
-            log.warning("demand %s: %s, until %d", event.id.hex()[:8], demand, event.demanded.deadline)
+            what = f"kind {demand.kind}, request {demand.request}, {demand.count} leaves from {demand.first}"
+            until = event.demanded.deadline
+            log.warning("demand %s of job %s: %s, until %d", event.id.hex()[:8], demand.job.hex()[:8], what, until)
 
     def closed(self, event: DemandAnswered | DemandLapsed) -> None:
         if self._open.pop(event.id, None) is not None and isinstance(event, DemandLapsed):

@@ -91,13 +91,14 @@ class Settler:
                 self._try("withdraw", b"", door.withdraw)
 
     def _try(self, action: str, job: bytes, send: Callable[[], object]) -> None:
+        what = f"{action} of job {job.hex()[:8]}" if job else action
         try:
             send()
-            log.info("%s of job %s", action, job.hex()[:8])
+            log.info("%s", what)
         except ChainError as error:
             if error.name not in DONE + LATER:
                 raise
-            log.info("%s of job %s: %s", action, job.hex()[:8], error)
+            log.info("%s: %s", what, error)
 
 
 def stage_name(index: int, stage: Stage) -> str:
