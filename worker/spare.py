@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("plumb.worker.spare")
 
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 0.25  # of a short job little is left once it is accepted
 RENEW_SECONDS = 30.0  # after which the other's consent is asked for anew
 
 
@@ -42,6 +42,7 @@ class Spare:
         self.index = index
         self.status = Status.OPEN
         self.task: asyncio.Task[None] | None = None
+        self.watching = False  # all is there that must be had while the other one lives
 
     @property
     def name(self) -> str:
@@ -65,6 +66,7 @@ class Spare:
             except (WorkerError, ContractsError) as error:
                 log.info("job %s: no spare for it: %s", self.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
+        self.watching = True
         try:
             await self._watch(consent)
         except Exception:  # a fault here must not go unseen until somebody misses the spare

@@ -68,6 +68,8 @@ def test_a_spare_serves_and_is_paid_in_a_dead_stages_place(village: Village, tin
         await village.reaches(id, Status.ACCEPTED)
         while sum(map(len, (await village.get(2, f"/jobs/{id.hex()}/tokens")).json()["tokens"])) < 20:
             await asyncio.sleep(0.05)
+        while not village.agents[SPARE]._spares[id].watching:
+            await asyncio.sleep(0.05)
         await die(village, 1)
         await village.reaches(id, Status.COMMITTED)
         escrow, workers = village.requester.escrow, village.requester.workers
