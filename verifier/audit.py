@@ -128,10 +128,10 @@ class Audit:
 
     def suspicions(self, most: int | None = None) -> list[Verdict]:
         """Every piece above the threshold, or the farthest `most` of them, by position and unit."""
-        places = np.argwhere(self.ratios > SUSPICION)
+        beyond = self.ratios > SUSPICION
+        places = np.argwhere(beyond)
         if most is not None and len(places) > most:
-            farthest = np.argpartition(self.ratios[self.ratios > SUSPICION], -most)[-most:]
-            places = places[np.sort(farthest)]
+            places = places[np.sort(np.argpartition(self.ratios[beyond], -most)[-most:])]
         return [self._verdict(int(position), int(unit)) for position, unit in places]
 
     def _verdict(self, position: int, unit: int) -> Verdict:

@@ -136,6 +136,7 @@ class Agent:
         # The server knows the agent's class, so the agent can't import it at the top.
         from worker.server import create_app
 
+        listener = listen(self.config.http, "http")
         self.peers = Peers(self.chain, self.config.peer_hosts, self.config.serving.max_body_bytes)
         serving = self.config.serving
         self.channel = self._channel_class(
@@ -143,7 +144,6 @@ class Agent:
         )
         await self.channel.start(self.config.grpc)
         self.server = uvicorn.Server(uvicorn.Config(create_app(self), log_level="warning", access_log=False))
-        listener = listen(self.config.http, "http")
         watch = asyncio.create_task(self._watch())
         log.info(
             "worker %s, layers %d .. %d, model 0x%s",
