@@ -27,7 +27,7 @@ def serve(home: str, job: str, stages: int, model: str, outputs: str, port: int)
     id, shape = bytes.fromhex(job), Weights.open(model).shape
     folders = [JobFolder(Path(home) / str(stage), id) for stage in range(stages)]
     asked = json.dumps({"requests": [request_json(request) for request in folders[0].load_requests()]}).encode()
-    nodes = [_nodes(folder) for folder in folders]
+    nodes = [_nodes(folder, shape) for folder in folders]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -53,11 +53,16 @@ def serve(home: str, job: str, stages: int, model: str, outputs: str, port: int)
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
-def _nodes(folder: JobFolder) -> bytes:
-    told = []
-    for r, node in enumerate(folder.load_state().nodes):
-        roots = {key: root.hex() for key, root in load_roots(folder.path, r).items()}
-        told.append({"positions": node.positions, "tensors_root": node.tensors_root.hex(), "roots": roots})
+def _nodes(folder: JobFolder, shape: ModelShape) -> bytes:
+    told, keys = [], RequestTrace.load(trace_path(folder.path, 0), shape).keys
+    for node, roots in zip(folder.load_state().nodes, load_roots(folder.path, keys), strict=True):
+        told.append(
+            {
+                "positions": node.positions,
+                "tensors_root": node.tensors_root.hex(),
+                "roots": {key: root.hex() for key, root in roots.items()},
+            }
+        )
     return json.dumps({"requests": told}).encode()
 
 

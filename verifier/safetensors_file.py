@@ -5,8 +5,9 @@ Format: header length u64 (little-endian), header JSON {name: {dtype, shape, dat
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from verifier.referee.floats import Dtype
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_ROWS = 10**9  # of a GrowingFile
 FLOATS = {"BF16": Dtype.BFLOAT16, "F16": Dtype.FLOAT16, "F32": Dtype.FLOAT32}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -119,17 +121,11 @@ def _naturals(value: object) -> bool:
 
 def write(path: Path, dtype: Dtype, tensors: Mapping[str, Bits], metadata: Mapping[str, str]) -> None:
     """Writes raw bits of one float dtype, whole or not at all: a reader never sees half a file. Raises OSError."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, bits in tensors.items():
-        header[name] = {"dtype": NAMES[dtype], "shape": list(bits.shape), "data_offsets": [end, end + bits.nbytes]}
-        end += bits.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = _header(dtype, {name: bits.shape for name, bits in tensors.items()}, metadata)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for bits in tensors.values():
                 np.ascontiguousarray(bits).tofile(file)
             file.flush()
@@ -137,3 +133,66 @@ def write(path: Path, dtype: Dtype, tensors: Mapping[str, Bits], metadata: Mappi
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+class GrowingFile:
+    """A file of matrices with as many rows each, the first one's written as they come. Nobody sees it before `publish`;
+    between two calls none is open. Each method raises OSError.
+    """
+
+    def __init__(self, path: Path, dtype: Dtype, columns: Mapping[str, int], metadata: Mapping[str, str]) -> None:
+        """columns: of each matrix, in their order. What another left unfinished for `path` is overwritten."""
+        self.count = 0  # of rows
+        self._part = path.with_name(f"{path.name}.part")
+        self._path, self._dtype, self._columns, self._metadata = path, dtype, dict(columns), metadata
+        # Rationale: the header comes first and tells how many rows there are, so room is kept for the largest number.
+        self._room = len(self._header(MAX_ROWS))
+        self._part.write_bytes(bytes(self._room))
+
+    def add(self, rows: Bits) -> None:
+        """Raw bits [n, columns] of the first matrix, contiguous."""
+        with self._part.open("ab", buffering=0) as file:
+            _write_all(file, rows)
+        self.count += len(rows)
+
+    def first(self, count: int) -> Bits:
+        """The first `count` rows of the first matrix, of those that came."""
+        columns = next(iter(self._columns.values()))
+        bits = np.fromfile(self._part, f"<u{self._dtype.size}", count * columns, offset=self._room)
+        return bits.reshape(count, columns)
+
+    def finish(self, others: Iterable[Bits]) -> None:
+        """others: the matrices behind the first, whole."""
+        with self._part.open("ab", buffering=0) as file:
+            for bits in others:
+                _write_all(file, bits)
+        header = self._header(self.count)
+        with self._part.open("r+b") as file:
+            file.write((self._room - 8).to_bytes(8, "little") + header[8:].ljust(self._room - 8))
+
+    def publish(self) -> None:
+        """Puts the file in its place, once the disk has its content."""
+        with self._part.open("rb") as file:
+            os.fsync(file.fileno())
+        self._part.replace(self._path)
+
+    def _header(self, rows: int) -> bytes:
+        return _header(self._dtype, {name: (rows, wide) for name, wide in self._columns.items()}, self._metadata)
+
+
+def _write_all(file: RawIOBase, rows: Bits) -> None:
+    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+    while data:
+        data = data[file.write(data) :]
+
+
+def _header(dtype: Dtype, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> bytes:
+    """With its length in front; data begin at a multiple of 8."""
+    told: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + prod(shape) * dtype.size
+        told[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

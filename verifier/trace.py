@@ -6,6 +6,7 @@ Arrays hold raw bits [T, width], uint16 or uint32 by the model's served dtype. A
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from verifier.sha256 import HASH_BYTES, Bytes, HashTree, leaf_hashes, row_leaf_h
 CACHED_BYTES = 1 << 18
 # Tiles are copied before they are hashed; so much at a time stays in the second-level cache.
 TREES_KEPT = 16
+BESIDE = ","  # between the keys of tensors that a file holds side by side
 # A tree takes an eighth of its tensor; a dispute walks through the tensors of one layer, seven at most.
 
 
@@ -43,6 +45,11 @@ def tensor_width(shape: ModelShape, key: str) -> int:
     if name == "q":
         return shape.query_width
     return shape.kv_width if name in ("k", "v") else shape.hidden
+
+
+def stage_metadata(first_layer: int, end_layer: int) -> dict[str, str]:
+    """What the file of a trace tells besides its tensors."""
+    return {"first_layer": str(first_layer), "end_layer": str(end_layer)}
 
 
 def is_tiled(key: str) -> bool:
@@ -238,21 +245,25 @@ class RequestTrace:
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file. Raises OSError."""
-        layers = {"first_layer": str(self.first_layer), "end_layer": str(self.end_layer)}
-        write(path, self.shape.served_dtype, {key: self.arrays[key] for key in self.keys}, layers)
+        metadata = stage_metadata(self.first_layer, self.end_layer)
+        write(path, self.shape.served_dtype, {key: self.arrays[key] for key in self.keys}, metadata)
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "RequestTrace":
-        """Maps a file that save wrote into memory, read-only. Raises MalformedFile, WrongTrace, OSError."""
+        """Maps a file that save wrote, or a worker row by row, into memory, read-only.
+
+        Raises MalformedFile, WrongTrace, OSError.
+        """
         file = SafetensorsFile(path)
         layers = [file.metadata.get(name, "") for name in ("first_layer", "end_layer")]
         if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in layers):
             raise MalformedFile(f"{path.name}: expected first_layer and end_layer in its metadata, got {layers}")
         arrays: dict[str, Bits] = {}
         for key in file.entries:
-            dtype, arrays[key] = file.floats(key)
+            dtype, array = file.floats(key)
             if dtype != shape.served_dtype:
                 raise WrongTrace(f"{key}: expected {shape.served_dtype.name}, got {dtype.name}")
+            arrays |= _side_by_side(shape, key, array)
         return cls(shape, int(layers[0]), int(layers[1]), arrays)
 
     def _rows(self, key: str) -> Bits:
@@ -284,6 +295,15 @@ class RequestTrace:
         if self._tensors_tree is None:
             self._tensors_tree = HashTree.of([self.tensor_root(key) for key in self.keys])
         return self._tensors_tree
+
+
+def _side_by_side(shape: ModelShape, name: str, array: Bits) -> dict[str, Bits]:
+    """A matrix of a file: one tensor, or several in its columns, told by their keys with commas between them."""
+    keys = name.split(BESIDE)
+    ends = list(accumulate(tensor_width(shape, key) for key in keys))
+    if array.ndim != 2 or array.shape[1] != ends[-1]:
+        raise WrongTrace(f"{name[:80]}: expected {ends[-1]} columns, got {list(array.shape)}")
+    return {key: array[:, end - tensor_width(shape, key) : end] for key, end in zip(keys, ends, strict=True)}
 
 
 def _within(first: int, end: int, count: int) -> None:

@@ -111,8 +111,9 @@ class JobFolder:
         """SAFETY: of a job that is over, or of an attempt that is given up: no lock answers for what they prove. Raises
         OSError.
         """
-        for path in self.path.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.safetensors", "*.safetensors.part"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -128,15 +129,15 @@ class JobFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path.parent, self.path.parent.parent):
                 _on_disk(folder)
-        write_text(self.path / name, json.dumps(value))
+        write_bytes(self.path / name, json.dumps(value).encode())
         _on_disk(self.path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Replaced in one step; on disk once its folder is. Raises OSError."""
     part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

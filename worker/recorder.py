@@ -1,15 +1,14 @@
 """Keeps and commits what the stage served, off the serving thread: traces to disk, hashes, the hand-offs of both its
 ends.
 
-One Recorder a job and attempt. Its thread takes microbatches from a bounded queue: if hashing falls behind, serving
-waits.
+One Recorder a job and attempt. Its thread takes microbatches from a bounded queue: if hashing or the disk falls behind,
+serving waits.
 """
 
-import json
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ import torch
 
 from verifier.commit import Request, StageTree, TraceNode
 from verifier.program import ModelShape
-from verifier.trace import RequestTrace
+from verifier.sha256 import HASH_BYTES, HashTree
+from verifier.trace import RequestTrace, tensor_keys
 from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed, OutOfRange
 from worker.handoff import RowHandoff, TokenHandoff
-from worker.job import write_text
+from worker.job import write_bytes
 from worker.ledger import Ledger
 from worker.stage import Captured, to_bits
 
@@ -34,7 +34,7 @@ from worker.stage import Captured, to_bits
 INVALID_BITS = (0x4980, 0x7C00, 0x49800000)
 MAGNITUDE = (0x7FFF, 0x7FFF, 0x7FFFFFFF)
 
-SAVED_AT_ONCE = 4  # traces, each in memory until the disk has it
+SYNCED_AT_ONCE = 4  # traces: disks take several files in little more time than one
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,11 @@ class Recorder:
         self._alone = alone
         self._drops = drops
         self._dtype = int(shape.served_dtype)
-        self._ledger = Ledger(sum(len(request.prompt) + request.limit for request in requests))
+        # Traces that are dropped need no room on the disk, not even for a while.
+        paths = None if drops is not None else lambda request: trace_path(folder, request)
+        self._ledger = Ledger(shape, first_layer, end_layer, paths)
         self._nodes: dict[int, TraceNode] = {}
+        self._roots: dict[int, bytes] = {}  # by request, those of its tensors in a row
         self._tokens = TokenHandoff()
         self._received = RowHandoff()
         self._sent = RowHandoff()
@@ -107,8 +110,8 @@ class Recorder:
         self._waiting_bytes = 0  # of rows; the other items are small, and their callers may not wait
         self.peak_bytes = 0
         self._room = threading.Condition()
-        self._disk = ThreadPoolExecutor(SAVED_AT_ONCE, thread_name_prefix="traces")
-        self._saves: deque[Future[None]] = deque()
+        self._disk = ThreadPoolExecutor(SYNCED_AT_ONCE, thread_name_prefix="traces")
+        self._syncs: deque[Future[None]] = deque()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -210,8 +213,9 @@ class Recorder:
             case _Ended(request):
                 self._finish_request(request)
             case None:
-                while self._saves:
-                    self._saves.popleft().result()
+                write_bytes(roots_path(self._folder), b"".join(self._roots[r] for r in sorted(self._roots)))
+                while self._syncs:
+                    self._syncs.popleft().result()
 
     def _share(self, piece: Piece, donor: int) -> None:
         """Positions before the piece's are the donor's: the same rows, recorded and handed on as the request's own."""
@@ -240,35 +244,34 @@ class Recorder:
         if request not in self._ledger:
             raise JobFailed(f"request {request} ended without a single position")
         self._handed.pop(request, None)
-        positions = self._ledger.positions(request)
-        arrays, roots = self._ledger.take(request)
-        trace = RequestTrace(self._shape, self._first_layer, self._end_layer, arrays, roots)
-        self._nodes[request] = TraceNode(positions, trace.tensors_root)
-        dropped = self._drops is not None and self._drops(request, trace)
-        self._save(request, None if dropped else trace, roots)
+        taken = self._ledger.take(request)
+        keys = tensor_keys(self._shape, self._first_layer, self._end_layer)
+        self._roots[request] = b"".join(taken.roots[key] for key in keys)
+        self._nodes[request] = TraceNode(taken.positions, HashTree.of([taken.roots[key] for key in keys]).root)
+        if taken.file is not None:
+            self._later(taken.file.publish)
+            return
+        trace = RequestTrace(self._shape, self._first_layer, self._end_layer, taken.arrays, taken.roots)
+        if self._drops is None or not self._drops(request, trace):
+            self._later(lambda: trace.save(trace_path(self._folder, request)))
 
-    def _save(self, request: int, trace: RequestTrace | None, roots: Mapping[str, bytes]) -> None:
-        """Begun here; done by `finish`. Disks take several files in little more time than one."""
-        if len(self._saves) == SAVED_AT_ONCE:
-            self._saves.popleft().result()
-
-        def save() -> None:
-            if trace is not None:
-                trace.save(trace_path(self._folder, request))
-            write_text(roots_path(self._folder, request), json.dumps({key: root.hex() for key, root in roots.items()}))
-
-        self._saves.append(self._disk.submit(save))
+    def _later(self, sync: Callable[[], None]) -> None:
+        """Begun here, or once there is room; done by `finish`."""
+        if len(self._syncs) == SYNCED_AT_ONCE:
+            self._syncs.popleft().result()
+        self._syncs.append(self._disk.submit(sync))
 
 
 def trace_path(folder: Path, request: int) -> Path:
     return folder / f"{request}.safetensors"
 
 
-def load_roots(folder: Path, request: int) -> dict[str, bytes]:
-    """Roots of the tensors of a stored trace, by key."""
-    table = json.loads(roots_path(folder, request).read_text())
-    return {key: bytes.fromhex(root) for key, root in table.items()}
+def load_roots(folder: Path, keys: Sequence[str]) -> list[dict[str, bytes]]:
+    """Of each request's stored trace the roots of its tensors, by key. keys: all of the stage. Raises OSError."""
+    told = roots_path(folder).read_bytes()
+    each = [told[at : at + HASH_BYTES] for at in range(0, len(told), HASH_BYTES)]
+    return [dict(zip(keys, each[at:], strict=False)) for at in range(0, len(each), len(keys))]
 
 
-def roots_path(folder: Path, request: int) -> Path:
-    return folder / f"{request}.roots.json"
+def roots_path(folder: Path) -> Path:
+    return folder / "roots"

@@ -107,7 +107,7 @@ class Traces:
     def load(self, folder: JobFolder, request: int) -> RequestTrace:
         """Blocking. Raises NotRepeated, UnknownJob, OSError, ValueError."""
         path = trace_path(folder.path, request)
-        if path.exists() or not roots_path(folder.path, request).exists():
+        if path.exists() or not roots_path(folder.path).exists():
             return RequestTrace.load(path, self._stage.shape)
         with self._lock:
             name = (folder.job, request)

@@ -146,13 +146,14 @@ def create_app(agent: Agent) -> FastAPI:
     @app.get("/jobs/{job}/trace")
     def trace(job: str) -> Response:
         folder, state = served(job)
+        keys = tensor_keys(agent.stage.shape, config.first_layer, config.end_layer)
         requests = [
             {
                 "positions": node.positions,
                 "tensors_root": node.tensors_root.hex(),
-                "roots": {key: root.hex() for key, root in load_roots(folder.path, r).items()},
+                "roots": {key: root.hex() for key, root in roots.items()},
             }
-            for r, node in enumerate(state.nodes)
+            for node, roots in zip(state.nodes, load_roots(folder.path, keys), strict=True)
         ]
         return JSONResponse(
             {

@@ -97,8 +97,10 @@ def test_what_a_signature_is_about_is_on_disk_before_it_is_given(
     last = {name: place for place, name in enumerate(flushed)}
     assert last[JOB.hex()] > last["state.json.part"]
     assert flushed.count(JOB.hex()) == sum(name in ("state.json.part", "requests.json.part") for name in flushed)
+    kept = "inputs.safetensors" if retain == "regenerate" else "safetensors.part"
+    assert flushed.count("roots.part") == 2 and last["roots.part"] < last["state.json.part"]
     for r in range(len(requests_batch)):
-        assert flushed.count(f"{r}.roots.json.part") == 2 and last[f"{r}.roots.json.part"] < last["state.json.part"]
+        assert sum(name.startswith(f"{r}.{kept}") for name in flushed) == (1 if retain == "regenerate" else 2)
 
 
 @pytest.mark.parametrize("retain", ["store", "regenerate"])

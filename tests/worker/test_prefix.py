@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from verifier.commit import Request
 from worker.batch import Batch, Piece, Token
 from worker.cache import PAGE
 from worker.homes import Homes
-from worker.ledger import Ledger
 from worker.pace import Pace
 from worker.prefix import Prefixes
 from worker.scheduler import Scheduler
@@ -190,31 +188,3 @@ def _visit(cache: SwappingCache, batch: Batch, held: dict[int, list[float]]) -> 
         for piece in batch.pieces:
             cache.advance(piece.request, piece.count)
             assert cache.positions(piece.request) == piece.end
-
-
-def test_rows_that_two_requests_have_stay_until_both_are_taken() -> None:
-    ledger, bits = Ledger(), np.random.default_rng(1).integers(0, 60_000, (40, 264)).astype(np.uint16)
-
-    def add(request: int, first: int, end: int) -> None:
-        rows = bits[first:end]
-        ledger.add(Batch((Piece(request, first, end - first),)), {"0.h": rows[:, :256], "0.v": rows[:, 256:]})
-
-    add(0, 0, 20)
-    ledger.share(1, 0, 16)
-    add(1, 16, 30)
-    ledger.share(2, 1, 16)
-    assert np.array_equal(ledger.rows(2, "0.v", 5), bits[:5, 256:])
-    for request, end in ((0, 20), (1, 30), (2, 16)):
-        alone = Ledger()
-        alone.add(Batch((Piece(0, 0, end),)), {"0.h": bits[:end, :256], "0.v": bits[:end, 256:]})
-        arrays, roots = ledger.take(request)
-        assert np.array_equal(np.hstack([arrays["0.h"], arrays["0.v"]]), bits[:end])
-        assert roots == alone.take(0)[1]
-        add(3 + request, 0, 40)  # who comes takes no room that somebody has
-    for request in range(6, 40):  # and all the room that nobody has any more
-        ledger.take(request - 3)
-        add(request, 0, 20)
-        ledger.share(1000, request, 16)
-        ledger.take(1000)
-        add(request, 20, 40)
-    assert ledger.held_bytes == 256 * (264 * 2 + 32)

@@ -87,7 +87,7 @@ def test_demands_are_answered_from_traces_that_were_never_stored(
             trace = traces.load(folder, r)
             assert traces.load(folder, r) is trace
             assert trace.tensors_root == node.tensors_root and trace.positions == node.positions
-            assert {key: trace.tensor_root(key) for key in trace.keys} == load_roots(folder.path, r)
+            assert {key: trace.tensor_root(key) for key in trace.keys} == load_roots(folder.path, trace.keys)[r]
             kept = RequestTrace.load(trace_path(tmp_path / "stored" / str(i) / "jobs" / JOB.hex(), r), trace.shape)
             assert all(np.array_equal(trace.arrays[key], kept.arrays[key]) for key in trace.keys)
             assert np.array_equal(traces.inputs(folder, r), kept.arrays[f"{kept.first_layer}.h"])
