@@ -1,11 +1,11 @@
 """Batched generation on one machine: this worker against transformers' `generate` and `generate_batch`.
 
 Random Llamas, prompts of mixed length, greedy; sides take turns. Each request gets the same number of output tokens,
-the kindest case for a static batch and the hardest for traces, which are then all stored at the end; or (`outputs`:
-"mixed") a quarter of it to seven quarters, the same in sum. `plumb` is the whole worker of one stage, its trace
-recorded and committed; beside it the same without, and a stage that repeats itself (`--retain regenerate`). CPU seconds
-are of all threads: other work on the machine moves them less than the clock. `padding` is the share of the positions
-that attention read which belonged to no request.
+the kindest case for a static batch and the hardest for traces, for all of which the disk is waited at the end; or
+(`outputs`: "mixed") a quarter of it to seven quarters, the same in sum. `plumb` is the whole worker of one stage, its
+trace recorded and committed; beside it the same without, and a stage that repeats itself (`--retain regenerate`). CPU
+seconds are of all threads: other work on the machine moves them less than the clock. `padding` is the share of the
+positions that attention read which belonged to no request.
 """
 
 import logging

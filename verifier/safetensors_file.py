@@ -151,8 +151,8 @@ class GrowingFile:
 
     def add(self, rows: Bits) -> None:
         """Raw bits [n, columns] of the first matrix, contiguous."""
-        with self._part.open("ab", buffering=0) as file:
-            _write_all(file, rows)
+        with self._part.open("r+b", buffering=0) as file:
+            _write_behind(file, rows)
         self.count += len(rows)
 
     def first(self, count: int) -> Bits:
@@ -163,11 +163,11 @@ class GrowingFile:
 
     def finish(self, others: Iterable[Bits]) -> None:
         """others: the matrices behind the first, whole."""
-        with self._part.open("ab", buffering=0) as file:
-            for bits in others:
-                _write_all(file, bits)
         header = self._header(self.count)
-        with self._part.open("r+b") as file:
+        with self._part.open("r+b", buffering=0) as file:
+            for bits in others:
+                _write_behind(file, bits)
+            file.seek(0)
             file.write((self._room - 8).to_bytes(8, "little") + header[8:].ljust(self._room - 8))
 
     def publish(self) -> None:
@@ -180,7 +180,9 @@ class GrowingFile:
         return _header(self._dtype, {name: (rows, wide) for name, wide in self._columns.items()}, self._metadata)
 
 
-def _write_all(file: RawIOBase, rows: Bits) -> None:
+def _write_behind(file: RawIOBase, rows: Bits) -> None:
+    """At the file's end."""
+    file.seek(0, os.SEEK_END)
     data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     while data:
         data = data[file.write(data) :]
