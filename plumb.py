@@ -106,7 +106,9 @@ def plan(
 @app.command()
 def profit(
     measured: Annotated[Path | None, typer.Argument(help="As for `plumb plan`: its speed and devices.")] = None,
-    tokens_per_second: Annotated[float, typer.Option(help="Of the whole ring, where nothing was measured.")] = 0.0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Of the whole ring, where nothing was measured; none: the bar alone.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="In the ring, where nothing was measured.")] = 8,
     price: Annotated[float, typer.Option(help="Dollars a million tokens.")] = 0.30,
     elsewhere: Annotated[float, typer.Option(help="Dollars a device earns in a day elsewhere, power paid.")] = 0.82,

@@ -155,7 +155,7 @@ def status(
     try:
         chain = Chain(rpc, Addresses.load(addresses))
         requester, id = Requester(chain), _bytes32(job, "job")
-        block, told = Notebook(home).block(id), ""
+        block, told = Notebook(home).block(id), [""]
         while True:
             story = story_of(chain, id, block)
             receipt = make_receipt(chain, id, story, "", b"")
@@ -164,10 +164,10 @@ def status(
             if state not in FINAL:
                 stages = enumerate(receipt["pipeline"]["stages"])
                 lines += [f"  stage {stage} ({of['worker']}): {requester.phase(id, stage)}" for stage, of in stages]
-            text = "\n".join(lines)
-            if text != told:
-                typer.echo(text)
-            told = text
+            for line in lines:
+                if line not in told:
+                    typer.echo(line)
+            told = lines
             if not follow or state in FINAL:
                 return
             time.sleep(FOLLOW_SECONDS)

@@ -101,5 +101,11 @@ def test_a_plan_needs_a_file_that_can_be_read(tmp_path: Path) -> None:
     assert answer.stderr == f"error: {tmp_path / 'none.toml'}: No such file or directory\n"
 
 
+def test_a_pipeline_needs_accounts() -> None:
+    answer = run("worker", "propose", "bob", "--config", "none.toml")
+    assert answer.returncode == 1 and "expected accounts of 20 bytes in hex, got 'bob'" in answer.stderr
+
+
 def test_profit_tells_the_bar() -> None:
+    assert run("profit").stdout == run("profit", "--tokens-per-second", "1071").stdout.splitlines()[0] + "\n"
     assert "6.56 $/day elsewhere" in run("profit", "--tokens-per-second", "1071").stdout

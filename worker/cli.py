@@ -11,14 +11,14 @@ from typing import Annotated
 
 import typer
 from eth_account import Account
-from eth_utils.address import to_checksum_address
+from eth_utils.address import is_address, to_checksum_address
 
 from contracts.client import Addresses, Chain, ContractsError, Worker, load_account, save_account
 from verifier.tolerance import InvalidProfile
 from verifier.weights import ModelFolderError
 from worker import config as configuration
 from worker import tls
-from worker.errors import Refused, WorkerError
+from worker.errors import ConfigError, Refused, WorkerError
 
 app = typer.Typer(help="Serve one stage of a pipeline.", no_args_is_help=True)
 
@@ -112,6 +112,9 @@ def propose(
     """Create a pipeline of running workers: each is asked for its signature. Prints the pipeline's id."""
     from worker.pipeline import propose as create
 
+    for worker in workers:
+        if not is_address(worker):
+            raise _stop(ConfigError(f"workers: expected accounts of 20 bytes in hex, got {worker[:80]!r}"))
     settings = _load(config)
     try:
         pipeline = create(_open(settings), [to_checksum_address(worker) for worker in workers], share or ())

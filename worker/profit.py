@@ -65,13 +65,18 @@ def earnings(tokens_per_second: float, devices: int, prices: Prices) -> Earnings
     return Earnings(revenue, power, revenue - power, times)
 
 
-def text(tokens_per_second: float, devices: int, prices: Prices) -> str:
-    """For people. Raises ConfigError."""
-    wanted, made = bar(devices, prices), earnings(tokens_per_second, devices, prices)
-    return (
+def text(tokens_per_second: float | None, devices: int, prices: Prices) -> str:
+    """For people; the bar alone where no speed is given. Raises ConfigError."""
+    wanted = bar(devices, prices)
+    told = (
         f"the bar: {devices} devices earn {wanted.dollars_per_day:.2f} $/day elsewhere; at "
         f"{prices.per_million_tokens:.2f} $ a million that is {wanted.tokens_per_day / 1e6:.1f} M tokens/day, "
-        f"{wanted.tokens_per_second:.0f} tokens per second\n"
-        f"serving: {tokens_per_second:.1f} tokens per second earn {made.revenue:.2f} $/day, "
+        f"{wanted.tokens_per_second:.0f} tokens per second"
+    )
+    if tokens_per_second is None:
+        return told
+    made = earnings(tokens_per_second, devices, prices)
+    return told + (
+        f"\nserving: {tokens_per_second:.1f} tokens per second earn {made.revenue:.2f} $/day, "
         f"{made.profit:.2f} after power; {made.times:.2f} times the bar"
     )

@@ -12,7 +12,9 @@ def test_the_bar_is_deserves() -> None:
     assert round(wanted.tokens_per_day / 1e6, 1) == 21.9
     assert round(wanted.tokens_per_second) == 253
     assert round(earnings(1071, 8, Prices()).times, 2) == 4.23
-    assert "253 tokens per second" in text(1071, 8, Prices())
+    told = text(1071, 8, Prices())
+    assert "253 tokens per second" in told and "serving: 1071.0 tokens per second" in told
+    assert text(None, 8, Prices()) == told.splitlines()[0]
 
 
 def test_power_is_paid_first() -> None:
