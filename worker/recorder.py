@@ -26,6 +26,7 @@ from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed, OutOfRange
 from worker.handoff import RowHandoff, TokenHandoff
 from worker.job import write_bytes
+from worker.landing import Landing, land
 from worker.ledger import Ledger
 from worker.stage import Captured, to_bits
 
@@ -50,7 +51,7 @@ class Summary:
 @dataclass(frozen=True)
 class _Rows:
     batch: Batch
-    captured: Captured
+    captured: Landing
     sent: torch.Tensor | None
     size: int
 
@@ -125,7 +126,7 @@ class Recorder:
             self._room.wait_for(lambda: not self._waiting_bytes or self._waiting_bytes + size <= self._most_bytes)
             self._waiting_bytes += size
             self.peak_bytes = max(self.peak_bytes, self._waiting_bytes)
-        self._put(_Rows(batch, captured, sent, size))
+        self._put(_Rows(batch, land(captured), sent, size))
 
     def tokens(self, tokens: Sequence[Token]) -> None:
         """Output tokens as sent (last stage) or received (stage 0)."""
@@ -192,7 +193,8 @@ class Recorder:
                 for piece in batch.pieces:
                     if piece.donor is not None:
                         self._share(piece, piece.donor)
-                bits = {key: to_bits(tensor) for key, tensor in captured.items()}
+                captured.wait()
+                bits = {key: to_bits(tensor) for key, tensor in captured.tensors.items()}
                 if self._ledger.add(batch, bits) >= INVALID_BITS[self._dtype]:
                     for key, rows in bits.items():
                         self._validate(batch, key, rows)

@@ -11,6 +11,7 @@ from verifier.commit import Request
 from verifier.trace import tensor_keys, tensor_width
 from worker.batch import Batch, Piece
 from worker.errors import OutOfRange
+from worker.landing import Landing, land
 from worker.ledger import Ledger
 from worker.recorder import Recorder
 from worker.stage import Captured, Stage
@@ -58,6 +59,33 @@ def test_a_microbatch_larger_than_the_queue_is_recorded_alone(tiny: Tiny, tmp_pa
     for first in (0, 4):
         recorder.rows(Batch((Piece(0, first, 4),)), captured(stage, 4), None)
     assert recorder.finish().nodes[0].positions == 8
+
+
+def test_rows_that_are_still_on_their_way_are_waited_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a GPU: what the host has is not what was captured before the copies are done."""
+    stage = Stage(tiny[0], 0, 3)
+
+    class Copies:
+        def __init__(self, source: Captured, target: Captured) -> None:
+            self.source, self.target = source, target
+
+        def synchronize(self) -> None:
+            for key, tensor in self.source.items():
+                self.target[key].copy_(tensor)
+
+    def later(rows: Captured) -> Landing:
+        host = {key: torch.full_like(tensor, torch.nan) for key, tensor in rows.items()}
+        return Landing(host, Copies(rows, host))
+
+    roots = []
+    for begin in (land, later):
+        monkeypatch.setattr("worker.recorder.land", begin)
+        recorder = Recorder(stage.shape, 0, 3, [Request((1,), 8)], tmp_path, alone=True)
+        recorder.rows(Batch((Piece(0, 0, 8),)), captured(stage, 8, 3.5), None)
+        roots.append(recorder.finish().root)
+    assert roots[0] == roots[1]
 
 
 def test_a_failed_recorder_fails_whoever_comes_next_and_blocks_nobody(tiny: Tiny, tmp_path: Path) -> None:
