@@ -16,6 +16,7 @@ import grpc
 from worker import ring_pb2 as pb
 from worker import ring_pb2_grpc
 from worker.channel import Handler, Peer, packed, unpacked
+from worker.envelope import HEAD_BYTES, head_bytes, read
 from worker.errors import BadMessage, ConfigError
 from worker.packing import PACKED, PLAIN
 from worker.tls import PEER_NAME, fingerprint
@@ -30,6 +31,8 @@ WINDOW_BYTES = 128 * 2**20  # or one message
 # gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
 # by us, by name.
 SLACK_BYTES = 2**20
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Ring"].full_name
 
 # Told by a receiver at the start of a stream: that it takes packed rows.
 PACKING_TAKEN = ("plumb-packing", str(PACKED))
@@ -121,6 +124,8 @@ class Link:
         size = envelope.ByteSize()
         if size > self._limit:
             raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
+        if (head := head_bytes(envelope)) > HEAD_BYTES:
+            raise ValueError(f"a message of {head} bytes beside its rows; the limit is {HEAD_BYTES}")
         while self._full(size) and self._why(envelope) is None:
             self._room.clear()
             await self._room.wait()
@@ -255,7 +260,7 @@ class Link:
 # -------------------------------------------------------------------------------------------------------------- receive
 
 
-class Ring(ring_pb2_grpc.RingServicer):
+class Ring:
     """The receiving end for all predecessors of this worker."""
 
     def __init__(self, certificate: bytes, key: bytes, handler: Handler, max_message_bytes: int) -> None:
@@ -285,7 +290,9 @@ class Ring(ring_pb2_grpc.RingServicer):
                 ("grpc.http2.min_ping_interval_without_data_ms", int(500 * KEEPALIVE_SECONDS)),
             ]
         )
-        ring_pb2_grpc.add_RingServicer_to_server(self, self._server)
+        # SAFETY: without a deserializer: messages are looked through before they are made.
+        flow = grpc.stream_stream_rpc_method_handler(self.Flow, response_serializer=pb.Ack.SerializeToString)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Flow": flow}),))
         credentials = grpc.dynamic_ssl_server_credentials(
             self._configuration(), self._fetch, require_client_authentication=True
         )
@@ -315,7 +322,7 @@ class Ring(ring_pb2_grpc.RingServicer):
         roots = b"".join(peer.certificate for peer in known) or self._certificate
         return grpc.ssl_server_certificate_configuration([(self._key, self._certificate)], roots)
 
-    async def Flow(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Ack]:
+    async def Flow(self, request_iterator: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.Ack]:
         shown: Mapping[str, list[bytes]] = context.auth_context()
         peer = self._identify(shown)
         if peer is None:
@@ -328,12 +335,13 @@ class Ring(ring_pb2_grpc.RingServicer):
             oldest.cancel()
         try:
             await context.send_initial_metadata((PACKING_TAKEN,))
-            async for envelope in request_iterator:
+            async for data in request_iterator:
+                envelope = read(peer.name, data)
                 if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
                     raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
                 ack = pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
                 try:
-                    await self._take(peer, envelope)
+                    await self._take(peer, envelope, len(data))
                 except BadMessage as error:
                     log.error("refused %s", error)
                     ack.refusal = error.what[:500]
@@ -345,10 +353,10 @@ class Ring(ring_pb2_grpc.RingServicer):
             with suppress(ValueError):
                 streams.remove(task)
 
-    async def _take(self, peer: Peer, envelope: pb.Envelope) -> None:
+    async def _take(self, peer: Peer, envelope: pb.Envelope, size: int) -> None:
         """Raises BadMessage."""
-        if envelope.ByteSize() > self._limit:
-            raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {envelope.ByteSize()}")
+        if size > self._limit:
+            raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {size}")
         if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
             envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
         await self._handler(peer, envelope)

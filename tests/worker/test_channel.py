@@ -201,7 +201,8 @@ def test_a_message_without_a_job_is_refused_and_its_sender_dropped(tmp_path: Pat
 def test_a_message_too_large_for_its_receiver_is_refused_and_other_jobs_are_served(tmp_path: Path, length: int) -> None:
     async def act(link: Link, got: list[pb.Envelope]) -> None:
         link._limit = 4 * 2**20  # the peer's is another
-        await link.send(message(0, "x" * length))
+        rows = pb.Rows(hidden=pb.Tensor(data=bytes(length)))
+        await link.send(pb.Envelope(job=JOB, attempt=1, rows=rows))
         await until(lambda: JOB in link._refused)
         reason = link._refused[JOB][1]
         assert "expected at most 1000 bytes" in reason or "larger than max" in reason
