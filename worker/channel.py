@@ -58,7 +58,9 @@ class Channel(Protocol):
         """From now on `peer` may send to us."""
 
     def to(self, peer: Peer, address: str) -> Sender:
-        """One a neighbour, shared by all jobs that go there; connects at once, and stays connected."""
+        """One an account, shared by all jobs that go there; connects at once, and stays connected. Who comes with
+        another address or certificate has moved: what waits for it goes there, and nobody looks for it elsewhere.
+        """
 
     async def close(self) -> None: ...
 

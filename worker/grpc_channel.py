@@ -64,7 +64,8 @@ class GrpcChannel:
         self._limit = max_message_bytes
         self._compress = compress
         self._ring = Ring(certificate, key, handler, max_message_bytes)
-        self._links: dict[tuple[bytes, str], Link] = {}
+        # SAFETY: by account, not by certificate: who registers another's moves no link but its own.
+        self._links: dict[str, Link] = {}
 
     async def start(self, address: str) -> int:
         return await self._ring.start(address)
@@ -73,12 +74,12 @@ class GrpcChannel:
         self._ring.admit(peer)
 
     def to(self, peer: Peer, address: str) -> "Link":
-        """A changed certificate or address is another link."""
-        found = self._links.get((peer.certificate, address))
-        if found is None:
-            found = Link(peer, address, *self._own, self._limit, self._compress)
-            self._links[peer.certificate, address] = found
-        return found
+        link = self._links.get(peer.account)
+        if link is None:
+            link = self._links[peer.account] = Link(peer, address, *self._own, self._limit, self._compress)
+        elif (link.peer.certificate, link.address) != (peer.certificate, address):
+            link.move(peer, address)
+        return link
 
     async def close(self) -> None:
         for link in self._links.values():
@@ -102,15 +103,14 @@ class Link:
         compress: bool = False,
     ) -> None:
         """address: host:port; certificate, key: our own, PEM; compress: rows, if the peer takes them so."""
-        self.peer = peer
-        self.address = address
+        self._own = (certificate, key)
+        self._place(peer, address)
         self.refusal: str | None = None  # why the peer dropped us, with all jobs, until a new attempt of any
         self._refused: dict[bytes, tuple[int, str]] = {}  # job -> attempt, why
         self._limit = max_message_bytes
         self._compress = compress
         self._packing = False  # in this connection
         self._greeted = False  # in this connection: the peer knows us
-        self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
         self._unacknowledged: deque[pb.Envelope] = deque()
         self._bytes = 0  # of them
         self._next = 0  # index within _unacknowledged of the next message to write
@@ -119,6 +119,20 @@ class Link:
         self._room = asyncio.Event()
         self._room.set()
         self._task = asyncio.create_task(self._keep(), name=f"link to {peer.name}")
+
+    def move(self, peer: Peer, address: str) -> None:
+        """The peer is at another address, or has another certificate: all that it has not acknowledged goes there."""
+        log.info("%s is at %s now, and no more at %s", peer.name, address, self.address)
+        self._place(peer, address)
+        self.refusal = None
+        self._task.cancel()
+        self._task = asyncio.create_task(self._keep(self._task), name=f"link to {peer.name}")
+
+    def _place(self, peer: Peer, address: str) -> None:
+        certificate, key = self._own
+        self.peer = peer
+        self.address = address
+        self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
 
     async def send(self, envelope: pb.Envelope) -> None:
         size = envelope.ByteSize()
@@ -168,8 +182,10 @@ class Link:
         held = len(self._unacknowledged)
         return held >= WINDOW or (held > 0 and self._bytes + size > WINDOW_BYTES)
 
-    async def _keep(self) -> None:
-        """Connected from the first moment on, so that no message waits for a handshake."""
+    async def _keep(self, former: asyncio.Task[None] | None = None) -> None:
+        """Connected from the first moment on, so that no message waits for a handshake. former: ends first."""
+        if former is not None:
+            await asyncio.gather(former, return_exceptions=True)
         pause = BACKOFF_SECONDS[0]
         options = [
             ("grpc.ssl_target_name_override", PEER_NAME),

@@ -21,7 +21,7 @@ class MemoryChannel:
         self.handler = handler
         self.limit = max_message_bytes
         self.peers: dict[bytes, Peer] = {}
-        self._senders: dict[tuple[bytes, str], MemorySender] = {}
+        self._senders: dict[str, MemorySender] = {}
         self._address = ""
 
     async def start(self, address: str) -> int:
@@ -36,9 +36,9 @@ class MemoryChannel:
         self.peers[peer.certificate] = peer
 
     def to(self, peer: Peer, address: str) -> "MemorySender":
-        if (peer.certificate, address) not in self._senders:
-            self._senders[peer.certificate, address] = MemorySender(self, peer, address)
-        return self._senders[peer.certificate, address]
+        sender = self._senders.setdefault(peer.account, MemorySender(self))
+        sender.peer, sender.address = peer, address
+        return sender
 
     async def close(self) -> None:
         for sender in self._senders.values():
@@ -48,10 +48,11 @@ class MemoryChannel:
 
 
 class MemorySender:
-    def __init__(self, channel: MemoryChannel, peer: Peer, address: str) -> None:
+    peer: Peer
+    address: str
+
+    def __init__(self, channel: MemoryChannel) -> None:
         self._channel = channel
-        self._peer = peer
-        self._address = address
         self._queue: deque[bytes] = deque()
         self._refused: dict[bytes, tuple[int, str]] = {}
         self.task = asyncio.create_task(self._carry())
@@ -62,7 +63,7 @@ class MemorySender:
         while len(self._queue) >= WINDOW and not self._why(envelope):
             await asyncio.sleep(RETRY_SECONDS)
         if why := self._why(envelope):
-            raise BadMessage(self._peer.name, f"refused our messages: {why}")
+            raise BadMessage(self.peer.name, f"refused our messages: {why}")
         self._queue.append(envelope.SerializeToString())
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -77,8 +78,8 @@ class MemorySender:
 
     async def _carry(self) -> None:
         while True:
-            target = LISTENING.get(self._address)
-            if not self._queue or target is None or target.certificate != self._peer.certificate:
+            target = LISTENING.get(self.address)
+            if not self._queue or target is None or target.certificate != self.peer.certificate:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             us = target.peers.get(self._channel.certificate)

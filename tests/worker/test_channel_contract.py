@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,31 @@ def test_what_is_dropped_is_not_sent_and_the_rest_is_once_somebody_listens(kind:
         street.there.admit(street.sender.peer)
         await until(lambda: len(street.got) >= 5)
         assert street.sequences == [0, 11, 12, 13, 20]
+
+    play(kind, tmp_path, act)
+
+
+@KINDS
+def test_who_has_moved_is_reached_where_it_is_now_and_nowhere_else(kind: MakeChannel, tmp_path: Path) -> None:
+    """Jobs that were under way find it too; what is still looked for at the old place would be so for ever."""
+
+    async def act(street: Street) -> None:
+        address = f"127.0.0.1:{await street.there.start('127.0.0.1:0')}"
+        street.there.admit(street.sender.peer)
+        peer = street.receiver.peer
+        link = street.here.to(replace(peer, certificate=Party(tmp_path, "former").certificate), "127.0.0.1:1")
+        for i in range(3):
+            await link.send(message(i))
+        former = street.here.to(peer, "127.0.0.1:1")
+        await former.send(message(3))
+        moved = street.here.to(peer, address)
+        await moved.send(message(4))
+        await until(lambda: len(street.got) == 5)
+        assert street.sequences == list(range(5)) and link is former is moved
+        copier = street.here.to(replace(peer, account="copier"), "127.0.0.1:1")  # of a certificate that is public
+        assert copier is not link
+        await link.send(message(5))
+        await until(lambda: street.sequences[-1] == 5)
 
     play(kind, tmp_path, act)
 
