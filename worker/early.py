@@ -1,7 +1,6 @@
 """Messages of a job that come before this stage is in its ring.
 
-Rationale: they are kept and not waited with. Our own successor may be lost, and whoever waited for it would keep the
-messages of all other jobs waiting behind this one's, their heartbeats too.
+Rationale: they are kept and not waited with. Our own successor may be lost, and heartbeats come behind them.
 """
 
 import asyncio

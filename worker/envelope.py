@@ -4,10 +4,13 @@ SAFETY: in memory, rows take what they take on the wire, but two bytes of an emp
 what is not rows is bounded on its own: its head.
 """
 
+import math
+
 from google.protobuf.message import DecodeError
 
 from worker import ring_pb2 as pb
 from worker.errors import BadMessage
+from worker.packing import BITS, PLAIN
 
 # A piece takes 26 bytes at most, so a microbatch may be of 10,000 requests: of a model that is worth a pipeline, that
 # many rows are about as much as a message may be.
@@ -40,8 +43,12 @@ def head_bytes(envelope: pb.Envelope) -> int:
 
 
 def held_bytes(envelope: pb.Envelope) -> int:
-    """What it takes in memory, at most."""
-    return len(envelope.rows.hidden.data) + SPREAD * head_bytes(envelope)
+    """What it takes in memory, at most; packed rows as they are to be unpacked."""
+    hidden = envelope.rows.hidden
+    rows = len(hidden.data)
+    if hidden.packing != PLAIN:
+        rows = max(rows, math.prod(hidden.shape[:2]) * BITS[min(hidden.dtype, len(BITS) - 1)].itemsize)
+    return rows + SPREAD * head_bytes(envelope)
 
 
 class _TooMuch(Exception):

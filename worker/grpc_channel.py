@@ -9,6 +9,8 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -18,15 +20,11 @@ from worker import ring_pb2_grpc
 from worker.channel import Handler, Peer, packed, unpacked
 from worker.envelope import HEAD_BYTES, head_bytes, read
 from worker.errors import BadMessage, ConfigError
+from worker.lanes import Lanes, Windows
 from worker.packing import PACKED, PLAIN
 from worker.tls import PEER_NAME, fingerprint
 
 log = logging.getLogger("plumb.worker.grpc_channel")
-
-# What a Link may have unacknowledged before `send` waits. Bytes bound memory; messages are small where a link is slow
-# and its stages quick, and half a second of acknowledgements must not stop those.
-WINDOW = 1024  # messages
-WINDOW_BYTES = 128 * 2**20  # or one message
 
 # gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
 # by us, by name.
@@ -112,7 +110,7 @@ class Link:
         self._packing = False  # in this connection
         self._greeted = False  # in this connection: the peer knows us
         self._unacknowledged: deque[pb.Envelope] = deque()
-        self._bytes = 0  # of them
+        self._windows = Windows()  # of them
         self._next = 0  # index within _unacknowledged of the next message to write
         self._connection = 0  # counts them: what is left of an earlier one takes no message of this one's
         self._changed = asyncio.Event()
@@ -140,13 +138,13 @@ class Link:
             raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
         if (head := head_bytes(envelope)) > HEAD_BYTES:
             raise ValueError(f"a message of {head} bytes beside its rows; the limit is {HEAD_BYTES}")
-        while self._full(size) and self._why(envelope) is None:
+        while self._windows.full(envelope) and self._why(envelope) is None:
             self._room.clear()
             await self._room.wait()
         if (why := self._why(envelope)) is not None:
             raise BadMessage(self.peer.name, f"refused our messages: {why}")
         self._unacknowledged.append(envelope)
-        self._bytes += size
+        self._windows.add(envelope)
         self._changed.set()
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -175,12 +173,8 @@ class Link:
         kept = deque(m for m in self._unacknowledged if m.job != job or m.attempt >= attempt)
         self._next = sum(1 for m in list(self._unacknowledged)[: self._next] if m.job != job or m.attempt >= attempt)
         self._unacknowledged = kept
-        self._bytes = sum(message.ByteSize() for message in kept)
+        self._windows = Windows(kept)
         self._room.set()
-
-    def _full(self, size: int) -> bool:
-        held = len(self._unacknowledged)
-        return held >= WINDOW or (held > 0 and self._bytes + size > WINDOW_BYTES)
 
     async def _keep(self, former: asyncio.Task[None] | None = None) -> None:
         """Connected from the first moment on, so that no message waits for a handshake. former: ends first."""
@@ -258,18 +252,18 @@ class Link:
             yield envelope
 
     def _acknowledged(self, ack: pb.Ack) -> None:
-        head = self._unacknowledged[0] if self._unacknowledged else None
-        if (
-            head is None
-            or self._next == 0
-            or (head.job, head.attempt, head.sequence) != (ack.job, ack.attempt, ack.sequence)
-        ):
-            return  # of a message that was dropped since
+        told = (ack.job, ack.attempt, ack.sequence)
+        written = enumerate(islice(self._unacknowledged, self._next))
+        found = ((place, m) for place, m in written if (m.job, m.attempt, m.sequence) == told)
+        place, message = next(found, (0, None))
+        if message is None:
+            return  # it was dropped since
         if ack.refusal:
             self._refuse(ack, ack.refusal[:500])  # as long as an honest peer's
             return
-        self._bytes -= self._unacknowledged.popleft().ByteSize()
+        del self._unacknowledged[place]
         self._next -= 1
+        self._windows.remove(message)
         self._room.set()
 
 
@@ -349,33 +343,44 @@ class Ring:
         streams.append(task)
         if len(streams) > STREAMS and (oldest := streams.popleft()) is not None:
             oldest.cancel()
+        lanes = Lanes(partial(self._take, peer))
+        reading = asyncio.create_task(self._read(peer, request_iterator, lanes))
         try:
             await context.send_initial_metadata((PACKING_TAKEN,))
-            async for data in request_iterator:
-                envelope = read(peer.name, data)
-                if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
-                    raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
-                ack = pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
-                try:
-                    await self._take(peer, envelope, len(data))
-                except BadMessage as error:
-                    log.error("refused %s", error)
-                    ack.refusal = error.what[:500]
+            while (ack := await lanes.next_ack()) is not None:
                 yield ack
         except BadMessage as error:
             log.error("dropped %s", error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.what[:500])
         finally:
+            reading.cancel()
+            await asyncio.gather(reading, lanes.close(), return_exceptions=True)
             with suppress(ValueError):
                 streams.remove(task)
 
-    async def _take(self, peer: Peer, envelope: pb.Envelope, size: int) -> None:
-        """Raises BadMessage."""
-        if size > self._limit:
-            raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {size}")
-        if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
-            envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
-        await self._handler(peer, envelope)
+    async def _read(self, peer: Peer, messages: AsyncIterator[bytes], lanes: Lanes) -> None:
+        try:
+            async for data in messages:
+                envelope = read(peer.name, data)
+                if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
+                    raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
+                await lanes.put(envelope, len(data))
+            await lanes.end()
+        except (Exception, asyncio.CancelledError) as error:
+            lanes.fail(error)
+
+    async def _take(self, peer: Peer, envelope: pb.Envelope, size: int) -> pb.Ack:
+        ack = pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
+        try:
+            if size > self._limit:
+                raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {size}")
+            if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
+                envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
+            await self._handler(peer, envelope)
+        except BadMessage as error:
+            log.error("refused %s", error)
+            ack.refusal = error.what[:500]
+        return ack
 
     def _identify(self, shown: Mapping[str, list[bytes]]) -> Peer | None:
         pems = shown.get("x509_pem_cert", [])

@@ -1,7 +1,7 @@
 """Messages of one attempt that wait for this stage.
 
 Rationale: bounded by what they take, as neighbours send them, and by a number that no honest ring reaches: a stage that
-stops for a while must not stop the stream that brings them. Other jobs' messages come by it too, and their heartbeats.
+stops for a while must not stop what brings them, for heartbeats come behind.
 """
 
 import asyncio
