@@ -275,7 +275,7 @@ class Agent:
     async def _moved(self, id: bytes, pipeline: bytes) -> None:
         """A job goes on with another pipeline: we come, stay or leave, or become a spare for it."""
         stages = await self.stages(pipeline)
-        engagement, spare = self._engagements.get(id), self._spares.pop(id, None)
+        engagement, spare = self._engagements.get(id), self._spares.get(id)
         if spare is not None and spare.task is not asyncio.current_task():
             await spare.stop()  # before there is an engagement: it writes the job's state too
         rings = self._rings.get(id, 0) + 1
@@ -284,16 +284,16 @@ class Agent:
             await engagement.moved(pipeline, stages, rings, index)
         elif index is not None:
             log.warning("job %s: we are its stage %d from now on", id.hex()[:8], index)
-            job = spare.job if spare is not None else await asyncio.to_thread(self.chain.escrow.job, id)
-            job = replace(job, pipeline=pipeline)
+            job = replace(await asyncio.to_thread(self.chain.escrow.job, id), pipeline=pipeline)
             engagement = self._engagements[id] = Engagement(self, id, job, stages, index, rings)
             engagement.status = Status.ACCEPTED
             engagement.advance(await asyncio.to_thread(self.now))
-        elif spare is not None:
+        self._spares.pop(id, None)  # last, with `_rings`: what fails before is told again
+        if engagement is None and spare is not None:
             self._offer(id, replace(spare.job, pipeline=pipeline), stages)
             if id in self._spares:
                 self._spares[id].status = Status.ACCEPTED
-        self._rings[id] = rings  # last: what fails before is told again
+        self._rings[id] = rings
 
     async def _forget(self, id: bytes) -> None:
         """A job that is over: what is asked about it later is on disk. Also after a restart, which hears of it anew."""

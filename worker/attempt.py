@@ -13,6 +13,7 @@ from worker.batch import Batch, Piece, Token
 from worker.channel import pack_tensor
 from worker.errors import BadHandoff, BadMessage, JobFailed
 from worker.handoff import Handoff
+from worker.homes import Homes
 from worker.scheduler import stopped
 
 
@@ -49,6 +50,25 @@ class Step:
         return pb.Rows(pieces=pieces, hidden=pack_tensor(self.hidden, dtype), ended=self.ended, times=self.times())
 
 
+def take_in(
+    sender: str,
+    batch: Batch,
+    leaving: Sequence[int],
+    requests: Sequence[Request],
+    positions: Sequence[int],
+    ended: set[int],
+    homes: Homes,
+) -> None:
+    """Checks a microbatch and who leaves before it, and notes who is in. Raises BadMessage naming the sender."""
+    for r in leaving:
+        if r >= len(requests) or r in ended:
+            raise BadMessage(sender, f"ended: expected a request below {len(requests)}, each once, came {r}")
+        ended.add(r)
+        homes.leave(r)
+    check_pieces(sender, batch, requests, positions, ended)
+    check_room(sender, batch, positions, homes)
+
+
 def check_pieces(
     sender: str, batch: Batch, requests: Sequence[Request], positions: Sequence[int], ended: Set[int]
 ) -> None:
@@ -69,6 +89,21 @@ def check_pieces(
             raise BadMessage(sender, f"request {piece.request}: expected position {first}, came {piece.first}")
         if piece.end > end:
             raise BadMessage(sender, f"request {piece.request}: expected at most {end} positions, came {piece.end}")
+
+
+def check_room(sender: str, batch: Batch, positions: Sequence[int], homes: Homes) -> None:
+    """Admits requests whose first rows come. Raises BadMessage naming the sender if they, or a microbatch's guests, are
+    more than stage 0 lets in and together, which knows our bounds: nobody makes us hold more.
+    """
+    for piece in batch.pieces:
+        if positions[piece.request]:
+            continue
+        if not homes.has_room(piece.request):
+            what = f"expected it once there is room for its {homes.reserves[piece.request]} positions"
+            raise BadMessage(sender, f"request {piece.request}: {what}")
+        homes.admit(piece.request)
+    if (least := homes.least(batch.pieces)) > homes.buffer:
+        raise BadMessage(sender, f"rows: expected guests of at most {homes.buffer} positions, came {least}")
 
 
 def _check_donor(

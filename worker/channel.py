@@ -37,11 +37,12 @@ class Sender(Protocol):
 
     INVARIANT: its messages arrive in the order of sending, each at least once until it is dropped: a connection that is
     lost is made again, and what was not acknowledged sent again. Receivers know what they had by its sequence number.
+    Order is each job's own: one whose messages are not taken keeps no other's waiting.
     """
 
     async def send(self, envelope: pb.Envelope) -> None:
-        """Returns once the message is queued; waits while too much is unacknowledged. Raises BadMessage if the peer
-        refused this attempt of the job, or us; ValueError if the message is too large.
+        """Returns once the message is queued; waits while too much of its job is unacknowledged. Raises BadMessage if
+        the peer refused this attempt of the job, or us; ValueError if the message is too large.
         """
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -58,7 +59,9 @@ class Channel(Protocol):
         """From now on `peer` may send to us."""
 
     def to(self, peer: Peer, address: str) -> Sender:
-        """One a neighbour, shared by all jobs that go there; connects at once, and stays connected."""
+        """One an account, shared by all jobs that go there; connects at once, and stays connected. Who comes with
+        another address or certificate has moved: what waits for it goes there, and nobody looks for it elsewhere.
+        """
 
     async def close(self) -> None: ...
 

@@ -61,6 +61,20 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """A stage's room for keys and values of one job. In positions."""
+
+    main: int  # of the device's pool
+    buffer: int = 0  # of one microbatch's guests
+    host: int = 0  # of all guests; both 0: no guests
+
+    def __post_init__(self) -> None:
+        if self.main < 1 or not 0 <= self.buffer <= self.host or (self.host > 0) != (self.buffer > 0):
+            came = f"{self.main}, {self.buffer}, {self.host}"
+            raise ValueError(f"expected main >= 1 and 0 < buffer <= host, or no guests; came {came}")
+
+
+@dataclass(frozen=True)
 class Serving:
     device: str = "cpu"
     widened: bool = False  # 16-bit weights multiplied in float32 (worker.stage.Widened)
@@ -100,6 +114,10 @@ class Serving:
             raise ConfigError(f"serving.retain: expected one of {', '.join(RETAIN)}, came {self.retain!r}")
         if not 0 <= self.regenerate_checked <= 1:
             raise ConfigError(f"serving.regenerate_checked: expected 0 .. 1, came {self.regenerate_checked}")
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.cache_positions, self.swap_positions, self.host_positions)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Messages of a job that come before this stage is in its ring.
 
-Rationale: they are kept and not waited with. Our own successor may be lost, and whoever waited for it would keep the
-messages of all other jobs waiting behind this one's, their heartbeats too.
+Rationale: they are kept and not waited with. Our own successor may be lost, and heartbeats come behind them.
 """
 
 import asyncio
@@ -11,6 +10,7 @@ from contextlib import suppress
 
 from worker import ring_pb2 as pb
 from worker.channel import Peer
+from worker.envelope import held_bytes
 from worker.errors import BadMessage
 from worker.run import Run
 
@@ -56,7 +56,7 @@ class Early:
                     raise
 
     def _room(self) -> bool:
-        return len(self._kept) < MOST and sum(envelope.ByteSize() for _, envelope in self._kept) < MOST_BYTES
+        return len(self._kept) < MOST and sum(held_bytes(envelope) for _, envelope in self._kept) < MOST_BYTES
 
     def forget(self) -> None:
         self._kept.clear()

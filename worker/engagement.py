@@ -13,6 +13,7 @@ from verifier.commit import Request
 from worker import ring_pb2 as pb
 from worker.admission import check_terms
 from worker.channel import Peer, Sender
+from worker.config import Bounds
 from worker.consent import Consents
 from worker.early import Early
 from worker.errors import BadMessage, JobFailed, PeerFault, Refused, UnknownJob, UnpinnedCertificate, WorkerError
@@ -232,19 +233,19 @@ class Engagement:
             return []
         return [unfinished(request, tokens) for request, tokens in zip(requests, told, strict=True)]
 
-    async def _ready(self) -> None:
-        """Stage 0: returns once every other stage answers and gets on with its work."""
-        agent = self.agent
-        others = list(enumerate(self.stages))[1:]
+    async def _ready(self) -> list[Bounds]:
+        """Stage 0: the others' room for a job, once every one answers and gets on with its work."""
+        peers, serving = self.agent.peers, self.agent.config.serving
         while True:
+            bounds = []
             try:
-                for index, stage in others:
-                    url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
-                    await agent.peers.well(stage_name(index, stage), url, self.id, agent.config.serving)
-                return
+                for index, stage in enumerate(self.stages[1:], 1):
+                    url, _ = await asyncio.to_thread(peers.locate, index, stage)
+                    bounds.append(await peers.well(stage_name(index, stage), url, self.id, serving))
+                return bounds
             except (PeerFault, ContractsError) as error:
                 log.warning("job %s: the ring waits: %s", self.name, error)
-            await asyncio.sleep(agent.config.serving.beat_seconds)
+            await asyncio.sleep(serving.beat_seconds)
 
     # ---------------------------------------------------------------------------------------------------------- moving
 

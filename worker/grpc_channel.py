@@ -9,6 +9,8 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -16,20 +18,19 @@ import grpc
 from worker import ring_pb2 as pb
 from worker import ring_pb2_grpc
 from worker.channel import Handler, Peer, packed, unpacked
+from worker.envelope import HEAD_BYTES, head_bytes, read
 from worker.errors import BadMessage, ConfigError
+from worker.lanes import Lanes, Windows
 from worker.packing import PACKED, PLAIN
 from worker.tls import PEER_NAME, fingerprint
 
 log = logging.getLogger("plumb.worker.grpc_channel")
 
-# What a Link may have unacknowledged before `send` waits. Bytes bound memory; messages are small where a link is slow
-# and its stages quick, and half a second of acknowledgements must not stop those.
-WINDOW = 1024  # messages
-WINDOW_BYTES = 128 * 2**20  # or one message
-
 # gRPC itself drops a stream without naming anyone; with room above our own bound, most oversized messages are refused
 # by us, by name.
 SLACK_BYTES = 2**20
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Ring"].full_name
 
 # Told by a receiver at the start of a stream: that it takes packed rows.
 PACKING_TAKEN = ("plumb-packing", str(PACKED))
@@ -61,7 +62,8 @@ class GrpcChannel:
         self._limit = max_message_bytes
         self._compress = compress
         self._ring = Ring(certificate, key, handler, max_message_bytes)
-        self._links: dict[tuple[bytes, str], Link] = {}
+        # SAFETY: by account, not by certificate: who registers another's moves no link but its own.
+        self._links: dict[str, Link] = {}
 
     async def start(self, address: str) -> int:
         return await self._ring.start(address)
@@ -70,12 +72,12 @@ class GrpcChannel:
         self._ring.admit(peer)
 
     def to(self, peer: Peer, address: str) -> "Link":
-        """A changed certificate or address is another link."""
-        found = self._links.get((peer.certificate, address))
-        if found is None:
-            found = Link(peer, address, *self._own, self._limit, self._compress)
-            self._links[peer.certificate, address] = found
-        return found
+        link = self._links.get(peer.account)
+        if link is None:
+            link = self._links[peer.account] = Link(peer, address, *self._own, self._limit, self._compress)
+        elif (link.peer.certificate, link.address) != (peer.certificate, address):
+            link.move(peer, address)
+        return link
 
     async def close(self) -> None:
         for link in self._links.values():
@@ -99,17 +101,16 @@ class Link:
         compress: bool = False,
     ) -> None:
         """address: host:port; certificate, key: our own, PEM; compress: rows, if the peer takes them so."""
-        self.peer = peer
-        self.address = address
+        self._own = (certificate, key)
+        self._place(peer, address)
         self.refusal: str | None = None  # why the peer dropped us, with all jobs, until a new attempt of any
         self._refused: dict[bytes, tuple[int, str]] = {}  # job -> attempt, why
         self._limit = max_message_bytes
         self._compress = compress
         self._packing = False  # in this connection
         self._greeted = False  # in this connection: the peer knows us
-        self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
         self._unacknowledged: deque[pb.Envelope] = deque()
-        self._bytes = 0  # of them
+        self._windows = Windows()  # of them
         self._next = 0  # index within _unacknowledged of the next message to write
         self._connection = 0  # counts them: what is left of an earlier one takes no message of this one's
         self._changed = asyncio.Event()
@@ -117,17 +118,33 @@ class Link:
         self._room.set()
         self._task = asyncio.create_task(self._keep(), name=f"link to {peer.name}")
 
+    def move(self, peer: Peer, address: str) -> None:
+        """The peer is at another address, or has another certificate: all that it has not acknowledged goes there."""
+        log.info("%s is at %s now, and no more at %s", peer.name, address, self.address)
+        self._place(peer, address)
+        self.refusal = None
+        self._task.cancel()
+        self._task = asyncio.create_task(self._keep(self._task), name=f"link to {peer.name}")
+
+    def _place(self, peer: Peer, address: str) -> None:
+        certificate, key = self._own
+        self.peer = peer
+        self.address = address
+        self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
+
     async def send(self, envelope: pb.Envelope) -> None:
         size = envelope.ByteSize()
         if size > self._limit:
             raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
-        while self._full(size) and self._why(envelope) is None:
+        if (head := head_bytes(envelope)) > HEAD_BYTES:
+            raise ValueError(f"a message of {head} bytes beside its rows; the limit is {HEAD_BYTES}")
+        while self._windows.full(envelope) and self._why(envelope) is None:
             self._room.clear()
             await self._room.wait()
         if (why := self._why(envelope)) is not None:
             raise BadMessage(self.peer.name, f"refused our messages: {why}")
         self._unacknowledged.append(envelope)
-        self._bytes += size
+        self._windows.add(envelope)
         self._changed.set()
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -156,15 +173,13 @@ class Link:
         kept = deque(m for m in self._unacknowledged if m.job != job or m.attempt >= attempt)
         self._next = sum(1 for m in list(self._unacknowledged)[: self._next] if m.job != job or m.attempt >= attempt)
         self._unacknowledged = kept
-        self._bytes = sum(message.ByteSize() for message in kept)
+        self._windows = Windows(kept)
         self._room.set()
 
-    def _full(self, size: int) -> bool:
-        held = len(self._unacknowledged)
-        return held >= WINDOW or (held > 0 and self._bytes + size > WINDOW_BYTES)
-
-    async def _keep(self) -> None:
-        """Connected from the first moment on, so that no message waits for a handshake."""
+    async def _keep(self, former: asyncio.Task[None] | None = None) -> None:
+        """Connected from the first moment on, so that no message waits for a handshake. former: ends first."""
+        if former is not None:
+            await asyncio.gather(former, return_exceptions=True)
         pause = BACKOFF_SECONDS[0]
         options = [
             ("grpc.ssl_target_name_override", PEER_NAME),
@@ -237,25 +252,25 @@ class Link:
             yield envelope
 
     def _acknowledged(self, ack: pb.Ack) -> None:
-        head = self._unacknowledged[0] if self._unacknowledged else None
-        if (
-            head is None
-            or self._next == 0
-            or (head.job, head.attempt, head.sequence) != (ack.job, ack.attempt, ack.sequence)
-        ):
-            return  # of a message that was dropped since
+        told = (ack.job, ack.attempt, ack.sequence)
+        written = enumerate(islice(self._unacknowledged, self._next))
+        found = ((place, m) for place, m in written if (m.job, m.attempt, m.sequence) == told)
+        place, message = next(found, (0, None))
+        if message is None:
+            return  # it was dropped since
         if ack.refusal:
             self._refuse(ack, ack.refusal[:500])  # as long as an honest peer's
             return
-        self._bytes -= self._unacknowledged.popleft().ByteSize()
+        del self._unacknowledged[place]
         self._next -= 1
+        self._windows.remove(message)
         self._room.set()
 
 
 # -------------------------------------------------------------------------------------------------------------- receive
 
 
-class Ring(ring_pb2_grpc.RingServicer):
+class Ring:
     """The receiving end for all predecessors of this worker."""
 
     def __init__(self, certificate: bytes, key: bytes, handler: Handler, max_message_bytes: int) -> None:
@@ -285,7 +300,9 @@ class Ring(ring_pb2_grpc.RingServicer):
                 ("grpc.http2.min_ping_interval_without_data_ms", int(500 * KEEPALIVE_SECONDS)),
             ]
         )
-        ring_pb2_grpc.add_RingServicer_to_server(self, self._server)
+        # SAFETY: without a deserializer: messages are looked through before they are made.
+        flow = grpc.stream_stream_rpc_method_handler(self.Flow, response_serializer=pb.Ack.SerializeToString)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Flow": flow}),))
         credentials = grpc.dynamic_ssl_server_credentials(
             self._configuration(), self._fetch, require_client_authentication=True
         )
@@ -315,7 +332,7 @@ class Ring(ring_pb2_grpc.RingServicer):
         roots = b"".join(peer.certificate for peer in known) or self._certificate
         return grpc.ssl_server_certificate_configuration([(self._key, self._certificate)], roots)
 
-    async def Flow(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Ack]:
+    async def Flow(self, request_iterator: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.Ack]:
         shown: Mapping[str, list[bytes]] = context.auth_context()
         peer = self._identify(shown)
         if peer is None:
@@ -326,32 +343,44 @@ class Ring(ring_pb2_grpc.RingServicer):
         streams.append(task)
         if len(streams) > STREAMS and (oldest := streams.popleft()) is not None:
             oldest.cancel()
+        lanes = Lanes(partial(self._take, peer))
+        reading = asyncio.create_task(self._read(peer, request_iterator, lanes))
         try:
             await context.send_initial_metadata((PACKING_TAKEN,))
-            async for envelope in request_iterator:
-                if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
-                    raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
-                ack = pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
-                try:
-                    await self._take(peer, envelope)
-                except BadMessage as error:
-                    log.error("refused %s", error)
-                    ack.refusal = error.what[:500]
+            while (ack := await lanes.next_ack()) is not None:
                 yield ack
         except BadMessage as error:
             log.error("dropped %s", error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.what[:500])
         finally:
+            reading.cancel()
+            await asyncio.gather(reading, lanes.close(), return_exceptions=True)
             with suppress(ValueError):
                 streams.remove(task)
 
-    async def _take(self, peer: Peer, envelope: pb.Envelope) -> None:
-        """Raises BadMessage."""
-        if envelope.ByteSize() > self._limit:
-            raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {envelope.ByteSize()}")
-        if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
-            envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
-        await self._handler(peer, envelope)
+    async def _read(self, peer: Peer, messages: AsyncIterator[bytes], lanes: Lanes) -> None:
+        try:
+            async for data in messages:
+                envelope = read(peer.name, data)
+                if len(envelope.job) != 32 or envelope.attempt == 0 or envelope.WhichOneof("body") is None:
+                    raise BadMessage(peer.name, "expected a job of 32 bytes, an attempt from 1 and a body")
+                await lanes.put(envelope, len(data))
+            await lanes.end()
+        except (Exception, asyncio.CancelledError) as error:
+            lanes.fail(error)
+
+    async def _take(self, peer: Peer, envelope: pb.Envelope, size: int) -> pb.Ack:
+        ack = pb.Ack(job=envelope.job, attempt=envelope.attempt, sequence=envelope.sequence)
+        try:
+            if size > self._limit:
+                raise BadMessage(peer.name, f"expected at most {self._limit} bytes, came {size}")
+            if envelope.WhichOneof("body") == "rows" and envelope.rows.hidden.packing != PLAIN:
+                envelope = await asyncio.to_thread(unpacked, peer.name, envelope, self._limit)
+            await self._handler(peer, envelope)
+        except BadMessage as error:
+            log.error("refused %s", error)
+            ack.refusal = error.what[:500]
+        return ack
 
     def _identify(self, shown: Mapping[str, list[bytes]]) -> Peer | None:
         pems = shown.get("x509_pem_cert", [])

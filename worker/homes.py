@@ -1,7 +1,7 @@
 """Where the keys and values of a job's requests live: in the device's main pool, or as guests on the host. Pure.
 
 INVARIANT: a request's home follows from the job's requests and the bounds alone, never from the order of events: so
-stages with the same bounds have the same guests, and what stage 0 sends together has room in all their buffers.
+stage 0 knows each stage's guests, and what it sends has room in all their pools and buffers.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from verifier.commit import Request
 from worker.batch import Batch, Piece
 from worker.cache import PAGE, alike
+from worker.config import Bounds
 
 
 def whole_pages(positions: int) -> int:
@@ -36,10 +37,8 @@ def largest(main: int, buffer: int) -> int:
 class Homes:
     """`guests`, `reserves`, `foreseen`; and, for who admits requests, how much room is left. In positions."""
 
-    def __init__(self, requests: Sequence[Request], main: int, buffer: int = 0, host: int = 0) -> None:
-        """main: of the device's pool; buffer: of one microbatch's guests; host: of all guests; both 0: no guests."""
-        if main < 1 or not 0 <= buffer <= host or (host > 0) != (buffer > 0):
-            raise ValueError(f"expected main >= 1 and 0 < buffer <= host, or no guests; came {main}, {buffer}, {host}")
+    def __init__(self, requests: Sequence[Request], bounds: Bounds) -> None:
+        main, buffer, host = bounds.main, bounds.buffer, bounds.host
         self.reserves = [len(request.prompt) + request.limit for request in requests]
         self.buffer = buffer
         self.guests: set[int] = set()
@@ -55,24 +54,36 @@ class Homes:
         self.foreseen = min(main, here)  # of the main pool, at most
         self._main_left = main
         self._host_left = host
-        self._admitted: set[int] = set()
+        self.admitted: set[int] = set()
 
-    def admit(self, request: int, forced: bool = False) -> bool:
-        """Takes the request in if its home has room; forced: in any case."""
-        positions, guest = self.reserves[request], request in self.guests
-        if positions > (self._host_left if guest else self._main_left) and not forced:
-            return False
-        self._admitted.add(request)
-        self._charge(request, positions)
-        return True
+    def has_room(self, request: int) -> bool:
+        """Whether its home has room, or nobody is in: one is always admitted, however long."""
+        left = self._host_left if request in self.guests else self._main_left
+        return self.reserves[request] <= left or not self.admitted
+
+    def admit(self, request: int) -> None:
+        self.admitted.add(request)
+        self._charge(request, self.reserves[request])
+
+    def fits(self, pieces: Sequence[Piece]) -> bool:
+        """Whether a buffer holds those of a microbatch that are guests."""
+        return not self.guests or needed([p for p in pieces if p.request in self.guests]) <= self.buffer
+
+    def least(self, pieces: Sequence[Piece]) -> int:
+        """Positions of a buffer that a microbatch's guests take however they are laid out: half of what they take, or
+        more. Of pieces that fit, no part takes more than a buffer by this measure, nor do they if one is cut short.
+        """
+        return sum(whole_pages(piece.end) for piece in pieces if piece.request in self.guests)
 
     def visiting(self, batch: Batch) -> dict[int, int]:
         """The microbatch's guests, and what each may grow to."""
         return {p.request: self.reserves[p.request] for p in batch.pieces if p.request in self.guests}
 
     def leave(self, request: int) -> None:
-        self._admitted.remove(request)
-        self._charge(request, -self.reserves[request])
+        """Of one that was never in, nothing."""
+        if request in self.admitted:
+            self.admitted.remove(request)
+            self._charge(request, -self.reserves[request])
 
     def _charge(self, request: int, positions: int) -> None:
         if request in self.guests:
@@ -83,5 +94,5 @@ class Homes:
     @property
     def turns(self) -> int:
         """Microbatches that it takes until every admitted guest had its turn, once all have grown."""
-        grown = sum(whole_pages(self.reserves[r]) for r in self._admitted & self.guests)
+        grown = sum(whole_pages(self.reserves[r]) for r in self.admitted & self.guests)
         return max(1, -(-grown // self.buffer)) if self.buffer else 1

@@ -1,12 +1,13 @@
 """Messages of one attempt that wait for this stage.
 
 Rationale: bounded by what they take, as neighbours send them, and by a number that no honest ring reaches: a stage that
-stops for a while must not stop the stream that brings them. Other jobs' messages come by it too, and their heartbeats.
+stops for a while must not stop what brings them, for heartbeats come behind.
 """
 
 import asyncio
 
 from worker import ring_pb2 as pb
+from worker.envelope import held_bytes
 
 MOST = 1024
 MOST_BYTES = 64 * 2**20  # and one message more
@@ -23,10 +24,10 @@ class Inbox(asyncio.Queue[pb.Envelope]):
         return super().full() or self._bytes >= MOST_BYTES
 
     def _put(self, item: pb.Envelope) -> None:
-        self._bytes += item.ByteSize()
+        self._bytes += held_bytes(item)
         super()._put(item)
 
     def _get(self) -> pb.Envelope:
         item = super()._get()
-        self._bytes -= item.ByteSize()
+        self._bytes -= held_bytes(item)
         return item

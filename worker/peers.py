@@ -15,7 +15,7 @@ from contracts.wire import WireError, parse_requests
 from verifier.commit import Request
 from worker import tls
 from worker.channel import Peer
-from worker.config import Serving
+from worker.config import Bounds, Serving
 from worker.errors import PeerFault
 from worker.job import Phase
 from worker.settle import stage_name
@@ -104,8 +104,8 @@ class Peers:
             raise PeerFault(name, f"expected unix seconds, came {str(until)[:80]!r}")
         return Consent(until, _hex(name, body, "signature"))
 
-    async def well(self, name: str, url: str, job: bytes, serving: Serving) -> None:
-        """Returns if it answers at once and gets on with its work. Raises PeerFault."""
+    async def well(self, name: str, url: str, job: bytes, serving: Serving) -> Bounds:
+        """Its room for a job, if it answers at once and gets on with its work. Raises PeerFault."""
         async with _patience(name, serving.silence_seconds):
             body = await self._ask(name, "GET", f"{url}/jobs/{job.hex()}", SMALL_ANSWER_BYTES)
         held, phase = body.get("held_seconds"), body.get("phase")
@@ -113,6 +113,13 @@ class Peers:
             raise PeerFault(name, f"has had a microbatch for {str(held)[:20]} s")
         if phase == Phase.FAILED:
             raise PeerFault(name, f"has failed: {str(body.get('reason'))[:500]}")
+        room = body.get("room")
+        try:
+            if not isinstance(room, list) or len(room) != 3 or not all(type(n) is int for n in room):
+                raise ValueError("expected three whole numbers")
+            return Bounds(*room)
+        except ValueError as error:
+            raise PeerFault(name, f"its room: {error}, came {str(room)[:80]}") from error
 
     async def tokens(self, name: str, url: str, job: bytes) -> list[list[int]]:
         """What it has of each request's output."""

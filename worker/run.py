@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
 
@@ -24,10 +24,10 @@ import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
-from worker.attempt import Notary, Step, cancelled, check_all, check_pieces, failure_of, judge_handoff, seen
+from worker.attempt import Notary, Step, cancelled, check_all, failure_of, judge_handoff, seen, take_in
 from worker.batch import Batch, Token, sampling
 from worker.channel import Peer, Sender, unpack_rows, unpack_tokens
-from worker.config import Serving
+from worker.config import Bounds, Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, Stalled
 from worker.handoff import Handoff
 from worker.homes import Homes
@@ -65,13 +65,13 @@ class Run:
         recorder_class: type[Recorder] = Recorder,
         on_state: Callable[[JobState], None] = lambda state: None,
         *,
-        ready: Callable[[], Awaitable[None]] | None = None,
+        ready: Callable[[], Awaitable[Sequence[Bounds]]] | None = None,
         kept: Sequence[Sequence[int]] = (),
         rings: int = 0,
     ) -> None:
         """successor: None if the pipeline is this stage alone; predecessor: its name for errors; compute: one thread,
-        shared by all jobs; ready: returns once all stages answer, asked by stage 0 before it tries again; kept: each
-        request's tokens of earlier attempts; rings: how many served this job before.
+        shared by all jobs; ready: the bounds of the other stages, once all answer, asked by stage 0 before it tries;
+        None: as ours; kept: each request's tokens of earlier attempts; rings: how many served this job before.
         """
         self.folder = folder
         self.state = state
@@ -196,9 +196,8 @@ class Run:
         self._pulse = Pulse(self._predecessor, self._serving)
         self._drain()
         self._inbox = Inbox()
-        bounds = self._serving
-        self._homes = Homes(self.requests, bounds.cache_positions, bounds.swap_positions, bounds.host_positions)
-        self._cache = self._stage.cache(bounds.swap_positions, self._homes.reserves, self._homes.foreseen)
+        self._homes = Homes(self.requests, self._serving.bounds)
+        self._cache = self._stage.cache(self._homes.buffer, self._homes.reserves, self._homes.foreseen)
         self._positions = [0] * len(self.requests)
         self._ended: set[int] = set()
         self._kept = self.tokens
@@ -280,13 +279,14 @@ class Run:
     async def _drive_attempts(self) -> None:
         failures = 0
         while True:
+            others = await self._ready() if self._ready is not None else ()
             self._reset(self._attempt + 1)
             try:
                 self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
                 self._recorder = self._record()
                 kept = sum(map(len, self._kept))
                 log.info("job %s attempt %d begins with %d tokens", self.folder.job.hex()[:8], self._attempt, kept)
-                await self._drive()
+                await self._drive({self._serving.bounds, *others})
                 return
             except Exception as error:
                 if cancelled():
@@ -300,17 +300,18 @@ class Run:
                     return
                 self.sealing = False
                 await asyncio.sleep(min(2.0, 0.2 * 2**failures))
-                if self._ready is not None:
-                    await self._ready()
 
-    async def _drive(self) -> None:
-        """Rows go out and tokens come back at the same time: nothing here waits for a round to end."""
-        self.pace = Pace(self.state.stages, self._serving.microbatches, bool(self._homes.guests))
+    async def _drive(self, bounds: Set[Bounds]) -> None:
+        """Rows go out and tokens come back at the same time: nothing here waits for a round to end. bounds: of all
+        stages.
+        """
+        homes = [Homes(self.requests, each) for each in bounds]
+        self.pace = Pace(self.state.stages, self._serving.microbatches, any(each.guests for each in homes))
         scheduler = Scheduler(
             self.requests,
             max_rows=self._serving.max_rows,
             pace=self.pace,
-            homes=self._homes,
+            homes=homes,
             kept=self._kept,
             prefixes=Prefixes([request.prompt for request in self.requests]) if self._serving.share_prefixes else None,
         )
@@ -430,11 +431,7 @@ class Run:
     def _received_rows(self, rows: pb.Rows) -> Callable[[], Step]:
         shape = self._stage.shape
         batch, hidden = unpack_rows(self._predecessor, rows, shape.hidden, int(shape.served_dtype))
-        for r in rows.ended:
-            if r >= (most := len(self.requests)) or r in self._ended:
-                raise BadMessage(self._predecessor, f"ended: expected a request below {most}, each once, came {r}")
-            self._ended.add(r)
-        check_pieces(self._predecessor, batch, self.requests, self._positions, self._ended)
+        take_in(self._predecessor, batch, rows.ended, self.requests, self._positions, self._ended, self._homes)
         return self._step(batch, list(rows.ended), lambda: hidden, rows.times)
 
     async def _hand_on(self, step: Step) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from verifier.commit import Request
 from worker.batch import Batch, Piece, Token
 from worker.errors import JobFailed
-from worker.homes import Homes, needed
+from worker.homes import Homes
 from worker.pace import Pace
 from worker.prefix import Prefixes
 
@@ -53,8 +53,8 @@ class _Progress:
 class Scheduler:
     """Continuous batching: whoever waited longest goes first, prompts in chunks, new requests as the cache has room.
 
-    `max_rows` bounds one microbatch, `pace` how many are in flight, `homes` the sum of what the admitted requests may
-    grow to (one request is always admitted, however long) and, of one microbatch, what its guests take.
+    `max_rows` bounds one microbatch, `pace` how many are in flight; `homes`, at all stages, the sum of what those who
+    are admitted may grow to (one request always is, however long) and, of one microbatch, what its guests take.
 
     Tokens of a broken attempt are fed as if they were of the prompt. The last stage chooses them again all the same,
     from this attempt's rows: what is committed is what one trace yields. Where it chooses another, `diverged` is
@@ -70,11 +70,13 @@ class Scheduler:
         *,
         max_rows: int,
         pace: Pace,
-        homes: Homes,
+        homes: Sequence[Homes],
         kept: Sequence[Sequence[int]] = (),
         prefixes: Prefixes | None = None,
     ) -> None:
-        """kept: each request's tokens of earlier attempts; prefixes: of the requests' prompts."""
+        """homes: one for all stages with the same bounds; kept: each request's tokens of earlier attempts; prefixes: of
+        the requests' prompts.
+        """
         if max_rows < 1:
             raise ValueError(f"expected a positive bound, came {max_rows}")
         self._progress = [_Progress(request) for request in requests]
@@ -168,7 +170,7 @@ class Scheduler:
     def _ready(self) -> list[int]:
         # Rationale: a request's next row waits for its last token, so whatever one microbatch takes, the others can't:
         # each takes its share of the requests.
-        share = -(-len(self._active) // max(self._pace.groups, self._homes.turns))
+        share = -(-len(self._active) // max(self._pace.groups, *(homes.turns for homes in self._homes)))
         waiting = [r for r in self._active if not self._progress[r].waiting and not self._waits_for_another(r)]
         # Single rows first, prompts share what is left.
         return sorted(self._fitting(waiting, share), key=lambda r: self._progress[r].known - self._begins_at(r)[0] > 1)
@@ -187,16 +189,16 @@ class Scheduler:
         return (sent, None) if sent or self._prefixes is None else self._prefixes.taken(r)
 
     def _fitting(self, waiting: Sequence[int], most: int | None = None) -> list[int]:
-        """Those whose guests a buffer holds together; the longest unserved is always among them."""
+        """Those whose guests the buffers hold together; the longest unserved is always among them."""
         guests: list[Piece] = []
         chosen: list[int] = []
         for r in waiting:
             if len(chosen) == most:
                 break
-            if r in self._homes.guests:
+            if any(r in homes.guests for homes in self._homes):
                 first = self._begins_at(r)[0]
                 piece = Piece(r, first, min(self._progress[r].known - first, self._max_rows))
-                if needed([*guests, piece]) > self._homes.buffer:
+                if not all(homes.fits([*guests, piece]) for homes in self._homes):
                     continue
                 guests.append(piece)
             chosen.append(r)
@@ -239,12 +241,13 @@ class Scheduler:
         if stopped(progress.request, progress.tokens):
             self._active.remove(token.request)
             self._ended.append(token.request)
-            self._homes.leave(token.request)
+            for homes in self._homes:
+                homes.leave(token.request)
             if self._prefixes is not None:
                 self._prefixes.leaves(token.request)
 
     def _admit(self) -> None:
-        while self._unadmitted:
-            if not self._homes.admit(self._unadmitted[0], forced=not self._active):
-                return
+        while self._unadmitted and all(homes.has_room(self._unadmitted[0]) for homes in self._homes):
+            for homes in self._homes:
+                homes.admit(self._unadmitted[0])
             self._active.append(self._unadmitted.popleft())

@@ -5,7 +5,7 @@ are bounded, signatures are given only for what the worker has checked, and trac
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -128,6 +128,7 @@ def create_app(agent: Agent) -> FastAPI:
         state = agent.state(id)
         return {
             "held_seconds": agent.held_seconds(id),
+            "room": astuple(config.serving.bounds),
             "phase": str(state.phase),
             "stage": state.stage,
             "stages": state.stages,

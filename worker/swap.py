@@ -154,8 +154,9 @@ class SwappingCache(Cache):
         self._bring(visit, visit.buffer * self._buffer)
 
     def _bring_large(self, visit: Visit) -> None:
-        """One that no buffer holds, since stage 0 has larger ones: into pages of the main pool, at its turn. In the
-        compute thread: only there pools may grow.
+        """One that no buffer holds, since a prompt that was cut short lies otherwise than foreseen (twice as large at
+        most, see Homes.least): into pages of the main pool, at its turn. In the compute thread: only there pools may
+        grow.
         """
         log.warning("a microbatch's guests take %d positions, a buffer has %d", visit.size, self._buffer)
         base = self._pages(visit.size // PAGE) * PAGE

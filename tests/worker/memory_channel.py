@@ -21,7 +21,7 @@ class MemoryChannel:
         self.handler = handler
         self.limit = max_message_bytes
         self.peers: dict[bytes, Peer] = {}
-        self._senders: dict[tuple[bytes, str], MemorySender] = {}
+        self._senders: dict[str, MemorySender] = {}
         self._address = ""
 
     async def start(self, address: str) -> int:
@@ -36,67 +36,70 @@ class MemoryChannel:
         self.peers[peer.certificate] = peer
 
     def to(self, peer: Peer, address: str) -> "MemorySender":
-        if (peer.certificate, address) not in self._senders:
-            self._senders[peer.certificate, address] = MemorySender(self, peer, address)
-        return self._senders[peer.certificate, address]
+        sender = self._senders.setdefault(peer.account, MemorySender(self))
+        sender.peer, sender.address = peer, address
+        return sender
 
     async def close(self) -> None:
-        for sender in self._senders.values():
-            sender.task.cancel()
-        await asyncio.gather(*(sender.task for sender in self._senders.values()), return_exceptions=True)
+        tasks = [task for sender in self._senders.values() for task in sender.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         LISTENING.pop(self._address, None)
 
 
 class MemorySender:
-    def __init__(self, channel: MemoryChannel, peer: Peer, address: str) -> None:
+    peer: Peer
+    address: str
+
+    def __init__(self, channel: MemoryChannel) -> None:
         self._channel = channel
-        self._peer = peer
-        self._address = address
-        self._queue: deque[bytes] = deque()
+        self._queues: dict[bytes, deque[bytes]] = {}  # by job
         self._refused: dict[bytes, tuple[int, str]] = {}
-        self.task = asyncio.create_task(self._carry())
+        self.tasks: list[asyncio.Task[None]] = []
 
     async def send(self, envelope: pb.Envelope) -> None:
         if envelope.ByteSize() > self._channel.limit:
             raise ValueError(f"a message of {envelope.ByteSize()} bytes; the limit is {self._channel.limit}")
-        while len(self._queue) >= WINDOW and not self._why(envelope):
+        if envelope.job not in self._queues:
+            self._queues[envelope.job] = deque()
+            self.tasks.append(asyncio.create_task(self._carry(envelope.job)))
+        while len(self._queues[envelope.job]) >= WINDOW and not self._why(envelope):
             await asyncio.sleep(RETRY_SECONDS)
         if why := self._why(envelope):
-            raise BadMessage(self._peer.name, f"refused our messages: {why}")
-        self._queue.append(envelope.SerializeToString())
+            raise BadMessage(self.peer.name, f"refused our messages: {why}")
+        self._queues[envelope.job].append(envelope.SerializeToString())
 
     def drop(self, job: bytes, attempt: int) -> None:
-        messages = [(data, pb.Envelope.FromString(data)) for data in self._queue]
-        self._queue = deque(data for data, m in messages if m.job != job or m.attempt >= attempt)
+        self._forget(job, attempt)
         if self._refused.get(job, (attempt, ""))[0] < attempt:
             del self._refused[job]
+
+    def _forget(self, job: bytes, attempt: int) -> None:
+        queue = self._queues.get(job, deque())
+        kept = [data for data in queue if pb.Envelope.FromString(data).attempt >= attempt]
+        queue.clear()
+        queue.extend(kept)
 
     def _why(self, envelope: pb.Envelope) -> str:
         attempt, why = self._refused.get(envelope.job, (0, ""))
         return why if envelope.attempt <= attempt else ""
 
-    async def _carry(self) -> None:
+    async def _carry(self, job: bytes) -> None:
+        queue = self._queues[job]
         while True:
-            target = LISTENING.get(self._address)
-            if not self._queue or target is None or target.certificate != self._peer.certificate:
+            target = LISTENING.get(self.address)
+            us = target.peers.get(self._channel.certificate) if target is not None else None
+            if not queue or target is None or us is None or target.certificate != self.peer.certificate:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            us = target.peers.get(self._channel.certificate)
-            if us is None:
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            data = self._queue[0]
+            data = queue[0]
             envelope = pb.Envelope.FromString(data)
             try:
                 await target.handler(us, envelope)
             except BadMessage as error:
-                self._refused[envelope.job] = (envelope.attempt, error.what)
-                self.drop(envelope.job, envelope.attempt)
-                self._queue = deque(
-                    kept
-                    for kept in self._queue
-                    if (m := pb.Envelope.FromString(kept)).job != envelope.job or m.attempt > envelope.attempt
-                )
+                self._refused[job] = (envelope.attempt, error.what)
+                self._forget(job, envelope.attempt + 1)
                 continue
-            if self._queue and self._queue[0] is data:
-                self._queue.popleft()
+            if queue and queue[0] is data:
+                queue.popleft()

@@ -12,7 +12,7 @@ from bench._pipeline import Stamp as Stamp
 from bench._pipeline import split as split
 from bench._pipeline import wire as wire
 from verifier.commit import Request
-from worker.config import Serving
+from worker.config import Bounds, Serving
 from worker.job import JobState
 from worker.stage import Stage
 
@@ -25,6 +25,15 @@ Greedy = Callable[[Any, Request], list[int]]
 async def within(seconds: float, awaited: Awaitable[T]) -> T:
     async with asyncio.timeout(seconds):
         return await awaited
+
+
+def telling(*bounds: Bounds) -> Callable[[], Awaitable[Sequence[Bounds]]]:
+    """For stage 0: that the other stages have this much room."""
+
+    async def ready() -> Sequence[Bounds]:
+        return bounds
+
+    return ready
 
 
 def serve(

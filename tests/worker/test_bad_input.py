@@ -95,8 +95,9 @@ def test_a_stage_with_less_room_than_the_first_refuses_with_its_reason(village: 
         told = await reason(village, 0, id, "positions kept here")
         assert told.startswith("stage 1 (0x") and "refuses: request 0: expected prompt and limit within the 16" in told
         assert village.requester.escrow.status(id) is Status.OPEN
-        fits = await village.open([replace(GOOD, limit=11)])
+        fits = await village.open([replace(GOOD, limit=11)] * 3)  # one after the other: the first knows of its room
         await village.reaches(fits, Status.COMMITTED)
+        assert (await village.get(0, f"/jobs/{fits.hex()}")).json()["attempt"] == 1
         await village.sleep()
 
     asyncio.run(within(900, story()))

@@ -50,7 +50,8 @@ def over(folder: Path, act: Act, **relay_settings: float) -> None:
 
 
 def message(sequence: int, size: int = 0) -> pb.Envelope:
-    return pb.Envelope(job=JOB, attempt=1, sequence=sequence, abort=pb.Abort(reason="x" * size))
+    rows = pb.Rows(hidden=pb.Tensor(data=bytes(size)))
+    return pb.Envelope(job=JOB, attempt=1, sequence=sequence, rows=rows)
 
 
 def first_times(got: list[pb.Envelope]) -> list[int]:

@@ -12,12 +12,14 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from worker import grpc_channel, tls
+from worker import lanes, tls
 from worker import ring_pb2 as pb
 from worker.batch import Batch, Piece
 from worker.channel import Peer, pack_tensor, unpack_rows, unpack_tokens
+from worker.envelope import held_bytes
 from worker.errors import BadMessage, ConfigError, UnpinnedCertificate
-from worker.grpc_channel import WINDOW, Link, Ring
+from worker.grpc_channel import Link, Ring
+from worker.lanes import WINDOW
 
 JOB = bytes(32)
 LIMIT = 2**20
@@ -94,8 +96,8 @@ def test_messages_arrive_in_order_and_are_acknowledged(tmp_path: Path) -> None:
 def test_what_is_unacknowledged_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A receiver that is cut off makes the sender wait, whatever the messages weigh; then all of them arrive."""
     text = "x" * 500
-    size = message(0, text).ByteSize()
-    monkeypatch.setattr(grpc_channel, "WINDOW_BYTES", 5 * size + 8)
+    size = held_bytes(message(0, text))
+    monkeypatch.setattr(lanes, "WINDOW_BYTES", 5 * size + 300)
     taken = asyncio.Event()
 
     async def act(link: Link, got: list[pb.Envelope]) -> None:
@@ -115,7 +117,7 @@ def test_what_is_unacknowledged_is_bounded_by_its_bytes(tmp_path: Path, monkeypa
         await until(lambda: len(got) == 20)
         assert [envelope.sequence for envelope in got] == list(range(20))
         await until(lambda: not link._unacknowledged)
-        assert link._bytes == 0
+        assert not link._windows._held
 
     talk(tmp_path, act)
 
@@ -201,7 +203,8 @@ def test_a_message_without_a_job_is_refused_and_its_sender_dropped(tmp_path: Pat
 def test_a_message_too_large_for_its_receiver_is_refused_and_other_jobs_are_served(tmp_path: Path, length: int) -> None:
     async def act(link: Link, got: list[pb.Envelope]) -> None:
         link._limit = 4 * 2**20  # the peer's is another
-        await link.send(message(0, "x" * length))
+        rows = pb.Rows(hidden=pb.Tensor(data=bytes(length)))
+        await link.send(pb.Envelope(job=JOB, attempt=1, rows=rows))
         await until(lambda: JOB in link._refused)
         reason = link._refused[JOB][1]
         assert "expected at most 1000 bytes" in reason or "larger than max" in reason

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ class Street:
         self.open = asyncio.Event()
         self.open.set()
         self.bad: set[bytes] = set()
+        self.stuck: set[bytes] = set()
+        self.waiting, self.loose = asyncio.Event(), asyncio.Event()
         self.here: Channel = kind(self.sender.certificate, self.sender.key, self._handle, LIMIT, False)
         self.kind = kind
         self.there: Channel = self.another()
@@ -48,6 +51,9 @@ class Street:
     async def _handle(self, peer: Peer, envelope: pb.Envelope) -> None:
         assert peer == self.sender.peer
         await self.open.wait()
+        if envelope.job in self.stuck:
+            self.waiting.set()
+            await self.loose.wait()
         if envelope.job in self.bad and envelope.attempt == 1:
             raise BadMessage(peer.name, "no")
         self.got.append(envelope)
@@ -64,6 +70,7 @@ def play(kind: MakeChannel, folder: Path, act: Callable[[Street], Awaitable[None
             await act(street)
         finally:
             street.open.set()
+            street.loose.set()
             await street.here.close()
             await street.there.close()
 
@@ -81,7 +88,8 @@ def test_messages_arrive_in_order_each_once(kind: MakeChannel, tmp_path: Path) -
         for envelope in sent:
             await link.send(envelope)
         await until(lambda: len(street.got) == len(sent))
-        assert street.got == sent
+        for job in (JOB, OTHER):  # of two jobs, each in its own order
+            assert [m for m in street.got if m.job == job] == [m for m in sent if m.job == job]
 
     play(kind, tmp_path, act)
 
@@ -111,6 +119,34 @@ def test_a_receiver_that_takes_nothing_makes_the_sender_wait(kind: MakeChannel, 
         await sending
         await until(lambda: len(street.got) == 3000)
         assert street.sequences == list(range(3000))
+
+    play(kind, tmp_path, act)
+
+
+@KINDS
+def test_a_job_that_is_stuck_keeps_no_other_waiting(kind: MakeChannel, tmp_path: Path) -> None:
+    """Its sender waits, as full as its window is; what is sent of another arrives and is acknowledged."""
+
+    async def act(street: Street) -> None:
+        port = await street.there.start("127.0.0.1:0")
+        street.there.admit(street.sender.peer)
+        link = street.here.to(street.receiver.peer, f"127.0.0.1:{port}")
+        street.stuck.add(JOB)
+
+        async def send() -> None:
+            for i in range(1500):
+                await link.send(message(i))
+
+        sending = asyncio.create_task(send())
+        await street.waiting.wait()
+        for i in range(3000):
+            await link.send(message(i, OTHER))
+        await until(lambda: len(street.got) == 3000)
+        assert street.sequences == list(range(3000)) and not sending.done()
+        street.loose.set()
+        await sending
+        await until(lambda: len(street.got) == 4500)
+        assert [m.sequence for m in street.got if m.job == JOB] == list(range(1500))
 
     play(kind, tmp_path, act)
 
@@ -199,7 +235,33 @@ def test_what_is_dropped_is_not_sent_and_the_rest_is_once_somebody_listens(kind:
         await street.there.start(f"127.0.0.1:{port}")
         street.there.admit(street.sender.peer)
         await until(lambda: len(street.got) >= 5)
-        assert street.sequences == [0, 11, 12, 13, 20]
+        assert sorted(street.sequences) == [0, 11, 12, 13, 20]
+        assert [m.sequence for m in street.got if m.job == OTHER] == [11, 12, 13]
+
+    play(kind, tmp_path, act)
+
+
+@KINDS
+def test_who_has_moved_is_reached_where_it_is_now_and_nowhere_else(kind: MakeChannel, tmp_path: Path) -> None:
+    """Jobs that were under way find it too; what is still looked for at the old place would be so for ever."""
+
+    async def act(street: Street) -> None:
+        address = f"127.0.0.1:{await street.there.start('127.0.0.1:0')}"
+        street.there.admit(street.sender.peer)
+        peer = street.receiver.peer
+        link = street.here.to(replace(peer, certificate=Party(tmp_path, "former").certificate), "127.0.0.1:1")
+        for i in range(3):
+            await link.send(message(i))
+        former = street.here.to(peer, "127.0.0.1:1")
+        await former.send(message(3))
+        moved = street.here.to(peer, address)
+        await moved.send(message(4))
+        await until(lambda: len(street.got) == 5)
+        assert street.sequences == list(range(5)) and link is former is moved
+        copier = street.here.to(replace(peer, account="copier"), "127.0.0.1:1")  # of a certificate that is public
+        assert copier is not link
+        await link.send(message(5))
+        await until(lambda: street.sequences[-1] == 5)
 
     play(kind, tmp_path, act)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from contracts.client import Consent, Job, Stage, Status
+from contracts.client import ChainError, Consent, Job, Stage, Status
 from tests.worker.pipeline_in_process import JOB, Tiny, split, wire, within
 from verifier.commit import Request
 from worker.agent import Agent
@@ -340,6 +340,37 @@ def test_a_worker_that_a_move_brings_in_serves_whatever_it_remembers(tmp_path: P
         (stage,) = started
         assert town._engagements == {JOB: stage} and stage.status is Status.ACCEPTED and stage.index == 1
         assert stage.job.pipeline == RELIEF and stage.state.rings == 1 and stage.state.held_until == 5.0
+
+    asyncio.run(within(60, story()))
+
+
+def test_a_spare_is_let_go_once_its_move_is_taken_in_and_not_before(tmp_path: Path) -> None:
+    """Told by the spare itself, whose node fails then, and once more: or it stays beside the stage it became."""
+
+    async def story() -> None:
+        town: Any = Town(tmp_path, "spare")
+        spare = town._spares[JOB] = Spare(town, JOB, WORK, STAGES, RELIEF, 1)
+        failed = asyncio.Event()
+
+        def fails() -> int:
+            raise ChainError("Rpc", {"message": "no answer"})
+
+        async def watch() -> None:
+            with pytest.raises(ChainError):
+                await Agent._moved(town, JOB, RELIEF)
+            failed.set()
+            await asyncio.Event().wait()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engagement, "advance", lambda self, now: None)
+            patch.setattr(town, "now", fails)
+            spare.task = asyncio.create_task(watch())
+            await failed.wait()
+            assert town._spares == {JOB: spare}
+            patch.undo()
+            patch.setattr(Engagement, "advance", lambda self, now: None)
+            await Agent._moved(town, JOB, RELIEF)
+        assert spare.task.cancelled() and not town._spares
 
     asyncio.run(within(60, story()))
 

@@ -20,7 +20,7 @@ from worker import ring_pb2 as pb
 from worker.batch import Batch, Piece
 from worker.cache import Cache
 from worker.channel import Peer
-from worker.config import Serving
+from worker.config import Bounds, Serving
 from worker.consent import place
 from worker.errors import Stalled
 from worker.pulse import Pulse
@@ -194,8 +194,10 @@ def test_a_silent_stage_is_noticed_by_its_successor_and_so_by_stage_0(
     async def work() -> list[list[int]]:
         back = asyncio.Event()
 
-        async def ready() -> None:
-            back.set()
+        async def ready() -> list[Bounds]:
+            if runs[0].state.attempt:
+                back.set()
+            return []
 
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, stages, requests, QUICK, compute)
@@ -225,9 +227,10 @@ def test_a_hung_stage_is_noticed_though_it_beats(
     stages[1].at = 6  # type: ignore[attr-defined]
 
     async def work() -> None:
-        async def ready() -> None:
+        async def ready() -> list[Bounds]:
             if runs[1].held_seconds() > QUICK.slow_seconds:
                 hangs.set()
+            return []
 
         with ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
             runs = wire(tmp_path, stages, requests, QUICK, a)

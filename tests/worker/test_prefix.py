@@ -11,6 +11,7 @@ from tests.worker.alike import SYSTEM, ask, batches
 from verifier.commit import Request
 from worker.batch import Batch, Piece, Token
 from worker.cache import PAGE
+from worker.config import Bounds
 from worker.homes import Homes
 from worker.pace import Pace
 from worker.prefix import Prefixes
@@ -36,11 +37,11 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 def test_a_page_is_computed_once_among_the_requests_in_flight(
     requests: list[Request], rows: int, flights: int, room: int, swaps: bool, dice: random.Random, kept: bool
 ) -> None:
-    homes = Homes(requests, room, 128, 300) if swaps else Homes(requests, room)
+    homes = Homes(requests, Bounds(room, 128, 300) if swaps else Bounds(room))
     tokens = [[1] * dice.randrange(request.limit) for request in requests] if kept else ()
     prefixes = Prefixes([request.prompt for request in requests])
     pace = Pace(2, flights)
-    scheduler = Scheduler(requests, max_rows=rows, pace=pace, homes=homes, kept=tokens, prefixes=prefixes)
+    scheduler = Scheduler(requests, max_rows=rows, pace=pace, homes=[homes], kept=tokens, prefixes=prefixes)
     done, chosen, here = [0] * len(requests), [0] * len(requests), set(range(len(requests)))
     flying: list[Batch] = []
     while not scheduler.done:
@@ -79,7 +80,7 @@ def test_a_page_is_computed_once_among_the_requests_in_flight(
 
 def scheduled(requests: Sequence[Request], room: int, rows: int = 64) -> Scheduler:
     prefixes = Prefixes([request.prompt for request in requests])
-    return Scheduler(requests, max_rows=rows, pace=Pace(1), homes=Homes(requests, room), prefixes=prefixes)
+    return Scheduler(requests, max_rows=rows, pace=Pace(1), homes=[Homes(requests, Bounds(room))], prefixes=prefixes)
 
 
 def pieces(scheduler: Scheduler) -> tuple[Piece, ...]:

@@ -24,6 +24,7 @@ from worker.channel import Peer
 from worker.config import Serving
 from worker.early import Early
 from worker.engagement import Engagement
+from worker.envelope import HEAD_BYTES, held_bytes
 from worker.errors import BadMessage
 from worker.grpc_channel import Link, Ring
 from worker.inbox import Inbox
@@ -160,7 +161,7 @@ def test_a_stage_that_restarted_is_heard_though_it_counts_anew(second: Second) -
 
 def test_an_inbox_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
-        size = row(0).ByteSize()
+        size = held_bytes(row(0))
         monkeypatch.setattr(inbox, "MOST_BYTES", 2 * size)
         box = Inbox()
         filling = asyncio.create_task(_fill(box, 5))
@@ -174,13 +175,51 @@ def test_an_inbox_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(story())
 
 
+def test_an_inbox_counts_what_a_message_becomes() -> None:
+    """A thousand messages of empty pieces are few bytes, and a hundred times as much in memory."""
+
+    async def story() -> None:
+        box = Inbox()
+        pieces = pb.Envelope(rows=pb.Rows(pieces=[pb.Piece()] * (HEAD_BYTES // 2 - 100)))
+        for _ in range(9):
+            assert not box.full()
+            await box.put(pieces)
+        assert box.full()
+
+    asyncio.run(story())
+
+
+def test_a_message_of_parts_without_end_drops_its_sender_by_name(tmp_path: Path) -> None:
+    sender, receiver = Party(tmp_path, "sender"), Party(tmp_path, "receiver")
+
+    async def story() -> None:
+        async def handler(peer: Peer, envelope: pb.Envelope) -> None:
+            raise AssertionError("nothing is heard of it")
+
+        ring = Ring(receiver.certificate, receiver.key, handler, 16 * LIMIT)
+        ring.admit(sender.peer)
+        port = await ring.start("127.0.0.1:0")
+        link = Link(receiver.peer, f"127.0.0.1:{port}", sender.certificate, sender.key, 16 * LIMIT)
+        pieces = pb.Envelope(job=JOB, attempt=1, rows=pb.Rows(pieces=[pb.Piece()] * HEAD_BYTES))
+        with pytest.raises(ValueError, match=f"bytes beside its rows; the limit is {HEAD_BYTES}"):
+            await link.send(pieces)
+        link._unacknowledged.append(pieces)
+        link._changed.set()
+        await until(lambda: link.refusal is not None)
+        assert link.refusal == f"expected at most {HEAD_BYTES} bytes beside the rows, came more"
+        await link.close()
+        await ring.stop()
+
+    asyncio.run(within(60, story()))
+
+
 async def _fill(box: Inbox, count: int) -> None:
     for _ in range(count):
         await box.put(row(0))
 
 
 def test_early_messages_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "MOST_BYTES", 1000)
+    monkeypatch.setattr(early, "MOST_BYTES", 3 * held_bytes(row(0)))
 
     async def story() -> None:
         taken = Early(lambda: None, 0.4)

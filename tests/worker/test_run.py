@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,6 +267,32 @@ def test_rows_out_of_place_break_the_attempt(
 
     asyncio.run(work())
     assert f"stage 0: request 0: {what}" in caplog.text or f"stage 0: {what}" in caplog.text
+
+
+def test_a_stage_0_that_asks_for_more_room_than_there_is_breaks_the_attempt(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It knows how much a stage has; all requests of a job at once are not it."""
+    requests = [Request((1, 2, 3), 5)] * 4
+
+    async def nothing(peer: Peer, envelope: pb.Envelope) -> None:
+        pass
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            runs = wire(tmp_path, split(tiny[0], 3, 2), requests, Serving(cache_positions=20), compute)
+            link: Any = runs[1]._successor
+            link.target = SimpleNamespace(receive=nothing)
+            for request in range(3):
+                await deliver(runs, 1, sequence=request, rows=rows_of(0, 3, request))
+            while not runs[1]._broken:
+                await asyncio.sleep(0.01)
+            assert runs[1]._homes.admitted == {0, 1}
+            for run in runs:
+                await run.close("the test is over")
+
+    asyncio.run(within(60, work()))
+    assert "stage 0: request 2: expected it once there is room for its 8 positions" in caplog.text
 
 
 def test_a_gap_in_the_sequence_drops_the_sender(tiny: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:

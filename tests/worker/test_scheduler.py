@@ -4,13 +4,14 @@ import pytest
 
 from verifier.commit import Request
 from worker.batch import Piece, Token
+from worker.config import Bounds
 from worker.homes import Homes
 from worker.pace import Pace
 from worker.scheduler import Scheduler, UnexpectedToken, stopped
 
 
 def made(*requests: Request, rows: int = 8, flights: int = 2, cache: int = 1000) -> Scheduler:
-    return Scheduler(requests, max_rows=rows, pace=Pace(2, flights), homes=Homes(requests, cache))
+    return Scheduler(requests, max_rows=rows, pace=Pace(2, flights), homes=[Homes(requests, Bounds(cache))])
 
 
 def ask(prompt: int, limit: int, stops: tuple[int, ...] = ()) -> Request:

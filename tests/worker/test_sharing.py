@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from bench._pipeline import Wire
 from tests.worker.alike import SYSTEM, ask, batches
-from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, wire, within
+from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, telling, wire, within
 from verifier.audit import Auditor
 from verifier.audit import Stage as AuditedStage
 from verifier.commit import Request
@@ -150,6 +150,7 @@ def test_a_stage_with_other_homes_serves_what_comes(tiny: Tiny, tmp_path: Path, 
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path / "swapped", repeatable, requests, SWAPPED, compute)
             runs[1]._serving = replace(SHARED, cache_positions=16, swap_positions=64, host_positions=64)
+            runs[0]._ready = telling(runs[1]._serving.bounds)
             for run in runs:
                 run.start()
             return list(await within(60, asyncio.gather(*(run.finished for run in runs))))

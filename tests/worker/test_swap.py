@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,18 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, wire, within
+from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, telling, wire, within
 from verifier.commit import Request
 from verifier.trace import RequestTrace
-from worker.batch import Batch, Piece, Token
+from worker.attempt import take_in
+from worker.batch import Batch, Piece, Token, sampling
 from worker.cache import PADDING, PAGE
-from worker.config import Serving
+from worker.config import Bounds, Serving
+from worker.errors import BadMessage
 from worker.homes import Homes, laid, largest, needed, whole_pages
 from worker.job import JobState
 from worker.pace import Pace
+from worker.prefix import Prefixes
 from worker.recorder import trace_path
 from worker.repeat import RepeatableStage
 from worker.scheduler import Scheduler
@@ -173,11 +177,14 @@ def ask(*sizes: int) -> list[Request]:
     st.integers(1, 10),
 )
 def test_no_room_is_lost_and_no_guest_is_too_large(sizes: list[int], main: int, buffer: int, visits: int) -> None:
-    homes = Homes(ask(*sizes), main, buffer, visits * buffer)
+    assume(largest(main, buffer) > 1)
+    sizes = [min(size, largest(main, buffer)) for size in sizes]
+    homes = Homes(ask(*sizes), Bounds(main, buffer, visits * buffer))
     assert all(whole_pages(sizes[r]) <= buffer for r in homes.guests)
     admitted: set[int] = set()
     for r, size in enumerate(sizes):
-        if homes.admit(r):
+        if homes.has_room(r):
+            homes.admit(r)
             admitted.add(r)
         there = sum(sizes[r] for r in admitted & homes.guests)
         here = sum(sizes[r] for r in admitted - homes.guests)
@@ -190,10 +197,10 @@ def test_no_room_is_lost_and_no_guest_is_too_large(sizes: list[int], main: int, 
 
 
 def test_the_main_pool_fills_up_before_there_are_guests() -> None:
-    assert Homes(ask(*[10] * 5), 50, 100, 200).guests == set()
-    assert Homes(ask(*[10] * 9), 50, 100, 200).guests == {5, 6, 7, 8}
-    assert Homes(ask(*[10] * 9), 50).guests == set()
-    shares = Homes(ask(*[10] * 900), 50, 100, 200).guests
+    assert Homes(ask(*[10] * 5), Bounds(50, 100, 200)).guests == set()
+    assert Homes(ask(*[10] * 9), Bounds(50, 100, 200)).guests == {5, 6, 7, 8}
+    assert Homes(ask(*[10] * 9), Bounds(50)).guests == set()
+    shares = Homes(ask(*[10] * 900), Bounds(50, 100, 200)).guests
     assert 900 * 4 // 5 - 5 <= len(shares) <= 900 * 4 // 5  # as the rooms are, in the long run
 
 
@@ -208,8 +215,8 @@ def test_guests_lie_apart_within_what_they_need(ends: list[tuple[int, int]]) -> 
 
 def test_one_microbatch_takes_as_many_guests_as_a_buffer_holds() -> None:
     requests = ask(*[16] * 11)
-    homes = Homes(requests, 16, 3 * PAGE, 10 * PAGE)
-    scheduler = Scheduler(requests, max_rows=1000, pace=Pace(1, swaps=True), homes=homes)
+    homes = Homes(requests, Bounds(16, 3 * PAGE, 10 * PAGE))
+    scheduler = Scheduler(requests, max_rows=1000, pace=Pace(1, swaps=True), homes=[homes])
     seen: set[int] = set()
     while not scheduler.done:
         batch = scheduler.next()
@@ -217,6 +224,68 @@ def test_one_microbatch_takes_as_many_guests_as_a_buffer_holds() -> None:
         seen |= {piece.request for piece in batch.pieces}
         scheduler.returned([Token(piece.request, 0, 7) for piece in batch.pieces])
     assert seen == set(range(11)) and homes.turns == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=25),
+    st.lists(st.tuples(st.integers(1, 150), st.integers(0, 100), st.integers(1, 5)), min_size=1, max_size=3),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_what_stage_0_sends_has_room_at_every_stage(
+    sizes: list[tuple[int, int]], rooms: list[tuple[int, int, int]], rows: int, flights: int, shared: bool
+) -> None:
+    """By each stage's own count, whatever they have; and every request is served."""
+    bounds = {Bounds(main, buffer, buffer * turns if buffer else 0) for main, buffer, turns in rooms}
+    most = min(largest(b.main, b.buffer) for b in bounds)
+    requests = [Request((1,) * prompt, limit) for prompt, limit in sizes if prompt + limit <= most]
+    assume(requests)
+    mine = [Homes(requests, b) for b in bounds]
+    pace = Pace(1, flights, any(homes.guests for homes in mine))
+    prefixes = Prefixes([request.prompt for request in requests]) if shared else None
+    scheduler = Scheduler(requests, max_rows=rows, pace=pace, homes=mine, prefixes=prefixes)
+    stages = [(Homes(requests, b), [0] * len(requests), set[int]()) for b in bounds]
+    flying: deque[Batch] = deque()
+    while not scheduler.done:
+        batch = scheduler.next()
+        if batch is None:
+            tokens = sampling(flying.popleft(), scheduler.prompt_counts)
+            scheduler.returned([Token(r, at + 1 - scheduler.prompt_counts[r], 7) for r, at, _ in tokens])
+            continue
+        flying.append(batch)
+        leaving = scheduler.ended()
+        for homes, positions, ended in stages:
+            take_in("stage 0", batch, leaving, requests, positions, ended, homes)
+            for piece in batch.pieces:
+                positions[piece.request] = piece.end
+    assert all(len(ids) == request.limit for ids, request in zip(scheduler.outputs, requests, strict=True))
+
+
+def test_what_a_stage_has_no_room_for_is_refused_by_name() -> None:
+    requests = [Request((1,) * 9, 8)] * 5  # 17 positions each
+    homes, ended, positions = Homes(requests, Bounds(40)), set[int](), [0] * 5
+
+    def come(*who: int, leaving: Sequence[int] = ()) -> None:
+        batch = Batch(tuple(Piece(r, positions[r], 1) for r in who))
+        take_in("stage 0", batch, leaving, requests, positions, ended, homes)
+        for r in who:
+            positions[r] += 1
+
+    come(0, 1)
+    with pytest.raises(BadMessage, match=r"^stage 0: request 2: expected it once there is room for its 17 positions$"):
+        come(0, 2)
+    come(1, 3, leaving=[0, 4])  # of one that was never in there is nothing to leave
+    with pytest.raises(BadMessage, match="request 2: expected it once there is room"):
+        come(2)
+
+    homes, ended, positions = Homes(requests, Bounds(17, 32, 64)), set[int](), [0] * 5
+    assert homes.guests == {1, 2, 3, 4}
+    come(0, 1, 2)
+    with pytest.raises(BadMessage, match=r"^stage 0: rows: expected guests of at most 32 positions, came 48$"):
+        come(1, 2, 3)
+    with pytest.raises(BadMessage, match="request 4: expected it once there is room"):
+        come(4)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole jobs
@@ -245,7 +314,7 @@ def test_a_job_has_the_same_bits_with_and_without_guests(
     folder, _ = tiny
     ends = [0, *[3 * (i + 1) // parts for i in range(parts)]]
     stages = [RepeatableStage(folder, first, end) for first, end in pairwise(ends)]
-    assert len(Homes(many, 60, 64, 1000).guests) > 7
+    assert len(Homes(many, Bounds(60, 64, 1000)).guests) > 7
     plain, swapped = (
         serve(tmp_path / name, stages, many, serving) for name, serving in (("plain", PLAIN), ("swapped", SWAPPED))
     )
@@ -261,7 +330,7 @@ def test_tokens_of_guests_equal_transformers_greedy(
     assert [list(ids) for ids in states[0].tokens] == [greedy(model, request) for request in many]
 
 
-def test_a_stage_with_smaller_buffers_serves_what_comes(
+def test_a_stage_with_less_room_is_sent_what_it_has_room_for(
     tiny: Tiny, many: list[Request], greedy: Greedy, tmp_path: Path
 ) -> None:
     folder, model = tiny
@@ -270,7 +339,7 @@ def test_a_stage_with_smaller_buffers_serves_what_comes(
     async def work() -> list[JobState]:
         with ThreadPoolExecutor(1) as compute:
             runs = wire(tmp_path, split(folder, 3, 2), many, SWAPPED, compute)
-            runs[1]._serving = smaller
+            runs[1]._serving, runs[0]._ready = smaller, telling(smaller.bounds)
             for run in runs:
                 run.start()
             return list(await within(300, asyncio.gather(*(run.finished for run in runs))))
@@ -305,5 +374,5 @@ def test_the_same_microbatches_have_the_same_bits_wherever_their_requests_live(t
 
 def test_what_is_larger_than_the_main_pool_is_a_guest_however_much_the_host_was_promised() -> None:
     requests = [Request((1,), 15), *[Request((1,), 47)] * 12]
-    assert Homes(requests, 16, 64, 100).guests == set(range(1, 13))
+    assert Homes(requests, Bounds(16, 64, 100)).guests == set(range(1, 13))
     assert largest(16, 64) == 64 and largest(100, 64) == 100 and largest(10, 30) == 16
