@@ -17,6 +17,7 @@ class Door:
 
     def __init__(self, url: str, twist: Twist) -> None:
         self.twist, self.asked = twist, [""]
+        self._client = httpx.Client(trust_env=False, timeout=30)  # made once: it reads all certificates
         door = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -27,7 +28,7 @@ class Door:
 
                 def ask() -> Answer:
                     kind = {"Content-Type": "application/json"}
-                    found: Answer = httpx.post(url, content=body, headers=kind, trust_env=False, timeout=30).json()
+                    found: Answer = door._client.post(url, content=body, headers=kind).json()
                     return found
 
                 told = door.twist(question["method"], question["params"], ask)
@@ -48,3 +49,4 @@ class Door:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._client.close()
