@@ -92,6 +92,17 @@ def test_one_of_two_nodes_is_enough(world: Any, doors: Callable[..., list[Door]]
     assert ours.token.balance(ours.account) == world.chain(6).token.balance(ours.account)
 
 
+@pytest.mark.parametrize("twists", [(ahead, honest), (honest, ahead), (dead, honest)])
+def test_what_one_of_two_nodes_tells_of_events_counts(
+    world: Any, doors: Callable[..., list[Door]], twists: tuple[Twist, Twist]
+) -> None:
+    """Whoever is faster may lag, or keep events back; what it left out would never be asked for again."""
+    truth = world.chain(6)
+    truth.token.mint(truth.account, 3)
+    last = truth.block_number()
+    assert list(chain(world, doors(*twists), 6).events(0, last)) == list(truth.events(0, last)) != []
+
+
 def test_a_node_that_lags_is_not_waited_for_and_turns_nothing_back(
     world: Any, doors: Callable[..., list[Door]]
 ) -> None:
