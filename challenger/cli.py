@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+import challenger.patience  # noqa: F401
 from challenger.config import Config, ConfigError, load_config
 from challenger.database import StoreError
 from challenger.logs import set_up
