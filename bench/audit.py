@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +28,10 @@ from bench._layer import shape_named
 from bench._memory import peak_bytes, reset_peak
 from bench._pipeline import JOB, split, wire
 from bench._traces import WholeLayer, serve
-from challenger.evidence import Archive, Facts
+from challenger.evidence import Archive, Evidence, Facts
 from challenger.fetch import Ask, Fetcher
-from challenger.judge import Judge
+from challenger.judge import Findings, Judge
+from challenger.look import Look
 from challenger.strategy import parse_strategy
 from contracts.records import Job, Stage
 from deploy.calibrate import calibrate
@@ -138,15 +139,14 @@ def _lie(home: Path, judge: Judge, batch: Sequence[Request]) -> dict[str, Any]:
     stages = split(coarse, judge.weights.shape.layers, STAGES)
     states = _generate(home / "lies", stages, batch)
     with _committed(home / "lies", judge, stages, batch, states) as facts:
-        first = _audit(home / "screened", facts, judge, "tokens")
-        closer = _audit(home / "screened", facts, judge, "tokens", tuple(first["closer"]))
+        audit = _audit(home / "screened", facts, judge, "tokens")
     return {
         "kind": "4-bit weights",
         "strategy": "tokens",
         "requests": len(batch),
-        "looked_at_closer": len(first["closer"]),
-        "cpu_seconds": first["cpu_seconds"] + closer["cpu_seconds"],
-        "convicted": closer["wrong"] > 0,
+        "looked_at_closer": audit["looked_at_closer"],
+        "cpu_seconds": audit["cpu_seconds"],
+        "convicted": audit["wrong"] > 0,
     }
 
 
@@ -220,29 +220,39 @@ def _generate(home: Path, stages: Sequence[WorkerStage], batch: Sequence[Request
     return asyncio.run(work())
 
 
-def _audit(home: Path, facts: Facts, judge: Judge, strategy: str, closer: tuple[int, ...] = ()) -> dict[str, Any]:
-    archive, wall = Archive(home), time.perf_counter()
-    started = time.process_time()
-    ask = Ask(parse_strategy(strategy), AUTO_SECONDS, b"bench", closer)
-    evidence = Fetcher(archive, 1 << 40).fetch(facts, judge.weights.shape, 3600.0, ask)
-    if evidence.missing:
+def _audit(home: Path, facts: Facts, judge: Judge, strategy: str) -> dict[str, Any]:
+    fetcher, wall, started, audited = Fetcher(Archive(home), 1 << 40), time.perf_counter(), time.process_time(), 0.0
+    ask = Ask(parse_strategy(strategy), AUTO_SECONDS, b"bench")
+
+    def audit(evidence: Evidence) -> Findings:
+        nonlocal audited
+        begun = time.process_time()
+        findings = judge.audit(evidence)
+        audited += time.process_time() - begun
+        return findings
+
+    evidence, findings = Look().go_on(
+        lambda closer, seconds: fetcher.fetch(facts, judge.weights.shape, seconds, replace(ask, closer=closer)),
+        audit,
+        3600.0,
+        final=False,
+    )
+    if findings is None:
         raise RuntimeError(f"expected a server that answers: {evidence.missing}")
-    fetched = time.process_time()
-    findings = judge.audit(evidence)
-    done = time.process_time()
+    spent = time.process_time() - started
     size = sum(path.stat().st_size for path in (home / facts.id.hex()).iterdir())
     return {
         "kind": "audit",
         "plan": findings.strategy,
-        "cpu_seconds": done - started,
-        "cpu_seconds_download": fetched - started,
-        "cpu_seconds_audit": done - fetched,
+        "cpu_seconds": spent,
+        "cpu_seconds_download": spent - audited,
+        "cpu_seconds_audit": audited,
         "seconds": time.perf_counter() - wall,
         "bytes": size,
         "pieces": findings.pieces,
         "suspicious": findings.suspicious,
         "wrong": len(findings.wrong),
-        "closer": list(findings.closer),
+        "looked_at_closer": findings.looked_closer,
         "worst": findings.worst,
     }
 

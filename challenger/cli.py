@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+import challenger.patience  # noqa: F401
 from challenger.config import Config, ConfigError, load_config
 from challenger.database import StoreError
 from challenger.logs import set_up
@@ -84,6 +85,7 @@ def audit(
     from challenger.fetch import Ask, Fetcher
     from challenger.fleet import Fleet
     from challenger.judge import Judge
+    from challenger.look import Look
 
     try:
         settings = load_config(config)
@@ -101,13 +103,15 @@ def audit(
             fetcher = Fetcher(Archive(Path(folder)), settings.max_stage_bytes)
             plan, seed = parse_strategy(strategy or settings.strategy), secrets.token_bytes(16)
             ask = Ask(plan, settings.audit_seconds, seed)
-            evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
+            facts, shape = read_facts(chain, id), judge.weights.shape
             work = Fleet(judge, ray or settings.ray).work if ray or settings.ray else None
-            findings = judge.audit(evidence, work)
-            if findings.closer:
-                ask = replace(ask, closer=findings.closer)
-                evidence = fetcher.fetch(read_facts(chain, id), judge.weights.shape, AUDIT_SECONDS, ask)
-                findings = judge.audit(evidence, work)
+            evidence, findings = Look().go_on(
+                lambda closer, seconds: fetcher.fetch(facts, shape, seconds, replace(ask, closer=closer)),
+                lambda evidence: judge.audit(evidence, work),
+                AUDIT_SECONDS,
+                final=True,
+            )
+            assert findings is not None
     except (*REFUSALS, Unavailable, ValueError) as error:
         raise _fail(error) from error
     typer.echo(json.dumps({"job": id.hex(), **findings.receipt(), "missing": list(evidence.missing)}, indent=2))

@@ -24,11 +24,11 @@ class Config:
     JSON file of the deployment. keystore, password: V3 keystore and a file with its password. models: folders of the
     models that this watchtower can judge. data: folder for what it downloads. database: SQLAlchemy URL (default: SQLite
     under `data`). poll_seconds: pause between two looks at the chain. from_block: where to start on an empty database.
-    max_stage_bytes: most that one stage of one job may hold; larger ones stay unjudged. downloads: jobs that are
-    downloaded at the same time. demand_budget: most that demands for the withheld data of one job may cost, in base
-    units of the token; 0: nothing is ever demanded. strategy: what is audited of a job (challenger/strategy.py);
-    audit_seconds: what `auto` may spend on one. metrics_port: for Prometheus at metrics_host; 0: none. log_format: text
-    or json. ray: address of a cluster that audits are spread over.
+    max_stage_bytes: most that one stage of one job may hold, for `tokens` at a time; larger ones stay unjudged.
+    downloads: jobs that are downloaded at the same time. demand_budget: most that demands for the withheld data of one
+    job may cost, in base units of the token; 0: nothing is ever demanded. strategy: what is audited of a job
+    (challenger/strategy.py); audit_seconds: what `auto` may spend on one. metrics_port: for Prometheus at metrics_host;
+    0: none. log_format: text or json. ray: address of a cluster that audits are spread over.
     """
 
     rpc_url: str | tuple[str, ...]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from challenger.evidence import Evidence, Unavailable
 from challenger.judge import Findings, Judge
+from challenger.look import Look
 
 LONGEST_PAUSE_SECONDS = 60.0
 
@@ -64,7 +65,7 @@ class Desk:
         self._waiting: list[tuple[int, bytes]] = []  # a heap of (deadline, job)
         self._auditing = False
         self._busy: dict[bytes, bool] = {}  # job -> whether it was urgent
-        self._closer: dict[bytes, tuple[int, ...]] = {}
+        self._looks: dict[bytes, Look] = {}
         self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
 
     def free(self, id: bytes, urgent: bool = False) -> bool:
@@ -79,7 +80,6 @@ class Desk:
 
     def start(self, task: Task) -> None:
         self._busy[task.id] = task.urgent
-        task = replace(task, closer=self._closer.get(task.id, ()))
         threading.Thread(target=self._work, args=(task,), name=f"job {task.id.hex()[:8]}", daemon=True).start()
 
     def finished(self) -> list[Outcome]:
@@ -99,14 +99,7 @@ class Desk:
 
     def forget(self, id: bytes) -> None:
         self._pauses.pop(id, None)
-        self._closer.pop(id, None)
-
-    def _looked_at(self, task: Task) -> tuple[Evidence, Findings | None, float]:
-        """Findings None where what is missing is waited for."""
-        evidence = self._fetch(task)
-        if evidence.missing and not task.final:
-            return evidence, None, 0.0
-        return evidence, *self._audited(task, evidence)
+        self._looks.pop(id, None)
 
     def _audited(self, task: Task, evidence: Evidence) -> tuple[Findings, float]:
         """When it is this job's turn: what was found, and in how many seconds."""
@@ -125,16 +118,23 @@ class Desk:
                 self._turn.notify_all()
 
     def _work(self, task: Task) -> None:
-        evidence, findings, seconds = None, None, 0.0
+        evidence, findings, spent = None, None, 0.0
         error: Exception | None = None
+
+        def fetch(closer: tuple[int, ...], seconds: float) -> Evidence:
+            return self._fetch(replace(task, closer=closer, seconds=seconds))
+
+        def audit(evidence: Evidence) -> Findings:
+            nonlocal spent
+            findings, seconds = self._audited(task, evidence)
+            spent += seconds
+            return findings
+
         try:
-            evidence, findings, seconds = self._looked_at(task)
-            if findings is not None and findings.closer:
-                self._closer[task.id] = findings.closer
-                evidence, findings, more = self._looked_at(replace(task, closer=findings.closer))
-                seconds += more
+            look = self._looks.setdefault(task.id, Look())
+            evidence, findings = look.go_on(fetch, audit, task.seconds, task.final)
             if findings is None:
                 error = Unavailable("; ".join(evidence.missing))
         except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
             error = fault
-        self._done.put(Outcome(task, evidence, findings, error, seconds))
+        self._done.put(Outcome(task, evidence, findings, error, spent))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -24,7 +24,7 @@ from verifier.audit import Verdict
 from verifier.commit import Output, OutputsTree, Request, RequestsTree, StageTree
 from verifier.linear import Bits
 from verifier.referee.codec import Opening
-from verifier.sha256 import HashTree, leaf_hashes
+from verifier.sha256 import HASH_BYTES, HashTree, leaf_hashes
 from verifier.shape import ModelShape
 from verifier.trace import RequestTrace, tensor_keys, tensor_width
 
@@ -141,6 +141,9 @@ class Archive:
         """Has every file of a job compared with its digest again when it is read next: before money is put on it."""
         self._checked = {path for path in self._checked if path.parent.name != job.hex()}
 
+    def delete(self, job: bytes, name: str) -> None:
+        self.remove(self.folder / job.hex() / name)
+
     def remove(self, path: Path) -> None:
         self._checked.discard(path)
         path.unlink(missing_ok=True)
@@ -196,19 +199,35 @@ def part_name(stage: int, request: int, key: str) -> str:
     return f"{stage}-{request}-{key}.bits"
 
 
-def tensor_roots(body: bytes, request: int, shape: ModelShape, first_layer: int, end_layer: int) -> dict[str, bytes]:
-    """What a stage's records (`GET .../trace`) say of the tensors of a request, in their order. Whether these are the
-    roots that it committed to is for the caller to see. Raises Unavailable.
+class TensorRoots:
+    """What a stage's records say of the roots of its tensors, parsed once for all of its requests.
+
+    Whether they are the roots that it committed to is for the caller to see. Keeps 32 bytes a tensor, whatever came.
     """
-    keys = tensor_keys(shape, first_layer, end_layer)
-    try:
-        told = json.loads(body)["requests"][request]["roots"]
-        roots = {key: bytes.fromhex(told[key]) for key in keys}
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise Unavailable(f"trace: request {request}: expected the root of each tensor: {error!r}") from error
-    if not all(len(root) == 32 for root in roots.values()):
-        raise Unavailable(f"trace: request {request}: expected roots of 32 bytes")
-    return roots
+
+    def __init__(self, body: bytes, keys: Sequence[str]) -> None:
+        """body: of `GET .../trace`; keys: the stage's tensors, in their order. Raises Unavailable."""
+        self._keys = tuple(keys)
+        try:
+            told = json.loads(body)["requests"]
+            self._joined = [self._joined_of(item) for item in told]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Unavailable(f"trace: expected a list of requests: {error!r}") from error
+
+    def of(self, request: int) -> dict[str, bytes]:
+        """A request's roots by tensor, in their order. Raises Unavailable."""
+        joined = self._joined[request] if request < len(self._joined) else b""
+        if not joined:
+            raise Unavailable(f"trace: request {request}: expected a root of {HASH_BYTES} bytes for each tensor")
+        return {key: joined[HASH_BYTES * i : HASH_BYTES * (i + 1)] for i, key in enumerate(self._keys)}
+
+    def _joined_of(self, item: Any) -> bytes:
+        """Nothing where one is missing or malformed: only who asks for this request is concerned."""
+        try:
+            roots = [bytes.fromhex(item["roots"][key]) for key in self._keys]
+        except (ValueError, KeyError, TypeError):
+            return b""
+        return b"".join(roots) if all(len(root) == HASH_BYTES for root in roots) else b""
 
 
 class _Absent:
@@ -274,7 +293,8 @@ class Evidence:
     stage_trees: None for a stage that gave no records; held: whether all its tensors are on disk; parts: tensors that
     are, by stage and request, where not all were asked for. missing: what was asked for and did not come, one sentence
     a stage. plan: the strategy; drawn: the cells that are to be judged, None: all. seed: secret and younger than the
-    commitment, b"" for none; one_in: of so many positions one has its MLP judged.
+    commitment, b"" for none; one_in: of so many positions one has its MLP judged. closer: the requests that were asked
+    for whole, where not all were; roots: what stages' records say of their tensors' roots, once it was read.
     """
 
     id: bytes
@@ -295,6 +315,8 @@ class Evidence:
     drawn: tuple[Cell, ...] | None = None
     seed: bytes = b""
     one_in: int = 1
+    closer: tuple[int, ...] = ()
+    roots: dict[int, TensorRoots] = field(default_factory=dict)
 
     def tree(self, stage: int) -> StageTree:
         """Raises Unavailable."""
@@ -317,11 +339,8 @@ class Evidence:
         keys, tree = self.parts.get((stage, request), frozenset()), self.stage_trees[stage]
         if not keys or tree is None:
             return None
-        body = self.archive.read(self.id, f"nodes-{stage}.json")
-        if body is None:
-            raise Unavailable(f"the records of stage {stage} are not on disk")
         place, positions = self.stages[stage], tree.nodes[request].positions
-        roots = tensor_roots(body, request, self.shape, place.first_layer, place.end_layer)
+        roots = self.roots_of(stage, request)
         dtype = np.dtype(f"<u{self.shape.served_dtype.size}")
         arrays: dict[str, Bits] = {}
         for key in roots:
@@ -332,6 +351,16 @@ class Evidence:
             else:
                 arrays[key] = cast(Bits, _Absent(f"{part_name(stage, request, key)} is not on disk", size, dtype))
         return RequestTrace(self.shape, place.first_layer, place.end_layer, arrays, roots)
+
+    def roots_of(self, stage: int, request: int) -> dict[str, bytes]:
+        """By tensor. Raises Unavailable."""
+        if stage not in self.roots:
+            body, place = self.archive.read(self.id, f"nodes-{stage}.json"), self.stages[stage]
+            if body is None:
+                raise Unavailable(f"the records of stage {stage} are not on disk")
+            keys = tensor_keys(self.shape, place.first_layer, place.end_layer)
+            self.roots[stage] = TensorRoots(body, keys)
+        return self.roots[stage].of(request)
 
 
 def received(evidence: Dossier, verdict: Verdict) -> bool:

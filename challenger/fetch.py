@@ -12,8 +12,9 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import aiohttp
@@ -25,9 +26,9 @@ from challenger.evidence import (
     CorruptEvidence,
     Evidence,
     Facts,
+    TensorRoots,
     Unavailable,
     part_name,
-    tensor_roots,
     trace_name,
 )
 from challenger.strategy import TOKENS, Cell, Strategy, draw, positions_of, settled
@@ -55,8 +56,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ask:
-    """What is to be downloaded. seconds: the budget of `auto`; seed: cells are drawn by it; closer: these requests, all
-    of them, whatever the strategy.
+    """What is to be downloaded. seconds: the budget of `auto`; seed: cells are drawn by it; closer: these requests
+    whole, whatever the strategy: the first, and of the others as many as this watchtower takes at a time.
     """
 
     strategy: Strategy = FULL
@@ -108,6 +109,7 @@ class _Collector:
     http: aiohttp.ClientSession | None
     end: float
     ask: Ask
+    roots: dict[int, TensorRoots] = field(default_factory=dict)
 
     async def collect(self) -> Evidence:
         facts = self.facts
@@ -118,12 +120,15 @@ class _Collector:
         positions = positions_of(requests, outputs)
         plan = settled(self.ask.strategy, self.shape, positions, self.ask.seconds) if self.http else Strategy()
         drawn: tuple[Cell, ...] | None = None
-        layers = range(self.shape.layers)
-        wanted = {(r, layer) for r in self.ask.closer for layer in layers} if self.ask.closer else None
-        if not self.ask.closer and plan.name == "cells":
+        wanted: set[tuple[int, int]] | None = None
+        closer = self._fitting(positions)
+        if closer:
+            self._forget_all_but(closer)
+            wanted = {(r, layer) for r in closer for layer in range(self.shape.layers)}
+        elif plan.name == "cells":
             drawn = draw(positions, self.shape.layers, plan.count, self.ask.seed)
             wanted = {(cell.request, layer) for cell in drawn for layer in (EMBEDDING, cell.layer)}
-        elif not self.ask.closer and plan.name == TOKENS:
+        elif plan.name == TOKENS:
             drawn, wanted = (), set()
         found = await asyncio.gather(*(self._stage(index, requests, wanted) for index in range(last + 1)))
         whole = [tree is not None and self._has_all(i, tree) for i, (tree, _) in enumerate(found)]
@@ -146,7 +151,25 @@ class _Collector:
             drawn=drawn,
             seed=self.ask.seed,
             one_in=plan.count if plan.name == "sweep" else 1,
+            closer=closer,
+            roots=self.roots,
         )
+
+    def _fitting(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Of the requests asked for whole the first, and those behind it that no stage has too many bytes for."""
+        widest = max(
+            sum(tensor_width(self.shape, key) for key in tensor_keys(self.shape, stage.first_layer, stage.end_layer))
+            for stage in self.facts.stages
+        )
+        ends = accumulate(positions[r] * widest * _dtype(self.shape).itemsize for r in self.ask.closer)
+        return self.ask.closer[: max(1, sum(end <= self.max_stage_bytes for end in ends))]
+
+    def _forget_all_but(self, requests: Sequence[int]) -> None:
+        """Makes room: what was seen of others was right."""
+        for (stage, r), keys in self._parts().items():
+            if r not in requests:
+                for key in keys:
+                    self.archive.delete(self.facts.id, part_name(stage, r, key))
 
     def _has_all(self, index: int, tree: StageTree) -> bool:
         """Whether all of a stage's tensors are on disk."""
@@ -233,11 +256,15 @@ class _Collector:
             after = "out" if layer + 1 == self.shape.layers else f"{layer + 1}.h"
             if stage.first_layer <= min(layer + 1, self.shape.layers - 1) < stage.end_layer:
                 keys.setdefault(r, set()).add(after)
+        if not keys:
+            return
         self._measure(who, [(nodes[r].positions, requests[r], tuple(each)) for r, each in keys.items()])
         body = self.archive.read(self.facts.id, f"nodes-{index}.json")
         assert body is not None
+        every = tensor_keys(self.shape, stage.first_layer, stage.end_layer)
+        self.roots[index] = await asyncio.to_thread(TensorRoots, body, every)
         for r, each in sorted(keys.items()):
-            roots = tensor_roots(body, r, self.shape, stage.first_layer, stage.end_layer)
+            roots = self.roots[index].of(r)
             if HashTree.of(list(roots.values())).root != nodes[r].tensors_root:
                 raise Unavailable(f"{who}: request {r}: the roots served are not those committed to")
             for key in sorted(each):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from challenger.units import Piece, Rows, Seen, Unit, examine
 log = logging.getLogger("plumb.challenger.fleet")
 
 LOCAL = "local"  # in place of an address: a cluster on this machine, which ends with this process
+CONNECT_SECONDS = 10.0
 AHEAD = 2  # units that wait for each hand: it never idles, and little is copied too early
 
 
@@ -52,6 +55,7 @@ class Fleet:
         self._ray, self._judge = ray, judge
         try:
             if not ray.is_initialized():
+                _knock(ray, address)
                 where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
                 ray.init(log_to_driver=False, **where)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
@@ -91,6 +95,16 @@ class Fleet:
         if hand in self._hands:
             free.append(hand)
         return seen
+
+
+def _knock(ray: Any, address: str) -> None:
+    """Raises OSError where nobody listens at "host:port" or "ray://host:port": Ray would ask for minutes."""
+    told = urlsplit(address if "://" in address else f"//{address}")
+    if told.hostname is None or told.port is None:
+        return  # a word of Ray's
+    here = told.hostname in ("localhost", "127.0.0.1", "::1")
+    host = ray.util.get_node_ip_address() if here else told.hostname  # where Ray asks then
+    socket.create_connection((host, told.port), CONNECT_SECONDS).close()
 
 
 def _portable(unit: Unit) -> Unit:

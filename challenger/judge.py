@@ -29,7 +29,6 @@ from verifier.weights import Weights, identify
 TOLERATED = (Kind.Q, Kind.K, Kind.V, Kind.ATTEND, Kind.MLP, Kind.TOKEN, Kind.SAMPLE)
 SCREEN_MARGINS = 8.0
 # Of the sampling law: what rounding through all layers may add to it on an honest machine, where nobody measured less.
-SCREENED_REQUESTS = 4  # whose traces are then downloaded
 EXECUTED_ROWS = 1 << 14  # positions executed at a time: 2 GB at a hidden size of 8192
 
 MISSES = 8  # of a stage and kind. The reference errs by far less than what separates this many pieces.
@@ -43,7 +42,8 @@ class Findings:
 
     worst: the largest ratio of each kind (1 is the tolerance), and of what was screened alone (1 asks for a closer
     look); wrong: what to convict, most promising first. strategy,
-    cells: what was looked at. closer: requests whose whole trace must be seen before anything can be said.
+    cells: what was looked at. closer: requests whose whole trace must be seen before anything can be said, the farthest
+    off first; looked_closer: how many were.
     """
 
     pieces: int
@@ -53,6 +53,19 @@ class Findings:
     strategy: str = "full"
     cells: tuple[Cell, ...] = ()
     closer: tuple[int, ...] = ()
+    looked_closer: int = 0
+
+    def joined(self, later: Findings, requests: Sequence[int]) -> Findings:
+        """With what was found at some of the requests in `closer`. What is wrong needs no further look."""
+        rest = () if later.wrong else tuple(r for r in self.closer if r not in requests)
+        return replace(
+            later,
+            pieces=self.pieces + later.pieces,
+            worst={k: max(self.worst.get(k, 0.0), later.worst.get(k, 0.0)) for k in {**self.worst, **later.worst}},
+            suspicious=self.suspicious + later.suspicious,
+            closer=rest,
+            looked_closer=self.looked_closer + len(requests),
+        )
 
     def receipt(self) -> dict[str, Any]:
         """For machines: what was compared and by how much it missed."""
@@ -62,6 +75,7 @@ class Findings:
             "pieces": self.pieces,
             "worst": {kind: _number(ratio) for kind, ratio in self.worst.items()},
             "suspicious": self.suspicious,
+            "looked_closer": self.looked_closer,
             "wrong": [
                 {
                     "stage": verdict.stage,
@@ -151,7 +165,7 @@ class Judge:
             for r, (tokens, worst) in self._executed(evidence, group).items():
                 seen.screened(tokens, worst / self.margins)
                 far += [(worst, r)] if worst > self.margins else []
-        return tuple(r for _, r in sorted(far, reverse=True)[:SCREENED_REQUESTS])
+        return tuple(r for _, r in sorted(far, reverse=True))
 
     def _executed(self, evidence: Evidence, group: Sequence[int]) -> dict[int, tuple[int, float]]:
         """By request, how many tokens it has and how far the farthest lies from what an own execution of prompt and

@@ -1,9 +1,10 @@
 """Several nodes of one chain, asked as one: a node that is down, lags or lies must not lead anybody astray.
 
 What `agreement` nodes say counts: by default more than half of an odd number, half of an even one. Of two nodes one is
-thus enough (failover), of three two have to agree. `latest` means the highest block that so many nodes have reached,
-and is asked for by its number, so that answers can be compared. Quantities without a block (fees, nonces, estimates)
-are the highest that so many nodes reach or exceed. Transactions go to every node.
+thus enough (failover), and of events all that either tells; of three two have to agree. `latest` means the highest
+block that so many nodes have reached, and is asked for by its number, so that answers can be compared. Quantities
+without a block (fees, nonces, estimates) are the highest that so many nodes reach or exceed. Transactions go to every
+node.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _STRAGGLER_SECONDS = 1.0  # what is known already waits no longer for the others
 
 _HEIGHT = "eth_blockNumber"
 _SEND = "eth_sendRawTransaction"
+_LOGS = "eth_getLogs"
 _QUANTITIES = (
     _HEIGHT,
     "eth_gasPrice",
@@ -82,6 +84,8 @@ class Council(JSONBaseProvider):
             return self._first_success(method, params)
         if method in _QUANTITIES and not _is_pinned(method, params):
             return self._reached(method, params)
+        if method == _LOGS and self.agreement == 1:
+            return self._all_logs(method, params)
         return self._same(method, params)
 
     def _at_agreed_block(self, method: str, params: Any) -> Any:
@@ -109,6 +113,15 @@ class Council(JSONBaseProvider):
         if len(refused) >= self.agreement:
             return refused[0]
         raise _Undecided(f"{method}: {len(answers)} of {len(self._nodes)} nodes answer", len(answers))
+
+    def _all_logs(self, method: RPCEndpoint, params: Any) -> RPCResponse:
+        """What any node tells, where one is enough: the fastest may lag or deny, and what it left out were lost."""
+        answers = self._ask(method, params, lambda _: False)
+        if not answers:
+            raise _Undecided(f"{method}: no node answers", 0)
+        told = [answer for answer in answers if isinstance(answer.get("result"), list)]
+        logs = {_gist(method, {**answer, "result": [log]}): log for answer in told for log in answer["result"]}
+        return {**told[0], "result": list(logs.values())} if told else answers[0]
 
     def _same(self, method: RPCEndpoint, params: Any) -> RPCResponse:
         """What `agreement` nodes say alike."""

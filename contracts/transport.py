@@ -189,9 +189,10 @@ class Transport:
         by_nonce: dict[int, list[Signed]] = {}
         for signed in found:
             by_nonce.setdefault(signed.nonce, []).append(signed)
+        started, waiting = time.monotonic(), list[tuple[list[Signed], TxParams]]()
         for sent in by_nonce.values():
             assert self.key is not None
-            newest = sent[-1]
+            newest, fields = sent[-1], _fields(sent[-1].raw)
             try:
                 self._broadcast(newest)
             except Web3RPCError as error:
@@ -200,10 +201,14 @@ class Transport:
                 if not _about_nonce(error) and not any(self._known(HexBytes(each.hash)) for each in sent):
                     self._settle(newest.nonce, None)
                     continue
-            try:
-                self._follow(sent, _fields(newest.raw), self.key)
-            except NonceTaken:
-                continue
+            # Nobody knows how long it has waited, and clocks run meanwhile.
+            if self._is_outbid(fields) and not any(self._receipt(each) for each in sent):
+                sent.append(self._replace(fields, self.key, newest.label))
+            waiting.append((sent, fields))
+        for sent, fields in waiting:
+            assert self.key is not None
+            with contextlib.suppress(NonceTaken):
+                self._follow(sent, fields, self.key, started)
         return found
 
     def logs(self, addresses: Sequence[str], from_block: int, to_block: int, step: int) -> Iterator[LogReceipt]:
@@ -298,13 +303,17 @@ class Transport:
             return False
         return True
 
-    def _follow(self, sent: list[Signed], transaction: TxParams, key: LocalAccount) -> TxReceipt:
+    def _follow(
+        self, sent: list[Signed], transaction: TxParams, key: LocalAccount, priced: float | None = None
+    ) -> TxReceipt:
         """Waits until one of `sent`, all of one nonce, is in a block, and raises the price of one that is stuck.
 
-        Raises ReceiptTimeout; NonceTaken where somebody else who holds the key was faster.
+        priced: monotonic time of the last raise; None: now. Raises ReceiptTimeout; NonceTaken where somebody else who
+        holds the key was faster.
         """
         label, nonce = sent[0].label, sent[0].nonce
-        started = priced = time.monotonic()
+        started = time.monotonic()
+        priced = started if priced is None else priced
         pause, missed = _RECEIPT_WAIT_SECONDS, 0
         while True:
             receipt = next(filter(None, (self._receipt(each) for each in reversed(sent))), None)
@@ -323,6 +332,10 @@ class Transport:
                 priced = now
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_RECEIPT_WAIT_SECONDS)
+
+    def _is_outbid(self, transaction: TxParams) -> bool:
+        """Whether a block such as the latest would not take it."""
+        return int(transaction["maxFeePerGas"]) < self.web3.eth.get_block("latest").get("baseFeePerGas", Wei(0))
 
     def _receipt(self, signed: Signed) -> TxReceipt | None:
         try:

@@ -1,13 +1,10 @@
 """Several nodes of one chain, some of which are down, lag or lie: real ones behind doors that misbehave."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
 
 from contracts.client import Chain, ChainError, ChainUnreachable, Worker
@@ -15,47 +12,7 @@ from contracts.council import Council, open_council
 from contracts.errors import Disagreement
 from deploy.devnet import free_port
 from deploy.keys import dev_account
-
-Answer = dict[str, Any]
-Twist = Callable[[str, list[Any], Callable[[], Answer]], Answer | None]  # None: no answer
-
-
-class Door:
-    """A node that passes questions on to a real one, and twists its answers."""
-
-    def __init__(self, url: str, twist: Twist) -> None:
-        self.twist, self.asked = twist, [""]
-        door = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                question = json.loads(body)
-                door.asked.append(question["method"])
-
-                def ask() -> Answer:
-                    kind = {"Content-Type": "application/json"}
-                    found: Answer = httpx.post(url, content=body, headers=kind, trust_env=False, timeout=30).json()
-                    return found
-
-                told = door.twist(question["method"], question["params"], ask)
-                data = json.dumps(told).encode() if told is not None else b""
-                self.send_response(200 if told is not None else 404)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+from tests.contracts.door import Answer, Door, Twist
 
 
 def honest(method: str, params: list[Any], ask: Callable[[], Answer]) -> Answer | None:
@@ -133,6 +90,17 @@ def test_one_of_two_nodes_is_enough(world: Any, doors: Callable[..., list[Door]]
     ours = chain(world, doors(dead, honest), 6)
     ours.token.mint(ours.account, 3)
     assert ours.token.balance(ours.account) == world.chain(6).token.balance(ours.account)
+
+
+@pytest.mark.parametrize("twists", [(ahead, honest), (honest, ahead), (dead, honest)])
+def test_what_one_of_two_nodes_tells_of_events_counts(
+    world: Any, doors: Callable[..., list[Door]], twists: tuple[Twist, Twist]
+) -> None:
+    """Whoever is faster may lag, or keep events back; what it left out would never be asked for again."""
+    truth = world.chain(6)
+    truth.token.mint(truth.account, 3)
+    last = truth.block_number()
+    assert list(chain(world, doors(*twists), 6).events(0, last)) == list(truth.events(0, last)) != []
 
 
 def test_a_node_that_lags_is_not_waited_for_and_turns_nothing_back(

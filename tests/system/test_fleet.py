@@ -13,6 +13,7 @@ from challenger.fetch import Ask, Fetcher
 from challenger.fleet import Fleet
 from challenger.judge import Judge
 from challenger.strategy import Strategy
+from deploy.devnet import free_port
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,18 @@ def test_hands_that_are_lost_cost_no_audit(fleet: Fleet, judge: Judge, tmp_path:
             assert len(fleet._hands) == left
 
 
-def test_no_cluster_is_told() -> None:
-    if ray.is_initialized():
-        ray.shutdown()
-    with pytest.raises(ConfigError, match=r"ray: no cluster at 127\.0\.0\.1:1"):
-        Fleet(Judge.__new__(Judge), "127.0.0.1:1")
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_no_cluster_is_told(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without asking Ray, which gives up after minutes."""
+    ray.shutdown()
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    with pytest.raises(ConfigError, match=rf"ray: no cluster at {address}: .*refused"):
+        Fleet(Judge.__new__(Judge), address)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:99999999", "127.0.0.1:x"])
+def test_an_address_that_is_none_is_told(address: str) -> None:
+    ray.shutdown()
+    with pytest.raises(ConfigError, match=f"ray: no cluster at {address}: "):
+        Fleet(Judge.__new__(Judge), address)
