@@ -19,4 +19,4 @@ def test_every_token_comes_back_and_stages_tell_their_times(tmp_path: Path) -> N
     assert sum(row.tokens for row in returned) == 18
     assert all(row.slowest_seconds >= EmulatedStage.seconds for row in returned)
     assert all(row.busy_seconds >= 2 * EmulatedStage.seconds for row in returned)
-    assert returned[-1].microbatches > 3  # more than a ring without latency would hold, be its stages ten times as slow as they say
+    assert returned[-1].microbatches > 3  # more than a ring without latency would hold
