@@ -31,7 +31,7 @@ from worker.stage import Stage
 
 FILE_NAME = REPORT_NAME
 FORMAT = "plumb-calibration-3"
-SEQUENCES = 16
+SEQUENCES = {"full": 32, "quick": 16}  # by the settings; more text makes narrower tolerances
 LENGTH = 96  # positions of a sequence, where the model allows so many
 LONG = 4  # times as long: the last sequence
 SHORT = 2  # positions of as many sequences again: the first position is like no other
@@ -110,7 +110,7 @@ def calibrate(
     weights = Weights.open(folder)
     weights.check()
     stage = stage_class(folder, 0, weights.shape.layers, weights=weights)
-    tokens = sample(stage, lengths(sequences or SEQUENCES, length, weights.shape.max_positions - 1))
+    tokens = sample(stage, lengths(sequences or SEQUENCES[settings], length, weights.shape.max_positions - 1))
     calibration, reference = Calibration(len(here)), Reference(weights)
     exact = [_own_logits(weights, reference, sequence) for sequence in tokens]
     spreads = []

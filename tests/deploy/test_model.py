@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from contracts.client import model_id
 from deploy import model
+from deploy.calibrate import SEQUENCES
 from tests.verifier import tiny
 from verifier.tolerance import Profile, uniform_profile
 from verifier.weights import TOKENIZER_FILES, Weights, identify, tokenizer_hash
@@ -145,7 +146,7 @@ def test_a_margin_outside_of_what_was_measured_is_refused(margin: str, folder: P
 
 
 def test_calibrate_writes_the_profile_that_id_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.calibrate.SEQUENCES", 2)
+    monkeypatch.setitem(SEQUENCES, "quick", 2)
     before = plumb("id", str(folder)).output.splitlines()[-1]
     answer = plumb("calibrate", str(folder), "--settings", "quick")
     assert answer.exit_code == 0, answer.output
