@@ -135,6 +135,8 @@ class Desk:
             evidence, findings = look.go_on(fetch, audit, task.seconds, task.final)
             if findings is None:
                 error = Unavailable("; ".join(evidence.missing))
+            else:  # over: who audits the job once more sees nothing of it as seen
+                self._looks.pop(task.id, None)
         except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
             error = fault
         self._done.put(Outcome(task, evidence, findings, error, spent))

@@ -249,3 +249,15 @@ def test_the_desk_looks_at_all_that_is_suspicious_over_attempts(stand: Stand, tm
     findings = outcome().findings
     assert findings is not None and [v.request for v in findings.wrong] == [SPOILT_REQUEST]
     assert asked == [(), *[tuple(range(DECOYS + 1))] * 2]
+
+
+def test_a_job_that_is_audited_once_more_is_looked_at_anew(stand: Stand, tmp_path: Path) -> None:
+    """As where the games that an audit led to stand on nothing any more."""
+    fetch = stand.fetch(stand.wrong, Archive(tmp_path))
+    desk = Desk(lambda task: fetch(task.closer, task.seconds), lambda judge, evidence: judge.audit(evidence), 1)
+    for _ in range(2):
+        desk.start(Task(bytes(32), stand.judge, 60.0, False, 1))
+        until(lambda: desk._done.qsize() == 1)
+        (outcome,) = desk.finished()
+        assert outcome.findings is not None and [v.request for v in outcome.findings.wrong] == [SPOILT_REQUEST]
+        assert outcome.findings.looked_closer == DECOYS + 1
