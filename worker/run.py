@@ -206,6 +206,8 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
+        """Raises OSError."""
+        self.folder.drop_traces()  # what a crash left
         kind, alone = self._recorder_class, self.state.stages == 1
         return new_recorder(kind, self._stage, self.requests, self.folder.path, self._serving, alone=alone)
 
