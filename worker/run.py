@@ -122,6 +122,7 @@ class Run:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._drain()
         if not self.finished.done():
             await self._forget_attempt()
             self.finished.set_exception(JobFailed(reason))
