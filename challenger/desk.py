@@ -66,6 +66,7 @@ class Desk:
         self._auditing = False
         self._busy: dict[bytes, bool] = {}  # job -> whether it was urgent
         self._looks: dict[bytes, Look] = {}
+        self._stale: set[bytes] = set()  # busy with what counts no more
         self._pauses: dict[bytes, tuple[float, float]] = {}  # job -> (monotonic time to wait for, length)
 
     def free(self, id: bytes, urgent: bool = False) -> bool:
@@ -88,7 +89,11 @@ class Desk:
         while not self._done.empty():
             outcome = self._done.get()
             self._busy.pop(outcome.task.id, None)
-            outcomes.append(outcome)
+            if outcome.task.id in self._stale:
+                self._stale.remove(outcome.task.id)
+                self._looks.pop(outcome.task.id, None)
+            else:
+                outcomes.append(outcome)
         return outcomes
 
     def pause(self, id: bytes, most_seconds: float) -> None:
@@ -98,8 +103,10 @@ class Desk:
         self._pauses[id] = (time.monotonic() + min(length, max(most_seconds, 0.5)), length)
 
     def forget(self, id: bytes) -> None:
+        """Nothing that was seen of it, or is being seen, counts any more."""
         self._pauses.pop(id, None)
         self._looks.pop(id, None)
+        self._stale |= {id} & self._busy.keys()
 
     def _audited(self, task: Task, evidence: Evidence) -> tuple[Findings, float]:
         """When it is this job's turn: what was found, and in how many seconds."""
@@ -135,6 +142,8 @@ class Desk:
             evidence, findings = look.go_on(fetch, audit, task.seconds, task.final)
             if findings is None:
                 error = Unavailable("; ".join(evidence.missing))
+            else:  # over: who audits the job once more sees nothing of it as seen
+                self._looks.pop(task.id, None)
         except Exception as fault:  # handed over: whoever waits for this job must hear of it, whatever it is
             error = fault
         self._done.put(Outcome(task, evidence, findings, error, spent))

@@ -190,7 +190,7 @@ class _Collector:
             kept = self.archive.read(self.facts.id, f"{name}.json")
             if kept is not None:
                 return parse(kept)
-        except CorruptEvidence as error:
+        except (CorruptEvidence, ValueError) as error:  # or of a commitment in a block that is gone
             if self.http is None:
                 raise
             log.error("downloading again: %s", error)

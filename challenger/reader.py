@@ -82,7 +82,8 @@ class Reader:
         agent.metrics.reorgs.inc()
         agent.store.journal(agent.chain.chain_id, agent.chain.account).reopen(fork)
         for job in agent.store.rewind(fork):
-            log.warning("job %s: watched anew", job)
+            log.warning("job %s: to be committed anew", job)
+            agent.forget(bytes.fromhex(job))  # what was seen may not be what is committed to then
         self._seen = {block: hash for block, hash in self._seen.items() if block < fork}
         agent.log.games.clear()
         agent.log.ended.clear()

@@ -85,9 +85,9 @@ class Store:
             session.execute(delete(BlockRow).where(BlockRow.number < below))
 
     def rewind(self, block: int) -> list[str]:
-        """The chain has other blocks from `block` on. Jobs committed there are watched anew, unless games were decided
-        on; games that ended there are open again, and those that others made needless there are due again. Returns the
-        jobs that are watched anew.
+        """The chain has other blocks from `block` on. Jobs committed there are forgotten until they are committed
+        again, unless games were decided on; games that ended there are open again, and those that others made needless
+        there are due again. Returns the jobs that are forgotten.
         """
         with Session(self._engine) as session, session.begin():
             session.execute(delete(BlockRow).where(BlockRow.number >= block))
@@ -100,11 +100,13 @@ class Store:
             session.execute(needless.values(state=GameState.PLANNED, ended=None))
             busy = select(GameRow.job)
             again = select(JobRow).where(
-                JobRow.block >= block, JobRow.state.in_((JobState.CLEAN, JobState.UNJUDGED)), JobRow.id.not_in(busy)
+                JobRow.block >= block,
+                JobRow.state.in_((JobState.WATCHED, JobState.CLEAN, JobState.UNJUDGED)),
+                JobRow.id.not_in(busy),
             )
             jobs = list(session.scalars(again))
             for job in jobs:
-                job.state, job.attempts, job.receipt = JobState.WATCHED, 0, {}
+                session.delete(job)
             return [job.id for job in jobs]
 
     # ---- jobs

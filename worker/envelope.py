@@ -29,11 +29,15 @@ def read(sender: str, data: bytes) -> pb.Envelope:
     """The message. Raises BadMessage naming the sender."""
     try:
         _look_through(data, 0, len(data), ROWS, HEAD_BYTES)
-        return pb.Envelope.FromString(data)
+        envelope = pb.Envelope.FromString(data)
     except _TooMuch:
         raise BadMessage(sender, f"expected at most {HEAD_BYTES} bytes beside the rows, came more") from None
     except (ValueError, IndexError, DecodeError) as error:
         raise BadMessage(sender, "expected an Envelope, came other bytes") from error
+    # SAFETY: what a later field replaces is in no message, so nobody counts it; its memory is held all the same.
+    if (told := envelope.ByteSize()) != len(data):
+        raise BadMessage(sender, f"expected each field once and short, came {len(data)} bytes for {told}")
+    return envelope
 
 
 def head_bytes(envelope: pb.Envelope) -> int:

@@ -111,9 +111,8 @@ class JobFolder:
         """SAFETY: of a job that is over, or of an attempt that is given up: no lock answers for what they prove. Raises
         OSError.
         """
-        for pattern in ("*.safetensors", "*.safetensors.part"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        for path in self.path.glob("*.safetensors*"):  # whole or in part
+            path.unlink(missing_ok=True)
 
     def _read(self, name: str) -> bytes:
         try:

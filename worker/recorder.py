@@ -5,6 +5,7 @@ One Recorder a job and attempt. Its thread takes microbatches from a bounded que
 serving waits.
 """
 
+import json
 import queue
 import threading
 from collections import deque
@@ -270,10 +271,23 @@ def trace_path(folder: Path, request: int) -> Path:
 
 def load_roots(folder: Path, keys: Sequence[str]) -> list[dict[str, bytes]]:
     """Of each request's stored trace the roots of its tensors, by key. keys: all of the stage. Raises OSError."""
+    if not roots_path(folder).exists() and (former := _former_roots(folder)):
+        tables = [json.loads(path.read_bytes()) for path in former]
+        return [{key: bytes.fromhex(root) for key, root in table.items()} for table in tables]
     told = roots_path(folder).read_bytes()
     each = [told[at : at + HASH_BYTES] for at in range(0, len(told), HASH_BYTES)]
     return [dict(zip(keys, each[at:], strict=False)) for at in range(0, len(each), len(keys))]
 
 
+def has_roots(folder: Path) -> bool:
+    """Whether all traces were recorded here, stored or not."""
+    return roots_path(folder).exists() or bool(_former_roots(folder))
+
+
 def roots_path(folder: Path) -> Path:
     return folder / "roots"
+
+
+def _former_roots(folder: Path) -> list[Path]:
+    """Of each request, as they were written before one file held them: jobs outlive a version."""
+    return sorted(folder.glob("*.roots.json"), key=lambda path: int(path.name.partition(".")[0]))

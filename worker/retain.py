@@ -21,7 +21,7 @@ from verifier.trace import RequestTrace, tensor_keys, tensor_width
 from worker.config import Serving
 from worker.errors import NotRepeated
 from worker.job import JobFolder
-from worker.recorder import Recorder, roots_path, trace_path
+from worker.recorder import Recorder, has_roots, trace_path
 from worker.repeat import RepeatableStage
 from worker.stage import Stage, to_bits
 
@@ -107,7 +107,7 @@ class Traces:
     def load(self, folder: JobFolder, request: int) -> RequestTrace:
         """Blocking. Raises NotRepeated, UnknownJob, OSError, ValueError."""
         path = trace_path(folder.path, request)
-        if path.exists() or not roots_path(folder.path).exists():
+        if path.exists() or not has_roots(folder.path):
             return RequestTrace.load(path, self._stage.shape)
         with self._lock:
             name = (folder.job, request)

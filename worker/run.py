@@ -122,6 +122,7 @@ class Run:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._drain()
         if not self.finished.done():
             await self._forget_attempt()
             self.finished.set_exception(JobFailed(reason))
@@ -206,6 +207,8 @@ class Run:
             self._successor.drop(self.folder.job, attempt)
 
     def _record(self) -> Recorder:
+        """Raises OSError."""
+        self.folder.drop_traces()  # what a crash left
         kind, alone = self._recorder_class, self.state.stages == 1
         return new_recorder(kind, self._stage, self.requests, self.folder.path, self._serving, alone=alone)
 

@@ -1,6 +1,7 @@
 """All that is suspicious is looked at: nobody hides behind requests that lie farther off and are right."""
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,3 +250,47 @@ def test_the_desk_looks_at_all_that_is_suspicious_over_attempts(stand: Stand, tm
     findings = outcome().findings
     assert findings is not None and [v.request for v in findings.wrong] == [SPOILT_REQUEST]
     assert asked == [(), *[tuple(range(DECOYS + 1))] * 2]
+
+
+def test_a_job_that_is_audited_once_more_is_looked_at_anew(stand: Stand, tmp_path: Path) -> None:
+    """As where the games that an audit led to stand on nothing any more."""
+    fetch = stand.fetch(stand.wrong, Archive(tmp_path))
+    desk = Desk(lambda task: fetch(task.closer, task.seconds), lambda judge, evidence: judge.audit(evidence), 1)
+    for _ in range(2):
+        desk.start(Task(bytes(32), stand.judge, 60.0, False, 1))
+        until(lambda: desk._done.qsize() == 1)
+        (outcome,) = desk.finished()
+        assert outcome.findings is not None and [v.request for v in outcome.findings.wrong] == [SPOILT_REQUEST]
+        assert outcome.findings.looked_closer == DECOYS + 1
+
+
+def test_what_is_seen_of_a_job_that_is_forgotten_meanwhile_counts_no_more(stand: Stand, tmp_path: Path) -> None:
+    """As where the block that it was committed to in was replaced by another."""
+    fetch, go = stand.fetch(stand.wrong, Archive(tmp_path)), threading.Event()
+
+    def waiting(task: Task) -> Evidence:
+        assert go.wait(60)
+        return fetch(task.closer, task.seconds)
+
+    desk = Desk(waiting, lambda judge, evidence: judge.audit(evidence), 1)
+    id = bytes(32)
+    desk.start(Task(id, stand.judge, 60.0, False, 1))
+    desk.forget(id)
+    go.set()
+    until(lambda: desk._done.qsize() == 1)
+    assert desk.finished() == [] and desk.free(id)
+    desk.start(Task(id, stand.judge, 60.0, False, 1))
+    until(lambda: desk._done.qsize() == 1)
+    assert [outcome.task.id for outcome in desk.finished()] == [id]
+
+
+def test_records_of_another_commitment_are_downloaded_anew(stand: Stand, tmp_path: Path) -> None:
+    archive, known = Archive(tmp_path), facts(stand.judge.weights, stand.right, stand.hall)
+    stand.fetch(stand.right, archive)((), 60.0)
+    requests = archive.read(known.id, "requests.json")
+    assert requests is not None
+    for name in ("requests", "outputs", "nodes-0"):
+        other = {"requests": [], "outputs": []}
+        archive.write(known.id, f"{name}.json", json.dumps(other).encode())
+    evidence = stand.fetch(stand.right, archive)((), 60.0)
+    assert evidence.missing == () and archive.read(known.id, "requests.json") == requests

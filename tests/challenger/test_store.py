@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from challenger.plan import plan, verdict_of
 from challenger.store import LIVE, GameRow, GameState, JobState, Store
 from deploy.keys import dev_account
@@ -34,6 +36,20 @@ def test_what_others_made_needless_is_due_again_where_their_blocks_are_gone(tmp_
     store.mark("doubted", GameState.DROPPED, "corrupt evidence")
     assert store.rewind(90) == []
     assert [row.id for row in store.games(*LIVE)] == ["behind"] and store.next_block(7) == 40
+    store.close()
+
+
+@pytest.mark.parametrize("state", [JobState.WATCHED, JobState.CLEAN, JobState.UNJUDGED])
+def test_a_job_whose_commitment_is_gone_is_watched_once_it_is_committed_again(tmp_path: Path, state: JobState) -> None:
+    """Not before: it would be found to have no window, and to need no audit."""
+    store = Store(f"sqlite:///{tmp_path / 'x.db'}")
+    before, gone = "11" * 32, "22" * 32
+    store.advance(9, [(before, 99, 4), (gone, 99, 5)])
+    store.attempted(gone)
+    store.judged(gone, state, {})
+    assert store.rewind(5) == [gone] and [row.id for row in store.due()] == [before]
+    store.advance(9, [(gone, 98, 5)])
+    assert [(row.id, row.attempts) for row in store.due()] == [(gone, 0), (before, 0)]
     store.close()
 
 

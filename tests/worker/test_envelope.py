@@ -91,3 +91,24 @@ def test_rows_are_no_head_and_heads_weigh_what_they_become(monkeypatch: pytest.M
     monkeypatch.setattr(envelope, "HEAD_BYTES", head - 1)
     with pytest.raises(BadMessage, match="bytes beside the rows, came more"):
         read("stage 3", message.SerializeToString())
+
+
+BEAT = pb.Envelope(job=bytes(32), attempt=1, beat=pb.Beat(held_ms=1)).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        field(4, field(2, field(3, bytes(2**20)))) + BEAT,
+        field(4, EMPTY * 1000) + BEAT,
+        BEAT + field(4, field(2, field(3, bytes(2**20)) + b"\x1a\x00")),
+        BEAT + field(4, field(2, field(3, bytes(2**20)))) + field(4, field(2, b"\x1a\x00")),
+        field(1, bytes(1000)) + BEAT,
+        BEAT + b"\x18\x80\x00",
+    ],
+    ids=["rows below a beat", "pieces below a beat", "data twice", "rows twice", "a job twice", "a number in two bytes"],
+)
+def test_what_a_later_field_replaces_is_not_taken_for_nothing(data: bytes) -> None:
+    """It is in no message that is made, and takes its memory all the same."""
+    with pytest.raises(BadMessage, match=f"^stage 3: expected each field once and short, came {len(data)} bytes for "):
+        read("stage 3", data)

@@ -146,6 +146,24 @@ def test_what_came_early_is_not_lost_with_the_connection_that_brought_the_next(s
     play(second, story())
 
 
+def test_what_waits_for_room_in_a_job_that_is_given_up_waits_no_more(second: Second) -> None:
+    """Where the job goes on with another pipeline, the same neighbour's messages come behind it."""
+
+    async def story() -> None:
+        taken = Early(lambda: second.run, 60.0)
+
+        async def bring() -> None:
+            for position in range(PROMPT):
+                await taken.receive(STRANGER, row(position))
+
+        bringing = asyncio.create_task(bring())
+        await until(lambda: second.run._pulse._waiting == 1)
+        await second.run.close("the job goes on with another pipeline")
+        await within(20, bringing)
+
+    play(second, story())
+
+
 def test_a_stage_that_restarted_is_heard_though_it_counts_anew(second: Second) -> None:
     async def story() -> None:
         second.go.set()

@@ -1,5 +1,6 @@
 """Traces that are computed again: the same bits whatever else was in the batch, and stored where they are not."""
 
+import json
 import logging
 import random
 from pathlib import Path
@@ -15,7 +16,7 @@ from verifier.commit import Request
 from verifier.demand import Demand, Wanted, read_answer
 from verifier.referee.codec import TILE_COLUMNS, TILE_ROWS
 from verifier.tolerance import uniform_profile
-from verifier.trace import RequestTrace
+from verifier.trace import RequestTrace, tensor_keys
 from verifier.weights import identify
 from worker.batch import Batch, Piece
 from worker.config import Serving
@@ -100,6 +101,25 @@ def test_demands_are_answered_from_traces_that_were_never_stored(
     layers = (stages[1].first_layer, stages[1].end_layer)
     told = read_answer(demand, model, layers, states[1].root, len(requests_batch), answerer.openings(demand))
     assert told.leaves[0] == kept_v(tmp_path / "stored", stages[1])[:TILE_ROWS, :TILE_COLUMNS].tobytes()
+
+
+def test_roots_of_a_file_for_each_request_are_read_as_before(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """A job that an earlier version served has to be answered for by this one."""
+    stages = split(tiny[0], 3, 2, RepeatableStage)
+    states = serve(tmp_path, stages, requests_batch, REGENERATE)
+    for i, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        folder, keys = JobFolder(tmp_path / str(i), JOB), tensor_keys(stage.shape, stage.first_layer, stage.end_layer)
+        told = load_roots(folder.path, keys)
+        (folder.path / "roots").unlink()
+        for r, roots in enumerate(told):
+            text = json.dumps({key: root.hex() for key, root in roots.items()})
+            (folder.path / f"{r}.roots.json").write_text(text)
+        assert load_roots(folder.path, keys) == told
+        assert [Traces(stage).load(folder, r).tensors_root for r in range(len(told))] == [
+            node.tensors_root for node in state.nodes
+        ]
 
 
 def kept_v(data: Path, stage: Stage) -> npt.NDArray[Any]:
