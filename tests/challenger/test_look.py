@@ -290,7 +290,6 @@ def test_records_of_another_commitment_are_downloaded_anew(stand: Stand, tmp_pat
     requests = archive.read(known.id, "requests.json")
     assert requests is not None
     for name in ("requests", "outputs", "nodes-0"):
-        other = {"requests": [], "outputs": []}
-        archive.write(known.id, f"{name}.json", json.dumps(other).encode())
+        archive.write(known.id, f"{name}.json", b'{"requests": [], "outputs": []}')
     evidence = stand.fetch(stand.right, archive)((), 60.0)
     assert evidence.missing == () and archive.read(known.id, "requests.json") == requests
