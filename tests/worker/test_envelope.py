@@ -106,7 +106,7 @@ BEAT = pb.Envelope(job=bytes(32), attempt=1, beat=pb.Beat(held_ms=1)).SerializeT
         field(1, bytes(1000)) + BEAT,
         BEAT + b"\x18\x80\x00",
     ],
-    ids=["rows below a beat", "pieces below a beat", "data twice", "rows twice", "a job twice", "a number in two bytes"],
+    ids=["rows below a beat", "pieces below a beat", "data twice", "rows twice", "a job twice", "a long number"],
 )
 def test_what_a_later_field_replaces_is_not_taken_for_nothing(data: bytes) -> None:
     """It is in no message that is made, and takes its memory all the same."""
