@@ -103,6 +103,19 @@ def test_what_a_signature_is_about_is_on_disk_before_it_is_given(
         assert sum(name.startswith(f"{r}.{kept}") for name in flushed) == (1 if retain == "regenerate" else 2)
 
 
+def test_what_a_crash_left_of_an_attempt_is_gone_before_the_next(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """It takes the next one's room; inputs that another setting kept would be told as this attempt's."""
+    folder = JobFolder(tmp_path / "0", JOB)
+    folder.path.mkdir(parents=True)
+    for name in ("0.safetensors", "0.inputs.safetensors", "1.safetensors.part", "1.safetensors.4711.part"):
+        (folder.path / name).write_bytes(b"of an attempt that a crash ended")
+    serve(tmp_path, split(tiny[0], 3, 1), requests_batch)
+    names = {path.name for path in folder.path.glob("*.safetensors*")}
+    assert names == {f"{r}.safetensors" for r in range(len(requests_batch))}
+
+
 @pytest.mark.parametrize("retain", ["store", "regenerate"])
 def test_the_room_of_traces_is_known_before_they_are_there(
     tiny: Tiny, requests_batch: list[Request], tmp_path: Path, retain: str

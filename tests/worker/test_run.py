@@ -27,7 +27,7 @@ from worker.channel import Peer
 from worker.config import Serving
 from worker.errors import BadHandoff, BadMessage, JobFailed, OutOfRange
 from worker.handoff import Handoff
-from worker.job import JobFolder, JobState, Phase
+from worker.job import JobState, Phase
 from worker.recorder import trace_path
 from worker.run import Run
 from worker.stage import Captured, Forward, Stage
@@ -91,19 +91,6 @@ def test_roots_equal_those_of_the_stored_traces(tiny_bf16: Tiny, requests_batch:
             nodes = [TraceNode(trace.positions, trace.tensors_root) for trace in traces]
             assert tuple(nodes) == state.nodes
             assert StageTree(nodes).root == state.root
-
-
-def test_what_a_crash_left_of_an_attempt_is_gone_before_the_next(
-    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
-) -> None:
-    """It takes the next one's room; inputs that another setting kept would be told as this attempt's."""
-    folder = JobFolder(tmp_path / "0", JOB)
-    folder.path.mkdir(parents=True)
-    for name in ("0.safetensors", "0.inputs.safetensors", "1.safetensors.part", "1.safetensors.4711.part"):
-        (folder.path / name).write_bytes(b"of an attempt that a crash ended")
-    serve(tmp_path, split(tiny[0], 3, 1), requests_batch)
-    names = {path.name for path in folder.path.glob("*.safetensors*")}
-    assert names == {f"{r}.safetensors" for r in range(len(requests_batch))}
 
 
 def test_h_of_layer_0_is_the_embedding(tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
