@@ -19,8 +19,8 @@ from verifier.sha256 import HASH_BYTES, Bytes, HashTree, leaf_hashes, row_leaf_h
 
 CACHED_BYTES = 1 << 18
 # Tiles are copied before they are hashed; so much at a time stays in the second-level cache.
-TREES_KEPT = 16
 BESIDE = ","  # between the keys of tensors that a file holds side by side
+TREES_KEPT = 16
 # A tree takes an eighth of its tensor; a dispute walks through the tensors of one layer, seven at most.
 
 
