@@ -18,7 +18,7 @@ import grpc
 from worker import ring_pb2 as pb
 from worker import ring_pb2_grpc
 from worker.channel import Handler, Peer, packed, unpacked
-from worker.envelope import HEAD_BYTES, head_bytes, read
+from worker.envelope import HEAD_BYTES, head_bytes, held_bytes, read
 from worker.errors import BadMessage, ConfigError
 from worker.lanes import Lanes, Windows
 from worker.packing import PACKED, PLAIN
@@ -109,7 +109,7 @@ class Link:
         self._compress = compress
         self._packing = False  # in this connection
         self._greeted = False  # in this connection: the peer knows us
-        self._unacknowledged: deque[pb.Envelope] = deque()
+        self._unacknowledged: deque[tuple[pb.Envelope, int]] = deque()  # with the bytes that each holds
         self._windows = Windows()  # of them
         self._next = 0  # index within _unacknowledged of the next message to write
         self._connection = 0  # counts them: what is left of an earlier one takes no message of this one's
@@ -133,18 +133,19 @@ class Link:
         self._credentials = grpc.ssl_channel_credentials(peer.certificate, key, certificate)
 
     async def send(self, envelope: pb.Envelope) -> None:
-        size = envelope.ByteSize()
-        if size > self._limit:
+        head = head_bytes(envelope)
+        if (size := head + len(envelope.rows.hidden.data)) > self._limit:
             raise ValueError(f"a message of {size} bytes; the limit is {self._limit}")
-        if (head := head_bytes(envelope)) > HEAD_BYTES:
+        if head > HEAD_BYTES:
             raise ValueError(f"a message of {head} bytes beside its rows; the limit is {HEAD_BYTES}")
-        while self._windows.full(envelope) and self._why(envelope) is None:
+        held = held_bytes(envelope)
+        while self._windows.full(envelope.job, held) and self._why(envelope) is None:
             self._room.clear()
             await self._room.wait()
         if (why := self._why(envelope)) is not None:
             raise BadMessage(self.peer.name, f"refused our messages: {why}")
-        self._unacknowledged.append(envelope)
-        self._windows.add(envelope)
+        self._unacknowledged.append((envelope, held))
+        self._windows.add(envelope.job, held)
         self._changed.set()
 
     def drop(self, job: bytes, attempt: int) -> None:
@@ -170,10 +171,10 @@ class Link:
 
     def _forget(self, job: bytes, attempt: int) -> None:
         """Unsent and unacknowledged messages of attempts before `attempt`."""
-        kept = deque(m for m in self._unacknowledged if m.job != job or m.attempt >= attempt)
-        self._next = sum(1 for m in list(self._unacknowledged)[: self._next] if m.job != job or m.attempt >= attempt)
-        self._unacknowledged = kept
-        self._windows = Windows(kept)
+        stays = [m.job != job or m.attempt >= attempt for m, _ in self._unacknowledged]
+        self._next = sum(stays[: self._next])
+        self._unacknowledged = deque(each for each, stay in zip(self._unacknowledged, stays, strict=True) if stay)
+        self._windows = Windows((m.job, held) for m, held in self._unacknowledged)
         self._room.set()
 
     async def _keep(self, former: asyncio.Task[None] | None = None) -> None:
@@ -220,7 +221,7 @@ class Link:
                 log.error("%s refused our messages: %s", self.peer.name, self.refusal)
             case grpc.StatusCode.RESOURCE_EXHAUSTED if self._next:
                 # By gRPC, which doesn't tell which message was too large for the peer: the largest was.
-                largest = max(list(self._unacknowledged)[: self._next], key=lambda message: message.ByteSize())
+                largest, _ = max(islice(self._unacknowledged, self._next), key=lambda each: each[0].ByteSize())
                 self._refuse(largest, error.details() or str(error.code()))
             case code:
                 level = logging.WARNING if self._unacknowledged else logging.INFO
@@ -245,7 +246,7 @@ class Link:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            envelope = self._unacknowledged[self._next]
+            envelope, _ = self._unacknowledged[self._next]
             self._next += 1
             if self._packing and envelope.WhichOneof("body") == "rows":
                 envelope = await asyncio.to_thread(packed, envelope)
@@ -254,16 +255,16 @@ class Link:
     def _acknowledged(self, ack: pb.Ack) -> None:
         told = (ack.job, ack.attempt, ack.sequence)
         written = enumerate(islice(self._unacknowledged, self._next))
-        found = ((place, m) for place, m in written if (m.job, m.attempt, m.sequence) == told)
-        place, message = next(found, (0, None))
-        if message is None:
+        found = ((place, held) for place, (m, held) in written if (m.job, m.attempt, m.sequence) == told)
+        place, held = next(found, (None, 0))
+        if place is None:
             return  # it was dropped since
         if ack.refusal:
             self._refuse(ack, ack.refusal[:500])  # as long as an honest peer's
             return
         del self._unacknowledged[place]
         self._next -= 1
-        self._windows.remove(message)
+        self._windows.remove(ack.job, held)
         self._room.set()
 
 

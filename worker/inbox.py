@@ -5,6 +5,7 @@ stops for a while must not stop what brings them, for heartbeats come behind.
 """
 
 import asyncio
+from collections import deque
 
 from worker import ring_pb2 as pb
 from worker.envelope import held_bytes
@@ -18,16 +19,17 @@ class Inbox(asyncio.Queue[pb.Envelope]):
 
     def __init__(self) -> None:
         super().__init__(MOST)
-        self._bytes = 0
+        self._sizes: deque[int] = deque()
+        self._bytes = 0  # their sum
 
     def full(self) -> bool:
         return super().full() or self._bytes >= MOST_BYTES
 
     def _put(self, item: pb.Envelope) -> None:
-        self._bytes += held_bytes(item)
+        self._sizes.append(held_bytes(item))
+        self._bytes += self._sizes[-1]
         super()._put(item)
 
     def _get(self) -> pb.Envelope:
-        item = super()._get()
-        self._bytes -= held_bytes(item)
-        return item
+        self._bytes -= self._sizes.popleft()
+        return super()._get()

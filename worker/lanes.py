@@ -19,28 +19,30 @@ JOBS = 8  # windows, of all jobs together
 
 
 class Windows:
-    """What a sender has unacknowledged, by job."""
+    """What a sender has unacknowledged, by job. Of each message its job, and the bytes that it holds."""
 
-    def __init__(self, messages: Iterable[pb.Envelope] = ()) -> None:
+    def __init__(self, messages: Iterable[tuple[bytes, int]] = ()) -> None:
         self._held: dict[bytes, tuple[int, int]] = {}  # messages, bytes
-        for message in messages:
-            self.add(message)
+        for job, size in messages:
+            self.add(job, size)
 
-    def add(self, message: pb.Envelope) -> None:
-        count, size = self._held.get(message.job, (0, 0))
-        self._held[message.job] = (count + 1, size + held_bytes(message))
+    def add(self, job: bytes, size: int) -> None:
+        count, held = self._held.get(job, (0, 0))
+        self._held[job] = (count + 1, held + size)
 
-    def remove(self, message: pb.Envelope) -> None:
-        count, size = self._held.pop(message.job)
+    def remove(self, job: bytes, size: int) -> None:
+        count, held = self._held.pop(job)
         if count > 1:
-            self._held[message.job] = (count - 1, size - held_bytes(message))
+            self._held[job] = (count - 1, held - size)
 
-    def full(self, message: pb.Envelope) -> bool:
+    def full(self, job: bytes, size: int) -> bool:
         """Whether the message has to wait: for those of its job, or of all."""
-        held, of_job = self._held.values(), self._held.get(message.job, (0, 0))
-        parts = ((*of_job, 1), (sum(count for count, _ in held), sum(size for _, size in held), JOBS))
-        more = held_bytes(message)
-        return any(n and (n >= most * WINDOW or size + more > most * WINDOW_BYTES) for n, size, most in parts)
+        every = self._held.values()
+        parts = (
+            (*self._held.get(job, (0, 0)), 1),
+            (sum(count for count, _ in every), sum(held for _, held in every), JOBS),
+        )
+        return any(n and (n >= most * WINDOW or held + size > most * WINDOW_BYTES) for n, held, most in parts)
 
 
 class Lanes:

@@ -109,7 +109,7 @@ def remembered(village: Village, id: bytes) -> list[str]:
         places = {
             "engagements": id in agent._engagements,
             "signers": id in agent.notary._signers,
-            "messages": any(envelope.job == id for envelope in link._unacknowledged),
+            "messages": any(envelope.job == id for envelope, _ in link._unacknowledged),
             "refusals": id in link._refused,
             "traces": any(agent.folder(id).path.glob("*.safetensors")),
         }

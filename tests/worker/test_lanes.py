@@ -102,14 +102,14 @@ def test_a_jobs_window_is_its_own_and_one_message_always_goes(monkeypatch: pytes
     size = held_bytes(message(JOB, 1))
     monkeypatch.setattr(lanes, "WINDOW_BYTES", 3 * size)
     monkeypatch.setattr(lanes, "JOBS", 2)
-    windows = Windows(message(JOB, 1) for _ in range(3))
-    assert windows.full(message(JOB, 1)) and not windows.full(message(OTHER, 1))
-    assert not Windows().full(message(JOB, 1, 10**6))
+    windows = Windows((JOB, size) for _ in range(3))
+    assert windows.full(JOB, size) and not windows.full(OTHER, size)
+    assert not Windows().full(JOB, 10**6)
     for _ in range(3):
-        windows.add(message(OTHER, 1))
-    assert windows.full(message(THIRD, 1))
-    windows.remove(message(JOB, 1))
-    assert not windows.full(message(THIRD, 1)) and not windows.full(message(JOB, 1))
+        windows.add(OTHER, size)
+    assert windows.full(THIRD, size)
+    windows.remove(JOB, size)
+    assert not windows.full(THIRD, size) and not windows.full(JOB, size)
     for job in (JOB, JOB, OTHER, OTHER, OTHER):
-        windows.remove(message(job, 1))
+        windows.remove(job, size)
     assert not windows._held

@@ -221,7 +221,7 @@ def test_a_message_of_parts_without_end_drops_its_sender_by_name(tmp_path: Path)
         pieces = pb.Envelope(job=JOB, attempt=1, rows=pb.Rows(pieces=[pb.Piece()] * HEAD_BYTES))
         with pytest.raises(ValueError, match=f"bytes beside its rows; the limit is {HEAD_BYTES}"):
             await link.send(pieces)
-        link._unacknowledged.append(pieces)
+        link._unacknowledged.append((pieces, 0))
         link._changed.set()
         await until(lambda: link.refusal is not None)
         assert link.refusal == f"expected at most {HEAD_BYTES} bytes beside the rows, came more"
