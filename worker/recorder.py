@@ -255,7 +255,8 @@ class Recorder:
             self._later(taken.file.publish)
             return
         trace = RequestTrace(self._shape, self._first_layer, self._end_layer, taken.arrays, taken.roots)
-        if self._drops is None or not self._drops(request, trace):
+        assert self._drops is not None
+        if not self._drops(request, trace):
             self._later(lambda: trace.save(trace_path(self._folder, request)))
 
     def _later(self, sync: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from bench._place import Defence, Place
-from bench._town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Hall, Served, Town, model, say, serve, until
+from bench._town import CLOCK_SECONDS, FUNDS, SPOILT_POSITION, Served, say, serve, until
 from challenger.agent import Agent
 from challenger.config import ConfigError
 from challenger.evidence import Evidence, Unavailable
@@ -26,8 +26,7 @@ from challenger.store import GameState, JobState
 from contracts.client import Chain, ChainError, ChainUnreachable
 from contracts.events import ChallengeCommitted, GameEnded, GameMoved
 from contracts.keys import save_account
-from deploy.deployment import deploy
-from deploy.devnet import Devnet, free_port
+from deploy.devnet import free_port
 from deploy.keys import dev_account
 from verifier.game import Segment
 
@@ -36,16 +35,6 @@ STAGE = 1  # the spoilt one
 
 class Killed(BaseException):
     """SIGKILL, as far as Python can act it: nothing catches it."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("model")
-    weights, profile = model(folder)
-    with Devnet() as devnet, Hall() as hall:
-        town = Town(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), hall, weights, profile)
-        town.settle_in()
-        yield Place(devnet, town, folder, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import json
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bench._place import Place
-from bench._town import Hall, Town, model, serve
+from bench._town import serve
 from challenger.agent import Agent
 from challenger.cli import app
 from challenger.config import Config
@@ -22,22 +21,9 @@ from challenger.judge import Judge
 from challenger.registered import WrongModel, check_registered
 from challenger.store import GameState, JobState, Store
 from contracts.events import ChallengeCommitted, GameMoved
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
 from deploy.keys import dev_account, write_keystore
 from tests.verifier import tiny
 from verifier.tolerance import uniform_profile
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("model")
-    weights, profile = model(folder)
-    with Devnet() as devnet, Hall() as hall:
-        town = Town(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), hall, weights, profile)
-        town.settle_in()
-        yield Place(devnet, town, folder, tmp_path_factory.mktemp("home"))
-
 
 # ---- the database
 

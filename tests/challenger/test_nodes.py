@@ -3,33 +3,21 @@ nothing on a lie.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from bench._place import Defence, Place
-from bench._town import FUNDS, Hall, Served, Town, model, serve, until
+from bench._town import FUNDS, Served, serve, until
 from challenger.agent import Agent
 from challenger.store import GameState, JobState, Store
 from contracts.client import Chain
 from contracts.events import ChallengeCommitted, GameEnded, GameMoved
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.contracts.door import Answer, Door, Twist
 
 Ask = Callable[[], Answer]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("model")
-    weights, profile = model(folder)
-    with Devnet() as devnet, Hall() as hall:
-        town = Town(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), hall, weights, profile)
-        town.settle_in()
-        yield Place(devnet, town, folder, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 
 from bench._place import Defence, Place
-from bench._town import FUNDS, Hall, Town, model, serve, until
+from bench._town import FUNDS, serve, until
 from challenger.agent import Agent
 from challenger.config import Config
 from challenger.store import GameState, JobState, Store
 from contracts.client import Chain
 from contracts.events import GameEnded, GameMoved
 from contracts.transport import Signed, Transport
-from deploy.deployment import deploy
-from deploy.devnet import Devnet
 from deploy.keys import dev_account
 from tests.contracts.door import Answer, Door
 from verifier.keccak import keccak256
@@ -28,16 +26,6 @@ BLOCK_SECONDS = 1.0  # between blocks, of which each costs a clock a second: a h
 
 class Killed(BaseException):
     """SIGKILL, as far as Python can act it: nothing catches it."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("model")
-    weights, profile = model(folder)
-    with Devnet() as devnet, Hall() as hall:
-        town = Town(devnet.url, deploy(devnet.url, dev_account(0), withdrawal_seconds=60), hall, weights, profile)
-        town.settle_in()
-        yield Place(devnet, town, folder, tmp_path_factory.mktemp("home"))
 
 
 def ask(place: Place, method: str, *parameters: object) -> object:
