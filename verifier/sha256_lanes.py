@@ -2,8 +2,8 @@
 
 A single SHA-256 is a chain of dependent additions; sixteen of them fill a vector unit. The program is written in LLVM's
 generic <16 x i32> vectors, so the same text becomes AVX-512, AVX2 or NEON, whatever the host has, and needs no
-instruction that a host may lack: for hosts that verifier.sha256_pairs is not for. Importing this module imports numba:
-verifier.sha256 does so on first use. Compiled once for a machine (5 s) and cached beside this file.
+instruction that a host may lack. Importing this module imports numba: verifier.sha256 does so on first use. Compiled
+once for a machine (5 s) and cached beside this file.
 """
 
 from typing import Any

@@ -1,12 +1,14 @@
 """Bulk hashing equals hashlib and the referee's trees, and never leaves its arrays."""
 
 import os
+import re
 import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from verifier.referee import tree
 from verifier.referee.errors import IndexOutOfRange
 from verifier.sha256 import HashTree, climb, hash_strided, leaf_hashes, parents, prove_range, roots, row_leaf_hashes
 from verifier.sha256_lanes import LANES
-from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS
+from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, SIGNATURE
 
 
 def random_bytes(n: int, seed: int = 0) -> np.ndarray:
@@ -50,6 +52,21 @@ def test_every_compiled_program_equals_hashlib(program: Any, length: int) -> Non
         for i in range(count):
             message = b"\x00" + source[5 + i * (length + 1) :][:length].tobytes()
             assert bytes(out[1 + 2 * i]) == sha256(message).digest()
+
+
+@pytest.mark.skipif(not sha256_pairs.AVAILABLE, reason="no SHA instructions here")
+def test_no_wide_register_is_in_use_among_sha_instructions() -> None:
+    """What an Intel processor makes pay for it is told in verifier.sha256_pairs; another shows nothing."""
+    program: Any = numba.njit(SIGNATURE, nogil=True)(sha256_pairs._hash_strided)
+    lines = next(iter(program.inspect_asm().values())).splitlines()
+    first, last = (
+        next(i for i in order if "sha256rnds2" in lines[i])
+        for order in (range(len(lines)), reversed(range(len(lines))))
+    )
+    wide = re.compile(r"%[yz]mm|vzeroupper")
+    assert not [line for line in lines[first:last] if wide.search(line)]
+    before = [line.strip() for line in lines[:first] if wide.search(line)]
+    assert not before or before[-1] == "vzeroupper"
 
 
 @pytest.mark.parametrize("settings", [{}, {"NUMBA_CPU_NAME": "generic"}])
