@@ -47,7 +47,8 @@ from verifier.trace import RequestTrace, tensor_keys, tensor_width
 from verifier.weights import Weights
 from worker.config import Serving
 from worker.job import JobState
-from worker.stage import DTYPES, widening_pays
+from worker.products import fastest
+from worker.stage import DTYPES
 from worker.stage import Stage as WorkerStage
 
 STAGES = 2
@@ -100,8 +101,8 @@ def _job(
     judge = Judge(home / "model")
     random = np.random.default_rng(1)
     batch = [Request(tuple(int(t) for t in random.integers(0, 16384, prompt)), output) for _ in range(count)]
-    widened = widening_pays(DTYPES[judge.weights.shape.served_dtype])  # as docs/operating.md says to serve
-    stages = split(home / "model", layers, STAGES, partial(WorkerStage, widened=widened))
+    products = fastest(DTYPES[judge.weights.shape.served_dtype])  # as docs/operating.md says to serve
+    stages = split(home / "model", layers, STAGES, partial(WorkerStage, products=products))
     started, wall = time.process_time(), time.perf_counter()
     states = _generate(home / "data", stages, batch)
     generation = time.process_time() - started
@@ -115,7 +116,7 @@ def _job(
     row = {
         "kind": "generation",
         **job,
-        "widened": widened,
+        "products": products,
         "cpu_seconds": generation,
         "seconds": time.perf_counter() - wall,
     }

@@ -17,8 +17,9 @@ from verifier.commit import Request
 from verifier.sha256 import leaf_hashes
 from verifier.trace import tensor_keys, tensor_width
 from worker.config import Serving
+from worker.products import fastest
 from worker.recorder import Recorder, Summary
-from worker.stage import Stage, widening_pays
+from worker.stage import Stage
 
 MODELS: dict[str, dict[str, int]] = {
     "demo": dict(hidden=256, layers=6),
@@ -54,7 +55,7 @@ def run(
     for name in models or list(MODELS):
         with tempfile.TemporaryDirectory() as folder:
             write_llama(Path(folder), torch.bfloat16, **MODELS[name])
-            stage = Stage(Path(folder), 0, MODELS[name]["layers"], widened=widening_pays(torch.bfloat16))
+            stage = Stage(Path(folder), 0, MODELS[name]["layers"], products=fastest(torch.bfloat16))
             batch = [Request(tuple((7 * r + i) % 1000 for i in range(prompt)), tokens) for r in range(requests)]
             serving = Serving()
             Watched.peaks.clear()

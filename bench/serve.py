@@ -26,8 +26,9 @@ from verifier.commit import Request
 from verifier.sha256 import leaf_hashes
 from worker.cache import Cache
 from worker.config import Serving
+from worker.products import fastest
 from worker.repeat import RepeatableStage
-from worker.stage import Stage, widening_pays
+from worker.stage import Stage
 
 MODELS: dict[str, dict[str, int]] = {
     "demo": dict(hidden=256, layers=6),
@@ -99,10 +100,10 @@ def _compare(
     lengths = torch.randint(*PROMPT_TOKENS, (len(limits),), generator=generator).tolist()
     prompts = [torch.randint(0, 1000, (length,), generator=generator).tolist() for length in lengths]
     requests = [Request(tuple(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
-    widened = widening_pays(DTYPES[described["dtype"]])
+    products = fastest(DTYPES[described["dtype"]])
     layers = model.config.num_hidden_layers
-    stage = WatchedStage(folder, 0, layers, widened=widened)
-    repeatable = RepeatableStage(folder, 0, layers, weights=stage.weights, widened=widened)
+    stage = WatchedStage(folder, 0, layers, products=products)
+    repeatable = RepeatableStage(folder, 0, layers, weights=stage.weights, products=products)
     serving = Serving(max_rows=MAX_ROWS)
     sides: dict[str, Callable[[], Served]] = {
         "plumb": lambda: serve(stage, requests, serving),
@@ -129,7 +130,7 @@ def _compare(
             "tokens": sum(limits),
             "tokens_per_second": round(sum(limits) / median(each.seconds for each in rounds_taken[1:]), 2),
             "tokens_per_cpu_second": round(sum(limits) / median(each.cpu_seconds for each in rounds_taken[1:]), 2),
-            **({"widened": widened} if side.startswith("plumb") else {}),
+            **({"products": products} if side.startswith("plumb") else {}),
             **({"padding": round(stage.padding, 4)} if side in ("plumb", "plumb without commitments") else {}),
         }
         for side, rounds_taken in taken.items()

@@ -49,7 +49,7 @@ class Setting:
 
     rows: positions of one sequence in one forward (0: all); plain: attention without fusion; together: sequences in one
     forward (0: all); onednn: whether oneDNN's kernels are used; isa: a key of INSTRUCTIONS, "" to serve right here;
-    widened: 16-bit products computed in float32, as a worker does whose CPU has none of its own.
+    products: as a worker computes them (worker.products); paged: single rows attend over pages (paged_attention).
     """
 
     name: str
@@ -60,7 +60,8 @@ class Setting:
     onednn: bool = True
     isa: str = ""
     device: str = "cpu"
-    widened: bool = False
+    products: str = "mapped"
+    paged: bool = True
 
 
 # What the processor may do, as its libraries read it from the environment when a process starts.
@@ -86,8 +87,8 @@ QUICK = (
     Setting("chunked prefill, 2 threads", rows=CHUNK, threads=2),
     Setting("one-token decode", rows=1),
     Setting("one-token decode, plain attention", rows=1, plain=True),
-    Setting("whole prefill, widened weights", widened=True),
-    Setting("one-token decode, widened weights", rows=1, widened=True),
+    Setting("whole prefill, widened weights", products="widened"),
+    Setting("one-token decode, widened weights", rows=1, products="widened"),
 )
 FULL = (
     *QUICK,
@@ -97,6 +98,7 @@ FULL = (
     Setting("chunked prefill, plain attention", rows=CHUNK, plain=True),
     Setting("whole prefill without oneDNN", onednn=False),
     Setting("chunked prefill without oneDNN, plain attention", rows=CHUNK, onednn=False, plain=True),
+    Setting("one-token decode, SDPA", rows=1, paged=False),
     Setting("one-token decode without oneDNN", rows=1, onednn=False),
     Setting("one-token decode, each sequence alone, 2 threads", rows=1, together=1, threads=2, isa="all"),
     *(
@@ -142,17 +144,17 @@ def serve_all(
     stage_class: type[Stage] = Stage,
 ) -> Iterator[Run]:
     """Every setting in turn. Raises ServingFailed where a child process does."""
-    stages: dict[tuple[str, bool], Stage] = {}
+    stages: dict[tuple[str, str], Stage] = {}
     for isa, group in groupby(settings, key=lambda setting: setting.isa):
         if isa:
             yield from _in_child(folder, sequences, list(group))
             continue
         for setting in group:
-            kind = (setting.device, setting.widened)
+            kind = (setting.device, setting.products)
             if kind not in stages:
-                device, widened = kind
+                device, products = kind
                 layers = weights.shape.layers
-                stages[kind] = stage_class(folder, 0, layers, weights=weights, device=device, widened=widened)
+                stages[kind] = stage_class(folder, 0, layers, weights=weights, device=device, products=products)
             yield serve(stages[kind], sequences, setting)
 
 
@@ -162,7 +164,7 @@ def serve(stage: Stage, sequences: Sequence[Sequence[int]], setting: Setting) ->
     captured: list[dict[str, list[Bits]]] = [{key: [] for key in keys} for _ in sequences]
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     together = setting.together or len(sequences)
-    with _running(setting):
+    with _running(setting, stage):
         for start in range(0, len(sequences), together):
             cache = stage.cache()
             group = range(start, min(start + together, len(sequences)))
@@ -185,9 +187,10 @@ def serve(stage: Stage, sequences: Sequence[Sequence[int]], setting: Setting) ->
 
 
 @contextmanager
-def _running(setting: Setting) -> Iterator[None]:
-    threads, onednn = torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
+def _running(setting: Setting, stage: Stage) -> Iterator[None]:
+    threads, onednn, paged = torch.get_num_threads(), bool(torch.backends.mkldnn.enabled), stage.paged
     torch.set_num_threads(setting.threads)
+    stage.paged = paged and setting.paged and not setting.plain
     # Rationale: not by `mkldnn.flags`, which also sets what it was not asked for (TF32, which CPUs don't have).
     torch.backends.mkldnn.enabled = setting.onednn  # type: ignore[assignment]
     try:
@@ -196,6 +199,7 @@ def _running(setting: Setting) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.mkldnn.enabled = onednn  # type: ignore[assignment]
+        stage.paged = paged
 
 
 # ---- children

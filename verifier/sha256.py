@@ -1,12 +1,11 @@
 """SHA-256 trees over whole arrays: what verifier.referee.tree defines, computed in bulk (docs/canonical.md, "Trees").
 
-Hashes are rows of a uint8 array [n, 32]. From FEW messages on, verifier.sha256_lanes or, where the processor has SHA
-instructions, verifier.sha256_pairs hashes several at once without the GIL: whichever is the faster here. They are
-compiled on first use, and only on little-endian machines. Below, and elsewhere, hashlib does.
+Hashes are rows of a uint8 array [n, 32]. From FEW messages on, verifier.sha256_pairs, where that is fastest, or else
+verifier.sha256_lanes hashes several at once without the GIL; it is compiled on first use, and only on little-endian
+machines. Below, and elsewhere, hashlib does.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -29,25 +28,13 @@ FEW = 8
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """The faster of the programs on this processor, which no list of its features tells: wide vectors beat SHA
-    instructions on some, are beaten on others.
-    """
-    from verifier import sha256_lanes, sha256_pairs
+    from verifier import sha256_pairs
 
-    if not sha256_pairs.AVAILABLE:
-        return sha256_lanes.hash_strided
-    return min(sha256_pairs.hash_strided, sha256_lanes.hash_strided, key=_seconds)
+    if sha256_pairs.FASTEST:
+        return sha256_pairs.hash_strided
+    from verifier import sha256_lanes
 
-
-def _seconds(program: Callable[..., None]) -> float:
-    """What 64 leaves of 512 bytes take, the best of five."""
-    source, words = np.zeros(64 * 512, dtype=np.uint8), np.empty(64 * 8, dtype=np.uint32)
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        program(source, 0, 512, 64, 512, LEAF_PREFIX, words, 0, 1)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return sha256_lanes.hash_strided
 
 
 def hash_strided(

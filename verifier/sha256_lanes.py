@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, compiled, copy_bytes, data_pointer
+from verifier.native import compiled
+from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, SIGNATURE, copy_bytes, data_pointer
 
 LANES = 16
 
@@ -131,4 +132,4 @@ def _hash_strided(
         done += lanes
 
 
-hash_strided = compiled(_hash_strided)
+hash_strided = compiled(SIGNATURE, _hash_strided)

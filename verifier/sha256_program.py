@@ -1,13 +1,13 @@
-"""What the two compiled SHA-256 programs share: the constants, memory as LLVM sees it, the signature, the compiler."""
+"""What the two compiled SHA-256 programs share: the constants, memory as bytes, the signature."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from verifier.native import elements
 
 
 def _primes(n: int) -> list[int]:
@@ -28,7 +28,7 @@ INITIAL_STATE = np.array([_root_fraction(p, 2) for p in _primes(8)], dtype=np.ui
 
 
 def data_pointer(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
-    return builder.bitcast(context.make_array(array_type)(context, builder, value).data, ir.IntType(8).as_pointer())
+    return builder.bitcast(elements(context, builder, array_type, value), ir.IntType(8).as_pointer())
 
 
 @intrinsic
@@ -48,11 +48,3 @@ BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 SIGNATURE = types.void(
     BYTES, types.intp, types.intp, types.intp, types.intp, types.uint8, types.uint32[::1], types.intp, types.intp
 )
-
-
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """For SIGNATURE, ahead of the first call, cached where there is a place for it."""
-    try:
-        return numba.njit(SIGNATURE, nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the cache: neither beside the function's file nor in the user's own folder
-        return numba.njit(SIGNATURE, nogil=True)(function)

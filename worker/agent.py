@@ -395,6 +395,6 @@ def build_worker(
         config.end_layer,
         device=config.serving.device,
         weights=weights,
-        widened=config.serving.widened,
+        products=config.serving.products,
     )
     return Agent(config, chain, signer, stage, profile, responder_class, settler_class, recorder_class, channel_class)

@@ -64,6 +64,24 @@ class View:
 Places = torch.Tensor | View  # slots [n, positions], or a run
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Where single rows attend. int64 each: `slots` of the first positions of their pages, one row's behind the
+    other's; `starts`: where each row's begin there; `counts`: how many positions each row sees.
+    """
+
+    slots: Slots
+    starts: Slots
+    counts: Slots
+
+    @staticmethod
+    def of(tables: Sequence[Slots]) -> "Pages":
+        """tables: of each row the slots of all positions that it sees, from a page's first on."""
+        firsts = [table[::PAGE] for table in tables]
+        starts = np.cumsum([0, *map(len, firsts[:-1])])
+        return Pages(np.concatenate(firsts), starts, np.array([len(table) for table in tables]))
+
+
 class Cache:
     """All requests of one job at one stage. `padding` tells how much of what was read was none of the requests'."""
 
@@ -146,7 +164,7 @@ class Cache:
         old = torch.from_numpy(self._tables[donor][: len(slots)]).to(self._device)
         new = slots.to(self._device)
         for layer in self._pools:
-            for pool in self._pool(layer):
+            for pool in self.pools(layer):
                 pool.index_copy_(0, new, pool.index_select(0, old))
 
     def rows(self, batch: Batch) -> torch.Tensor:
@@ -200,9 +218,14 @@ class Cache:
         self._count([piece])
         return torch.from_numpy(self._tables[piece.request][None, : piece.end]).to(self._device)
 
+    def pages_of(self, pieces: Sequence[Piece]) -> Pages:
+        """For each piece all positions up to its end."""
+        self._count(pieces, padded=False)
+        return Pages.of([self._tables[piece.request][: piece.end] for piece in pieces])
+
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """[rows, key heads, head size] each."""
-        for pool, rows in zip(self._pool(layer), (keys, values), strict=True):
+        for pool, rows in zip(self.pools(layer), (keys, values), strict=True):
             pool.index_copy_(0, slots, rows)
 
     def read(self, layer: int, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,11 +234,11 @@ class Cache:
         if isinstance(places, View):
             run, width = places.run, heads * size
             shape, strides = (len(run.requests), heads, places.longest, size), (run.room * width, size, width, 1)
-            keys, values = (pool.as_strided(shape, strides, run.base * width) for pool in self._pool(layer))
+            keys, values = (pool.as_strided(shape, strides, run.base * width) for pool in self.pools(layer))
         else:
             keys, values = (
                 pool.index_select(0, places.reshape(-1)).view(*places.shape, heads, size).transpose(1, 2)
-                for pool in self._pool(layer)
+                for pool in self.pools(layer)
             )
         return keys, values
 
@@ -251,9 +274,10 @@ class Cache:
             room = longest + AHEAD
         return -(-room // PAGE) * PAGE
 
-    def _count(self, pieces: Sequence[Piece]) -> None:
-        self._taken += len(pieces) * max(piece.end for piece in pieces)
-        self._needed += sum(piece.end for piece in pieces)
+    def _count(self, pieces: Sequence[Piece], padded: bool = True) -> None:
+        needed = sum(piece.end for piece in pieces)
+        self._needed += needed
+        self._taken += len(pieces) * max(piece.end for piece in pieces) if padded else needed
 
     def _lay(self, pieces: Sequence[Piece]) -> None:
         """Moves the requests' positions into a run."""
@@ -266,7 +290,7 @@ class Cache:
         new = torch.from_numpy(np.concatenate([t[: len(h)] for t, h in zip(tables, held, strict=True)]))
         new = new.to(self._device)
         for layer in self._pools:
-            for pool in self._pool(layer):
+            for pool in self.pools(layer):
                 pool.index_copy_(0, new, pool.index_select(0, old))
         for r, table in zip(run.requests, tables, strict=True):
             self._release(self._tables[r])
@@ -298,7 +322,7 @@ class Cache:
     def _release(self, slots: Slots) -> None:
         self._free[slots[::PAGE] // PAGE] = True
 
-    def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """With room for all pages; pools grow by a quarter or more, so n appends copy O(n) rows. What no request has
         written is zero: what is masked must not be NaN. (What one has written is finite, or its job fails.)
         """

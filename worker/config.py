@@ -13,6 +13,7 @@ from worker.errors import ConfigError
 T = TypeVar("T")
 
 RETAIN = ("store", "regenerate")
+PRODUCTS = ("mapped", "packed", "widened")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Bounds:
 @dataclass(frozen=True)
 class Serving:
     device: str = "cpu"
-    widened: bool = False  # 16-bit weights multiplied in float32 (worker.stage.Widened)
+    products: str = "mapped"  # how rows are multiplied by weights, one of PRODUCTS (worker.products)
     threads: int = 0  # of torch; 0 leaves its own choice
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
@@ -110,6 +111,8 @@ class Serving:
                 "serving.swap_positions, serving.host_positions: expected 0 < swap_positions <= host_positions, or "
                 f"neither, came {self.swap_positions}, {self.host_positions}"
             )
+        if self.products not in PRODUCTS:
+            raise ConfigError(f"serving.products: expected one of {', '.join(PRODUCTS)}, came {self.products!r}")
         if self.retain not in RETAIN:
             raise ConfigError(f"serving.retain: expected one of {', '.join(RETAIN)}, came {self.retain!r}")
         if not 0 <= self.regenerate_checked <= 1:

@@ -151,7 +151,7 @@ class Traces:
             stage.end_layer,
             device=str(stage.device),
             weights=stage.weights,
-            widened=stage.widened,
+            products=stage.products,
         )
 
 

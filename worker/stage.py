@@ -6,7 +6,7 @@ outputs of attention and MLP in hooks. There is no second forward.
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
 
 from verifier.weights import Weights
+from worker import paged_attention
 from worker.batch import Batch
-from worker.cache import Cache, Places
+from worker.cache import Cache, Pages, Places
+from worker.config import PRODUCTS
+from worker.products import product, remake
 from worker.sampler import Draw, choose_all
 from worker.swap import SwappingCache
 
@@ -72,8 +75,13 @@ class Forward:
         spans = {piece.request: span for piece, span in batch.spans()}
         self.whole = [(piece, spans[piece.request]) for piece in batch.pieces if piece.count > 1 and not piece.first]
         self.groups: list[Group] = []
+        self.pages: Pages | None = None
         order: list[range] = []
-        for pieces, places in cache.places([piece for piece in batch.pieces if piece.count == 1]):
+        single = [piece for piece in batch.pieces if piece.count == 1]
+        if single and stage.paged:
+            self.pages = cache.pages_of(single)
+            self.paged = torch.tensor([spans[piece.request].start for piece in single])
+        for pieces, places in cache.places(single) if single and not stage.paged else ():
             ends = torch.tensor([piece.end for piece in pieces], device=stage.device)
             mask = None
             if int(ends.min()) < places.longest:
@@ -95,33 +103,6 @@ class Forward:
         return torch.zeros(seen.shape, dtype=self.stage.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
-class Widened(nn.Module):
-    """A linear layer over 16-bit numbers in float32: each product and sum exact to float32, the result rounded once.
-
-    Where a CPU has no instructions for 16-bit floats this is several times faster, for twice the memory besides the
-    mapped file.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.float(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(rows.float(), self.weight, self.bias).to(rows.dtype)
-
-
-def widening_pays(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU lacks instructions for products of `dtype`."""
-    if dtype is torch.float32:
-        return False
-    have: Mapping[str, Any] = torch.cpu.get_capabilities()
-    name = "bf16" if dtype is torch.bfloat16 else "fp16"
-    # An Arm core that runs torch at all has products of halves; of bfloat16 some do.
-    arm = {"bf16": "bf16", "fp16": "fp16_arith"}[name]
-    return not any(have.get(key) for key in (f"avx512_{name}", f"amx_{name}", arm))
-
-
 class Stage:
     """Layers first_layer .. end_layer-1 of the model in `folder`, weights memory-mapped there and in the model's own
     dtype.
@@ -140,9 +121,9 @@ class Stage:
         *,
         device: str = "cpu",
         weights: Weights | None = None,
-        widened: bool = False,
+        products: str = "mapped",
     ) -> None:
-        """widened: products of 16-bit weights are computed from copies of them in float32, see Widened."""
+        """products: how they are computed, one of worker.config.PRODUCTS, see worker.products. Raises ValueError."""
         self.weights = weights if weights is not None else Weights.open(folder)
         self.shape = self.weights.shape
         if not 0 <= first_layer < end_layer <= self.shape.layers:
@@ -151,7 +132,9 @@ class Stage:
         self.end_layer = end_layer
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
-        self.widened = widened and self.dtype is not torch.float32
+        if products not in PRODUCTS:
+            raise ValueError(f"products: expected one of {', '.join(PRODUCTS)}, came {products!r}")
+        self.products = products if self.dtype is not torch.float32 or products != "widened" else "mapped"
         # Rationale: the MLP's hook has no other way to its forward: transformers calls the MLP without keywords.
         self._running = threading.local()
 
@@ -163,13 +146,14 @@ class Stage:
         self.heads: int = config.num_attention_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
+        self.paged = paged_attention.serves(self.device, self.head_size)
         self.rotary = rotary_class(config=config).to(self.device)
         self.layers: dict[int, nn.Module] = {
             index: self._layer(layer_class, config, index) for index in range(first_layer, end_layer)
         }
         self.embedding: torch.Tensor | None = None
         self.norm: nn.Module | None = None
-        self.head: torch.Tensor | None = None
+        self.head: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self.is_first:
             self.embedding = self.tensor("model.embed_tokens.weight")
         if self.is_last:
@@ -177,8 +161,7 @@ class Stage:
                 self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
             self.norm.load_state_dict({"weight": self.tensor("model.norm.weight")[0]}, assign=True)
             tied = bool(config.tie_word_embeddings)
-            head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-            self.head = head.float() if self.widened else head
+            self.head = product(self.products, self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight"))
 
     @property
     def is_first(self) -> bool:
@@ -234,8 +217,7 @@ class Stage:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocabulary] in float32. Last stage only."""
         assert self.norm is not None and self.head is not None
-        normed = self.norm(hidden)
-        return nn.functional.linear(normed.to(self.head.dtype), self.head).to(self.dtype).float()
+        return self.head(self.norm(hidden)).float()
 
     @torch.inference_mode()
     def tokens(self, hidden: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
@@ -271,6 +253,11 @@ class Stage:
                 enable_gqa=self.heads != self.kv_heads,
             )
             attended[rows] = part[0].transpose(0, 1)
+        if context.pages is not None:
+            part = paged_attention.attend(
+                query[0].transpose(0, 1)[context.paged], *context.cache.pools(layer), context.pages, scale
+            )
+            attended.index_copy_(0, context.paged, part)
         if not context.groups:
             return attended[None]
         parts: list[torch.Tensor] = []
@@ -310,10 +297,7 @@ class Stage:
         layer.load_state_dict(state, assign=True)
         layer.requires_grad_(False)
         layer.eval()
-        if self.widened:
-            for name, module in list(layer.named_modules()):
-                if isinstance(module, nn.Linear):
-                    layer.set_submodule(name, Widened(module.weight, module.bias))
+        remake(layer, self.products)
 
         def after_attention(_module: nn.Module, _args: Any, kwargs: Any, output: Any) -> Any:
             hidden = self.observe(kwargs["plumb"], f"{index}.attn_out", output[0][0])

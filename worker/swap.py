@@ -121,7 +121,7 @@ class SwappingCache(Cache):
     def extend(self, batch: Batch) -> None:
         super().extend(batch)
         for layer in self._layers:
-            self._pool(layer)  # grows here, never while it is copied to
+            self.pools(layer)  # grows here, never while it is copied to
 
     def drop(self, request: int) -> None:
         super().drop(request)
@@ -137,7 +137,7 @@ class SwappingCache(Cache):
             raise self._error
         slab, new = self._slabs[donor], slots.to(self._device)
         for index, layer in enumerate(self._layers):
-            for which, pool in enumerate(self._pool(layer)):
+            for which, pool in enumerate(self.pools(layer)):
                 pool.index_copy_(0, new, slab[which, index, : len(slots)].to(self._device))
 
     # ------------------------------------------------------------------------------------------------------ the copies
@@ -161,7 +161,7 @@ class SwappingCache(Cache):
         log.warning("a microbatch's guests take %d positions, a buffer has %d", visit.size, self._buffer)
         base = self._pages(visit.size // PAGE) * PAGE
         for layer in self._layers:
-            self._pool(layer)
+            self.pools(layer)
         with self._lock:
             self._bring(visit, base)
             self._bring_next()
@@ -218,7 +218,7 @@ class SwappingCache(Cache):
         """Positions first .. end - 1 of each piece's request, of every layer: slices on both sides."""
         for index, layer in enumerate(self._layers):
             with self._lock, self._streaming():
-                pools = self._pool(layer)
+                pools = self.pools(layer)
                 for piece, first, end in spans:
                     base, slab = int(visit.tables[piece.request][0]), visit.slabs[piece.request]
                     for which, pool in enumerate(pools):
@@ -236,10 +236,10 @@ class SwappingCache(Cache):
     def _streaming(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
-    def _pool(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         with self._lock:
             before = self._pools.get(layer)
-            pools = super()._pool(layer)
+            pools = super().pools(layer)
             if self._stream is not None and pools is not before:
                 torch.cuda.current_stream(self._device).synchronize()  # or what is moved might overwrite what comes in
             return pools

@@ -128,7 +128,8 @@ def test_the_settings_cover_what_changes_bits() -> None:
     assert set(QUICK) < set(FULL) and len({setting.name for setting in FULL}) == len(FULL)
     assert {setting.isa for setting in FULL} == {"", *INSTRUCTIONS} and not any(setting.isa for setting in QUICK)
     assert {setting.threads for setting in FULL} == {1, 2} and {setting.device for setting in FULL} == {"cpu", "cuda"}
-    assert {setting.widened for setting in QUICK} == {False, True}
+    assert {setting.products for setting in QUICK} == {"mapped", "widened"}
+    assert {setting.paged for setting in FULL} == {False, True}
     assert any(not setting.onednn for setting in FULL) and {setting.together for setting in FULL} == {0, 1, 3}
 
 

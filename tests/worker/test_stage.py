@@ -11,6 +11,8 @@ from tests.worker.pipeline_in_process import Tiny, serve
 from verifier.commit import Request
 from worker.batch import Batch, Piece
 from worker.cache import PADDING
+from worker.config import PRODUCTS
+from worker.products import fastest
 from worker.stage import Stage, to_bits
 
 
@@ -66,7 +68,7 @@ def test_requests_of_different_length_do_not_see_one_another(tiny: Tiny) -> None
 def test_widened_weights_round_once(tiny_bf16: Tiny) -> None:
     """As float64 sums rounded to bfloat16, but for ties; the tokens of a job can be served with them."""
     folder, _ = tiny_bf16
-    stage = Stage(folder, 0, 3, widened=True)
+    stage = Stage(folder, 0, 3, products="widened")
     rows = torch.randn(9, 64).bfloat16()
     layer = stage.layers[1].get_submodule("mlp.gate_proj")
     exact = rows.double() @ stage.tensor("model.layers.1.mlp.gate_proj.weight").double().T
@@ -74,8 +76,34 @@ def test_widened_weights_round_once(tiny_bf16: Tiny) -> None:
     assert layer(rows).dtype is torch.bfloat16
 
 
-def test_a_widened_stage_serves_a_job(tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path) -> None:
+def test_packed_weights_give_the_same_bits(tiny: Tiny, tiny_bf16: Tiny) -> None:
+    """Of bfloat16; in float32, oneDNN and MKL add up in orders of their own."""
+    for (folder, _), step in ((tiny_bf16, 0.0), (tiny, 1e-5)):
+        rows = torch.randn(9, 64).to(Stage(folder, 0, 3).dtype)
+        found = []
+        for products in ("mapped", "packed"):
+            stage = Stage(folder, 0, 3, products=products)
+            layer = stage.layers[1].get_submodule("mlp.gate_proj")
+            found.append((layer(rows).float(), stage.logits(rows)))
+        for mapped, packed in zip(*found, strict=True):
+            torch.testing.assert_close(packed, mapped, rtol=step, atol=step)
+
+
+def test_an_unknown_way_of_products_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="expected one of mapped, packed, widened, came 'folded'"):
+        Stage(tiny[0], 0, 3, products="folded")
+
+
+def test_what_is_fastest_here_is_a_way_of_products() -> None:
+    assert fastest(torch.float32) == "mapped"
+    assert {fastest(dtype) for dtype in (torch.bfloat16, torch.float16)} <= set(PRODUCTS)
+
+
+@pytest.mark.parametrize("products", ["packed", "widened"])
+def test_a_stage_of_other_products_serves_a_job(
+    tiny_bf16: Tiny, requests_batch: list[Request], tmp_path: Path, products: str
+) -> None:
     folder, _ = tiny_bf16
-    stages = [Stage(folder, 0, 2, widened=True), Stage(folder, 2, 3)]
+    stages = [Stage(folder, 0, 2, products=products), Stage(folder, 2, 3)]
     states = serve(tmp_path, stages, requests_batch)
     assert [len(ids) for ids in states[0].tokens] == [request.limit for request in requests_batch]
