@@ -1,6 +1,7 @@
 """Served rows of the requests in flight: on their way to the files of their traces as they come, the hashes of their
-leaves kept. Tensors lie side by side in one array, whatever the batching, so that a microbatch costs one copy and one
-call of the hasher and not one for each tensor, and a request one write.
+leaves kept. Tensors lie side by side in one array, whatever the batching, and rows wait there until there are some of
+each request: a microbatch costs one copy, and the hasher and the files are called once for many rows of all tensors.
+Each such call needs the interpreter, which serving needs as well.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from verifier.trace import BESIDE, is_tiled, stage_metadata, tile_leaf_hashes
 from worker.batch import Batch
 
 Bits = npt.NDArray[Any]
+
+AT_ONCE = 8 * 2**20  # bytes of rows that wait, if there is more than one microbatch
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,18 @@ class Ledger:
         self._metadata = stage_metadata(first_layer, end_layer)
         self._sheets: list[_Sheet] = []
         self._kept: dict[int, _Kept] = {}
+        self._waiting: list[Batch] = []  # whose rows lie behind one another in each sheet
+        self._rows = 0  # of these
 
     @property
     def held_bytes(self) -> int:
-        """In memory, of the requests in flight."""
+        """In memory, of the requests in flight, besides the rows that wait."""
         arrays = (array for kept in self._kept.values() for array in (*kept.rows, *kept.hashes))
         return sum(array.first(array.count).nbytes for array in arrays if isinstance(array, _Growing))
 
     def __contains__(self, request: int) -> bool:
-        return request in self._kept
+        waits = any(piece.request == request for batch in self._waiting for piece in batch.pieces)
+        return waits or request in self._kept
 
     def add(self, batch: Batch, tensors: Mapping[str, Bits]) -> int:
         """One microbatch: raw bits [rows, width] by key, the same keys each time; a request's rows come in order.
@@ -61,27 +67,30 @@ class Ledger:
         Returns the largest of the floats, as its bits without the sign.
         """
         self._sheets = self._sheets or _sheets(tensors)
-        joined = [sheet.join(tensors, batch.rows) for sheet in self._sheets]
-        hashes = [sheet.hash(rows) for sheet, rows in zip(self._sheets, joined, strict=True)]
-        for piece, span in batch.spans():
-            kept = self._kept.get(piece.request) or self._open(piece.request)
-            kept.add([rows[span] for rows in joined], [found[span] for found in hashes])
+        if (self._rows + batch.rows) * sum(sheet.row_bytes for sheet in self._sheets) > AT_ONCE:
+            self._flush()
+        joined = [sheet.join(tensors, self._rows, batch.rows) for sheet in self._sheets]
+        self._waiting.append(batch)
+        self._rows += batch.rows
         return max(map(_largest, joined))
 
     def share(self, request: int, donor: int, count: int) -> None:
         """The first `count` rows of `donor`, with their hashes, are the first of `request` too. Raises KeyError."""
+        self._flush()
         kept = self._kept[donor]
         rows = [array.first(count) for array in kept.rows]
         self._open(request).add(rows, [array.first(count) for array in kept.hashes])
 
     def rows(self, request: int, key: str, count: int) -> Bits:
         """The first `count` rows of one tensor, [count, width]. Raises KeyError."""
+        self._flush()
         kept = self._kept[request]
         at, sheet = next((i, sheet) for i, sheet in enumerate(self._sheets) if key in sheet.columns)
         return kept.rows[at].first(count)[:, sheet.columns[key]]
 
     def take(self, request: int) -> Taken:
         """The request is gone then. Raises KeyError."""
+        self._flush()
         kept = self._kept.pop(request)
         first, *others = kept.rows
         leaves: dict[str, Bytes] = {}
@@ -99,6 +108,25 @@ class Ledger:
             for key, columns in sheet.columns.items()
         }
         return Taken(first.count, roots, None, arrays)
+
+    def _flush(self) -> None:
+        """Rows that wait go where their requests' rows are."""
+        batches, self._waiting, count, self._rows = self._waiting, [], self._rows, 0
+        if not batches:
+            return
+        if len(batches) == 1:
+            spans, order = [(piece.request, span) for piece, span in batches[0].spans()], None
+        else:
+            owners = np.concatenate([batch.owners() for batch in batches])
+            order = np.argsort(owners, kind="stable")
+            requests, firsts = np.unique(owners[order], return_index=True)
+            ends = [*firsts[1:].tolist(), count]
+            spans = [(r, slice(*pair)) for r, *pair in zip(requests.tolist(), firsts.tolist(), ends, strict=True)]
+        ordered = [sheet.ordered(count, order) for sheet in self._sheets]
+        hashes = [sheet.hash(rows) for sheet, rows in zip(self._sheets, ordered, strict=True)]
+        for request, span in spans:
+            kept = self._kept.get(request) or self._open(request)
+            kept.add([rows[span] for rows in ordered], [found[span] for found in hashes])
 
     def _open(self, request: int) -> "_Kept":
         rows: list[_Growing | GrowingFile] = [_Growing() for _ in self._sheets]
@@ -121,13 +149,18 @@ class _Sheet:
         self.width = sum(widths)
         self.columns = dict(zip(keys, _slices(widths), strict=True))
         self._across = dict(zip(keys, _slices([-(-width // unit) for width in widths]), strict=True))
-        self._joined: Bits = np.empty((0, self.width), tensors[keys[0]].dtype)
+        self._joined = _Growing()
+        self.row_bytes = self.width * tensors[keys[0]].itemsize
 
-    def join(self, tensors: Mapping[str, Bits], count: int) -> Bits:
-        """[count, width], valid until the next call."""
-        if len(self._joined) < count:
-            self._joined = np.empty((count, self.width), self._joined.dtype)
-        return np.concatenate([tensors[key] for key in self.columns], axis=1, out=self._joined[:count])
+    def join(self, tensors: Mapping[str, Bits], first: int, count: int) -> Bits:
+        """Puts [count, width] behind the first rows that wait. Returns it, valid until the next call."""
+        room = self._joined.room(first, first + count, (self.width,), next(iter(tensors.values())).dtype)
+        return np.concatenate([tensors[key] for key in self.columns], axis=1, out=room)
+
+    def ordered(self, count: int, order: npt.NDArray[np.int64] | None) -> Bits:
+        """The rows that wait, [count, width], in some order or that of their coming."""
+        rows = self._joined.first(count)
+        return rows if order is None else rows[order]
 
     def hash(self, rows: Bits) -> Bytes:
         """Hashes [rows, leaves of a row, 32]; of tiles none."""
@@ -149,13 +182,17 @@ class _Growing:
         self._rows: Bits = np.empty(0)
 
     def add(self, rows: Bits) -> None:
-        before, self.count = self.count, self.count + len(rows)
-        if self.count > len(self._rows):
-            grown = np.empty((max(self.count, 2 * before), *rows.shape[1:]), rows.dtype)
-            if before:
-                grown[:before] = self._rows[:before]
+        self.room(self.count, self.count + len(rows), rows.shape[1:], rows.dtype)[:] = rows
+
+    def room(self, first: int, end: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Bits:
+        """For rows first .. end - 1, behind which there are none."""
+        self.count = end
+        if end > len(self._rows):
+            grown = np.empty((max(end, 2 * first), *shape), dtype)
+            if first:
+                grown[:first] = self._rows[:first]
             self._rows = grown
-        self._rows[before : self.count] = rows
+        return self._rows[first:end]
 
     def first(self, count: int) -> Bits:
         return self._rows[:count]

@@ -340,12 +340,11 @@ AttentionInterface.register(ATTENTION, _attention)
 
 def to_bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """[rows, width] in a served dtype -> the same bits as uint16 or uint32, on the CPU."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    return (
-        tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-        .numpy()
-        .view(BITS[DTYPES.index(tensor.dtype)])
-    )
+    # Each call of torch lets other threads have the interpreter: the recorder, which has many tensors, makes few.
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
+    return bits.view(BITS[DTYPES.index(tensor.dtype)])
 
 
 def from_bits(bits: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from tests.verifier.test_trace import random_arrays, shape_of
 from verifier.program import ModelShape
 from verifier.safetensors_file import GrowingFile
 from verifier.trace import RequestTrace
+from worker import ledger as ledger_module
 from worker.batch import Batch, Piece
 from worker.ledger import Bits, Ledger, Taken
 
@@ -35,6 +36,7 @@ def stored(taken: Taken, shape: ModelShape, folder: Path, request: int) -> Reque
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize("at_once", [0, 40_000, ledger_module.AT_ONCE])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -46,7 +48,10 @@ def stored(taken: Taken, shape: ModelShape, folder: Path, request: int) -> Reque
     ],
     ids=lambda shape: f"{shape.hidden}-{shape.kv_width}",
 )
-def test_a_request_comes_out_as_it_went_in(shape: ModelShape, on_disk: bool, tmp_path: Path) -> None:
+def test_a_request_comes_out_as_it_went_in(
+    shape: ModelShape, at_once: int, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "AT_ONCE", at_once)
     dice = random.Random(2)
     lengths = {request: dice.randint(1, 60) for request in range(20)}
     served = {r: random_arrays(shape, 0, shape.layers, n) for r, n in lengths.items()}
@@ -59,6 +64,7 @@ def test_a_request_comes_out_as_it_went_in(shape: ModelShape, on_disk: bool, tmp
             pieces.append(Piece(r, done[r], min(dice.choice([1, 1, 1, 20]), lengths[r] - done[r])))
             done[r] = pieces[-1].end
         ledger.add(*batch_of(pieces, served))
+        assert all(r in ledger for r in active if done[r])
         for r in [r for r in active if done[r] == lengths[r]]:
             taken = ledger.take(r)
             assert r not in ledger and taken.positions == lengths[r]
@@ -76,6 +82,7 @@ def test_rows_on_their_way_to_the_disk_are_not_in_memory(tmp_path: Path) -> None
     ledger = Ledger(shape, 0, 3, lambda request: tmp_path / f"{request}.safetensors")
     for first in range(60):
         ledger.add(*batch_of([Piece(0, first, 1)], served))
+    assert len(ledger.rows(0, "0.h", 60)) == 60  # none waits any more
     held = sum(rows.nbytes for key, rows in served[0].items() if key.endswith(("k", "v")))
     leaves = sum(60 * -(-rows.shape[1] // 256) for key, rows in served[0].items() if not key.endswith("v"))
     assert ledger.held_bytes == held + 32 * leaves

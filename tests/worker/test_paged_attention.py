@@ -122,9 +122,9 @@ def test_a_stage_decodes_alike_with_and_without_pages(tiny_name: str, request: p
         lengths = [5, 16, 33]
         first = Batch(tuple(Piece(r, 0, n) for r, n in enumerate(lengths)))
         stage.forward(stage.embed(dice.integers(0, 100, first.rows)), first, cache)
-        for step in range(20):
-            single = [Piece(r, n + step, 1) for r, n in enumerate(lengths)]
-            batch = Batch((single[0], Piece(9, 3 * step, 3), *single[1:]))
+        for turn in range(20):
+            single = [Piece(r, n + turn, 1) for r, n in enumerate(lengths)]
+            batch = Batch((single[0], Piece(9, 3 * turn, 3), *single[1:]))
             hidden, captured = stage.forward(stage.embed(dice.integers(0, 100, batch.rows)), batch, cache)
             out += [hidden.float(), *(captured[key].float() for key in sorted(captured))]
         assert cache.padding == 0 or not pages
