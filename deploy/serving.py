@@ -65,14 +65,30 @@ class Setting:
 
 
 # What the processor may do, as its libraries read it from the environment when a process starts.
+_SSE4 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
+_AVX2 = f"{_SSE4},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
 INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "all": {},
-    "sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "sse4": {
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "NUMBA_CPU_NAME": "nehalem",
+        "NUMBA_CPU_FEATURES": _SSE4,
+    },
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": _AVX2,
+    },
     "avx512": {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "ATEN_CPU_CAPABILITY": "avx512",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "NUMBA_CPU_NAME": "skylake-avx512",
+        "NUMBA_CPU_FEATURES": f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl",
     },
 }
 NEEDED: Mapping[str, Sequence[str]] = {  # torch.cpu.get_capabilities(); without them the libraries die of SIGILL
@@ -102,10 +118,10 @@ FULL = (
     Setting("one-token decode without oneDNN", rows=1, onednn=False),
     Setting("one-token decode, each sequence alone, 2 threads", rows=1, together=1, threads=2, isa="all"),
     *(
-        Setting(f"{name}, {isa} instructions", rows=rows, isa=isa)
+        Setting(f"{name}, {isa} instructions", rows=rows, isa=isa, paged=paged)
         for isa in INSTRUCTIONS
         if isa != "all"
-        for name, rows in (("whole prefill", 0), ("one-token decode", 1))
+        for name, rows, paged in (("whole prefill", 0, True), ("one-token decode", 1, True), ("decode, SDPA", 1, False))
     ),
     Setting("whole prefill, CUDA", device="cuda"),
     Setting("chunked prefill, plain attention, CUDA", rows=CHUNK, plain=True, device="cuda"),

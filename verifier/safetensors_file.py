@@ -135,6 +135,9 @@ def write(path: Path, dtype: Dtype, tensors: Mapping[str, Bits], metadata: Mappi
         part.unlink(missing_ok=True)
 
 
+BEGUN = 2**16  # bytes that are worth a request to the disk
+
+
 class GrowingFile:
     """A file of matrices with as many rows each, the first one's written as they come. Nobody sees it before `publish`;
     between two calls none is open. Each method raises OSError.
@@ -181,11 +184,14 @@ class GrowingFile:
 
 
 def _write_behind(file: RawIOBase, rows: Bits) -> None:
-    """At the file's end."""
-    file.seek(0, os.SEEK_END)
+    """At the file's end. The disk begins with them at once, so that `publish` finds little left to wait for."""
+    first = file.seek(0, os.SEEK_END)
     data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     while data:
         data = data[file.write(data) :]
+    if rows.nbytes >= BEGUN and hasattr(os, "posix_fadvise"):
+        # Linux writes what is said not to be needed, without being waited for, and keeps it until that is done.
+        os.posix_fadvise(file.fileno(), first, rows.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _header(dtype: Dtype, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> bytes:

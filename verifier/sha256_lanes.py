@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from verifier import sha256_program
 from verifier.native import compiled
 from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, SIGNATURE, copy_bytes, data_pointer
 
@@ -132,4 +133,4 @@ def _hash_strided(
         done += lanes
 
 
-hash_strided = compiled(SIGNATURE, _hash_strided)
+hash_strided = compiled(SIGNATURE, _hash_strided, "sha256_lanes", [__file__, sha256_program.__file__])

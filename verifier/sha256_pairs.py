@@ -15,6 +15,7 @@ from llvmlite import binding, ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
+from verifier import sha256_program
 from verifier.native import compiled
 from verifier.sha256_program import INITIAL_STATE, ROUND_CONSTANTS, SIGNATURE, copy_bytes, data_pointer
 
@@ -148,4 +149,4 @@ def _hash_strided(
 
 
 if AVAILABLE:
-    hash_strided = compiled(SIGNATURE, _hash_strided)
+    hash_strided = compiled(SIGNATURE, _hash_strided, "sha256_pairs", [__file__, sha256_program.__file__])

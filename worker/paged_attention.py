@@ -20,6 +20,7 @@ import torch
 from numba.core import types
 
 from verifier.native import compiled
+from worker import vectors
 from worker.cache import PAGE, Pages
 from worker.vectors import LANES, add_up, score, weigh
 
@@ -43,11 +44,11 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages:
     (rows, heads, size), key_heads = query.shape, keys.shape[1]
     asked = query.float().contiguous().numpy().reshape(-1)
     out = np.zeros_like(asked)
-    program = _program(size, heads // key_heads, keys.dtype)
+    attend_rows = program(size, heads // key_heads, keys.dtype)
     pools = _bits(keys), _bits(values)
 
     def some(first: int, end: int) -> None:
-        program(
+        attend_rows(
             asked, out, *pools, pages.slots, pages.starts[first:end], pages.counts[first:end], first, key_heads, scale
         )
 
@@ -76,8 +77,8 @@ def _bits(pool: torch.Tensor) -> npt.NDArray[Any]:
 
 
 @cache
-def _program(size: int, shared: int, dtype: torch.dtype) -> Callable[..., None]:
-    """shared: heads over the same keys."""
+def program(size: int, shared: int, dtype: torch.dtype) -> Callable[..., None]:
+    """Compiled or loaded now, before `attend` needs it. shared: heads over the same keys."""
     chunks = size // LANES
     queries = next(n for n in range(shared, 0, -1) if shared % n == 0 and (n == 1 or n * chunks <= REGISTERS))
     parts, half = shared // queries, dtype is torch.float16
@@ -120,4 +121,6 @@ def _program(size: int, shared: int, dtype: torch.dtype) -> Callable[..., None]:
     floats, ints = types.float32[::1], types.int64[::1]
     pool = floats if dtype is torch.float32 else types.int16[::1]
     numbers = (types.int64, types.int64, types.float32)
-    return compiled(types.void(floats, floats, pool, pool, ints, ints, ints, *numbers), attend_rows)
+    signature = types.void(floats, floats, pool, pool, ints, ints, ints, *numbers)
+    name = f"attend_{size}_{shared}_{str(dtype).removeprefix('torch.')}"
+    return compiled(signature, attend_rows, name, [__file__, vectors.__file__])

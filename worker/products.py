@@ -8,21 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.errors import ConfigError
+
 _ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 class Packed(nn.Module):
-    """A linear layer whose weights lie as oneDNN's products on a CPU want them, once and not anew for each: the same
-    bits, in a copy of the same size. Where a CPU has instructions for bfloat16, that laying out takes longer than the
-    product of a few rows.
+    """A linear layer over bfloat16 whose weights lie as oneDNN's products on a CPU want them, once and not anew for
+    each: the same bits, from a copy of the same size. Where a CPU has instructions for bfloat16, that laying out takes
+    longer than the product of a few rows.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Raises ValueError where there is no oneDNN for such weights."""
+        """Raises ConfigError where there is no oneDNN for such weights."""
         super().__init__()
-        if weight.device.type != "cpu" or not _ONEDNN:
-            raise ValueError(f"packed weights: expected a CPU and torch with oneDNN, came {weight.device}")
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        came = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not _ONEDNN:
+            raise ConfigError(f"products: packed is for bfloat16 on a CPU, by torch with oneDNN; came {came}")
+        try:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        except RuntimeError as error:  # a processor that is too old
+            raise ConfigError(f"products: packed, {came}: {error}") from error
         self.bias = bias
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:

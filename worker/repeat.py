@@ -1,10 +1,11 @@
 """A stage that repeats its own results bit for bit, whatever else is in the microbatch.
 
 Libraries choose how to add up by the shapes they are given. So here every shape follows from a row's position in its
-request alone: layers run over ROWS rows, the rest padding, and a row attends within a band of PAGE positions - the
-others of the band are padding if they are not there - to all positions up to the band's end, those behind it masked.
-What is left is that a row's result does not depend on its place among the ROWS and the padding's on the others':
-nobody promises that, so worker.retain looks.
+request alone: layers run over ROWS rows, the rest padding, and each row attends alone, over its pages
+(worker.paged_attention), be it of a prompt or not. Where that can't be, it attends within a band of PAGE positions -
+the others of the band are padding if they are not there - to all positions up to the band's end, those behind it
+masked. What is left is that a row's result does not depend on its place among the ROWS and the padding's on the
+others': nobody promises that, so worker.retain looks.
 """
 
 from collections import defaultdict
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from verifier.safetensors_file import Bits
+from worker import paged_attention
 from worker.batch import Batch, Piece
 from worker.cache import PAGE, Cache
 from worker.stage import Captured, Forward, Stage, from_bits, to_bits
@@ -41,6 +43,14 @@ class BandedForward(Forward):
     bands: list[Bands]
 
     def plan(self) -> None:
+        self.bands, self.pages = [], None
+        if self.stage.paged:
+            alone = [Piece(p.request, t, 1) for p in self.batch.pieces for t in range(p.first, p.end)]
+            self.pages = self.cache.pages_of(alone)
+        else:
+            self._plan_bands()
+
+    def _plan_bands(self) -> None:
         by_end: dict[int, list[tuple[npt.NDArray[np.int64], int]]] = defaultdict(list)
         for piece, span in self.batch.spans():
             for start in range(piece.first // BAND * BAND, piece.end, BAND):
@@ -94,6 +104,10 @@ class RepeatableStage(Stage):
         context.cache.write(
             layer, context.slots, key[0, :, :taken].transpose(0, 1), value[0, :, :taken].transpose(0, 1)
         )
+        if context.pages is not None:
+            asked = query[0, :, :taken].transpose(0, 1)
+            part = paged_attention.attend(asked, *context.cache.pools(layer), context.pages, scale)
+            return nn.functional.pad(part, (0, 0, 0, 0, 0, ROWS - taken))[None]
         flat = nn.functional.pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, 1))  # [ROWS + 1, heads, head size]
         attended = torch.zeros_like(flat)
         for bands in context.bands:

@@ -24,6 +24,7 @@ from worker import paged_attention
 from worker.batch import Batch
 from worker.cache import Cache, Pages, Places
 from worker.config import PRODUCTS
+from worker.errors import ConfigError
 from worker.products import product, remake
 from worker.sampler import Draw, choose_all
 from worker.swap import SwappingCache
@@ -123,7 +124,9 @@ class Stage:
         weights: Weights | None = None,
         products: str = "mapped",
     ) -> None:
-        """products: how they are computed, one of worker.config.PRODUCTS, see worker.products. Raises ValueError."""
+        """products: how they are computed, one of worker.config.PRODUCTS (worker.products). Raises ValueError or, where
+        these are not for such weights or this machine, ConfigError.
+        """
         self.weights = weights if weights is not None else Weights.open(folder)
         self.shape = self.weights.shape
         if not 0 <= first_layer < end_layer <= self.shape.layers:
@@ -133,7 +136,7 @@ class Stage:
         self.device = torch.device(device)
         self.dtype = DTYPES[self.shape.served_dtype]
         if products not in PRODUCTS:
-            raise ValueError(f"products: expected one of {', '.join(PRODUCTS)}, came {products!r}")
+            raise ConfigError(f"products: expected one of {', '.join(PRODUCTS)}, came {products!r}")
         self.products = products if self.dtype is not torch.float32 or products != "widened" else "mapped"
         # Rationale: the MLP's hook has no other way to its forward: transformers calls the MLP without keywords.
         self._running = threading.local()
@@ -147,6 +150,8 @@ class Stage:
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.paged = paged_attention.serves(self.device, self.head_size)
+        if self.paged:
+            paged_attention.program(self.head_size, self.heads // self.kv_heads, self.dtype)
         self.rotary = rotary_class(config=config).to(self.device)
         self.layers: dict[int, nn.Module] = {
             index: self._layer(layer_class, config, index) for index in range(first_layer, end_layer)
