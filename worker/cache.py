@@ -1,10 +1,10 @@
 """Keys and values of the requests in flight: pages of a pool, a block table for each request.
 
 A page is PAGE positions of one request at every layer. A pool is [slots, key heads, head size], so a microbatch's rows
-are written by one copy and any set of positions is read by one gather. Requests that decode together are laid out in a
-run, one behind the other with the same room each: then all their positions are a view of the pool, and a step copies
-nothing. A request begins as a run of its own; runs are joined once the reads that this saves are worth the copy. Not
-for two threads at once.
+are written by one copy and any set of positions is read by one gather. On a CPU single rows attend to pages where they
+lie (worker.paged_attention). Elsewhere requests that decode together are laid out in a run, one behind the other with
+the same room each: then all their positions are a view of the pool, and a step copies nothing. A request begins as a
+run of its own; runs are joined once the reads that this saves are worth the copy. Not for two threads at once.
 """
 
 from collections.abc import Mapping, Sequence
