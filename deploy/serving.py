@@ -64,9 +64,10 @@ class Setting:
     paged: bool = True
 
 
-# What the processor may do, as its libraries read it from the environment when a process starts.
 _SSE4 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
 _AVX2 = f"{_SSE4},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
+
+# What the processor may do, as its libraries read it from the environment when a process starts.
 INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "all": {},
     "sse4": {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from llvmlite import binding
+from numba.core.registry import cpu_target
 
 
 def compiled(signature: Any, function: Any, name: str, sources: Sequence[str]) -> Callable[..., None]:
@@ -17,10 +17,7 @@ def compiled(signature: Any, function: Any, name: str, sources: Sequence[str]) -
     Rationale: numba looks only at the function's own file, keeps all programs of one name under one index, and writes
     index and program without a lock. So each has a name of its own: who else writes that, writes the same.
     """
-    settings: Any = numba.core.config
-    processor: tuple[Any, ...] = (settings.CPU_NAME, settings.CPU_FEATURES)
-    if None in processor:
-        processor = (*processor, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    processor = cpu_target.target_context.codegen().magic_tuple()
     made = sha256(repr((processor, numba.__version__)).encode())
     for source in (__file__, *sources):
         made.update(Path(source).read_bytes())

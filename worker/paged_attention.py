@@ -52,7 +52,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages:
             asked, out, *pools, pages.slots, pages.starts[first:end], pages.counts[first:end], first, key_heads, scale
         )
 
-    ends = _shares(pages.counts * (key_heads * size))
+    ends = _shares(pages.counts, key_heads * size)
     others = [_helpers().submit(some, first, end) for first, end in pairwise(ends)]
     some(0, ends[0])
     for other in others:
@@ -60,11 +60,13 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages:
     return torch.from_numpy(out).view(rows, heads, size).to(query.dtype)
 
 
-def _shares(work: npt.NDArray[np.int64]) -> list[int]:
-    """Where the rows of each of torch's threads end, for as many threads as are worth it."""
-    total = np.cumsum(work)
-    threads = max(1, min(torch.get_num_threads(), int(total[-1]) // WORTH))
-    return [*(int(np.searchsorted(total, total[-1] * i // threads)) for i in range(1, threads)), len(work)]
+def _shares(counts: npt.NDArray[np.int64], width: int) -> list[int]:
+    """Where the rows of each of torch's threads end, for as many threads as are worth it. width: of a position."""
+    threads = min(torch.get_num_threads(), int(counts.sum()) * width // WORTH)
+    if threads < 2:
+        return [len(counts)]
+    total = np.cumsum(counts)
+    return [*(int(np.searchsorted(total, total[-1] * i // threads)) for i in range(1, threads)), len(counts)]
 
 
 @cache

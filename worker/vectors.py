@@ -30,8 +30,8 @@ _LEAST = -87.0  # below, exp is 0 here: it is added to the largest, which is 1
 class _Code:
     """Instructions over vectors of float32."""
 
-    def __init__(self, builder: Any, context: Any, half: bool) -> None:
-        self.builder, self.context, self.half = builder, context, half
+    def __init__(self, builder: Any, half: bool) -> None:
+        self.builder, self.half = builder, half
 
     def constant(self, value: float) -> Any:
         return ir.Constant(_FLOATS, [float(np.float32(value))] * LANES)
@@ -40,7 +40,8 @@ class _Code:
         return ir.Constant(_WORDS, [value] * LANES)
 
     def splat(self, value: Any) -> Any:
-        one = self.builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_WORD, 0))
+        """A float, or a word, in every lane."""
+        one = self.builder.insert_element(ir.VectorType(value.type, LANES)(ir.Undefined), value, _WORD(0))
         return self.builder.shuffle_vector(one, one, ir.Constant(_WORDS, [0] * LANES))
 
     def call(self, name: str, *values: Any, result: Any = _FLOATS) -> Any:
@@ -106,9 +107,9 @@ def score(
     chunks, count, is_half = size.literal_value // LANES, queries.literal_value, half.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = _Code(builder, context, is_half)
+        code = _Code(builder, is_half)
         asked, held, found = (elements(context, builder, signature.args[i], args[i]) for i in (0, 2, 7))
-        place = [
+        vectors = [
             [code.load(code.at(asked, builder.add(args[1], _INT(LANES * (q * chunks + c))))) for c in range(chunks)]
             for q in range(count)
         ]
@@ -120,7 +121,9 @@ def score(
             for c in range(chunks):
                 key = code.load(code.at(held, builder.add(row, _INT(LANES * c))))
                 for q in range(count):
-                    sums[q] = builder.fmul(key, place[q][c]) if c == 0 else code.add_product(key, place[q][c], sums[q])
+                    sums[q] = (
+                        builder.fmul(key, vectors[q][c]) if c == 0 else code.add_product(key, vectors[q][c], sums[q])
+                    )
             return sums
 
         even, odd = (ir.Constant(_WORDS, list(range(first, 2 * LANES, 2))) for first in (0, 1))
@@ -135,13 +138,11 @@ def score(
             ]
 
         lanes = ir.Constant(_WORDS, list(range(LANES)))
-        limit = builder.trunc(args[5], _WORD)
-        one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), limit, ir.Constant(_WORD, 0))
-        seen = builder.icmp_signed("<", lanes, builder.shuffle_vector(one, one, ir.Constant(_WORDS, [0] * LANES)))
+        seen = builder.icmp_signed("<", lanes, code.splat(builder.trunc(args[5], _WORD)))
         scaling = code.splat(args[6])
         for q, sums in enumerate(summed(0, LANES)):
-            score = builder.select(seen, builder.fmul(sums, scaling), code.constant(-np.inf))
-            code.store(score, code.at(found, builder.add(args[8], builder.mul(args[9], _INT(q)))))
+            product = builder.select(seen, builder.fmul(sums, scaling), code.constant(-np.inf))
+            code.store(product, code.at(found, builder.add(args[8], builder.mul(args[9], _INT(q)))))
         return context.get_dummy_value()
 
     floats, whole = types.float32, types.intp
@@ -155,7 +156,7 @@ def weigh(typing: Any, scores: Any, at: Any, count: Any) -> Any:
     """scores[at :][:count], whole vectors of them, become their softmax."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = _Code(builder, context, False)
+        code = _Code(builder, False)
         held = code.at(elements(context, builder, signature.args[0], args[0]), args[1])
         vectors = builder.sdiv(args[2], _INT(LANES))
 
@@ -209,7 +210,7 @@ def add_up(
     chunks, count, is_half = size.literal_value // LANES, queries.literal_value, half.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = _Code(builder, context, is_half)
+        code = _Code(builder, is_half)
         given, held, weights = (elements(context, builder, signature.args[i], args[i]) for i in (0, 2, 5))
         places = [code.at(given, builder.add(args[1], _INT(LANES * i))) for i in range(count * chunks)]
         sums = [code.load(place) for place in places]

@@ -48,12 +48,15 @@ def served(stage: Stage, dice: random.Random) -> list[dict[str, list[Any]]]:
     return traces
 
 
+@pytest.mark.parametrize("paged", [True, False])
 @pytest.mark.parametrize("model", ["tiny", "tiny_bf16"])
 def test_a_request_has_the_same_trace_whatever_it_is_batched_with(
-    model: str, request: pytest.FixtureRequest, tmp_path: Path
+    model: str, paged: bool, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder, _ = request.getfixturevalue(model)
     stage = RepeatableStage(folder, 0, 3)
+    assert stage.paged
+    stage.paged = paged
     again = [stage.regenerate(to_bits(stage.embed(np.array(prompt, np.int64)))) for prompt in PROMPTS]
     for seed in range(4):
         for r, trace in enumerate(served(stage, random.Random(seed))):
