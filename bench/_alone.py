@@ -26,7 +26,7 @@ class Silent(Recorder):
     def rows(self, batch: Batch, captured: Captured, sent: object) -> None:
         pass
 
-    def ended(self, request: int) -> None:
+    def ended(self, requests: Sequence[int]) -> None:
         pass
 
     def finish(self) -> Summary:

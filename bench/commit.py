@@ -43,7 +43,7 @@ SIDES: dict[str, type[Recorder]] = {"on": Watched, "off": Silent}
 
 
 def run(
-    models: list[str] | None = None, requests: int = 32, prompt: int = 32, tokens: int = 24, rounds: int = 5
+    models: list[str] | None = None, requests: int = 32, prompt: int = 32, tokens: int = 64, rounds: int = 5
 ) -> dict[str, Any]:
     """rounds: of which the median counts; a first one warms up.
 

@@ -4,7 +4,7 @@ each request: a microbatch costs one copy, and the hasher and the files are call
 Each such call needs the interpreter, which serving needs as well.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from verifier.safetensors_file import GrowingFile
 from verifier.sha256 import HASH_BYTES, Bytes, roots, row_leaf_hashes
 from verifier.trace import BESIDE, is_tiled, stage_metadata, tile_leaf_hashes
 from worker.batch import Batch
+from worker.errors import JobFailed
 
 Bits = npt.NDArray[Any]
 
@@ -57,10 +58,6 @@ class Ledger:
         arrays = (array for kept in self._kept.values() for array in (*kept.rows, *kept.hashes))
         return sum(array.first(array.count).nbytes for array in arrays if isinstance(array, _Growing))
 
-    def __contains__(self, request: int) -> bool:
-        waits = any(piece.request == request for batch in self._waiting for piece in batch.pieces)
-        return waits or request in self._kept
-
     def add(self, batch: Batch, tensors: Mapping[str, Bits]) -> int:
         """One microbatch: raw bits [rows, width] by key, the same keys each time; a request's rows come in order.
 
@@ -88,26 +85,47 @@ class Ledger:
         at, sheet = next((i, sheet) for i, sheet in enumerate(self._sheets) if key in sheet.columns)
         return kept.rows[at].first(count)[:, sheet.columns[key]]
 
-    def take(self, request: int) -> Taken:
-        """The request is gone then. Raises KeyError."""
+    def take(self, requests: Iterable[int]) -> Iterator[Taken]:
+        """Each in turn; it is gone then. Raises JobFailed for one that has no rows.
+
+        Trees of one size climb together, those of many requests too: of as many as have AT_ONCE bytes of hashes.
+        """
         self._flush()
-        kept = self._kept.pop(request)
-        first, *others = kept.rows
+        group: list[_Kept] = []
+        held = 0
+        for request in requests:
+            kept = self._kept.pop(request, None)
+            if kept is None:
+                raise JobFailed(f"request {request} ended without a single position")
+            size = sum(array.first(array.count).nbytes for array in kept.hashes)
+            if group and held + size > AT_ONCE:
+                yield from self._taken(group)
+                group, held = [], 0
+            group.append(kept)
+            held += size
+        yield from self._taken(group)
+
+    def _taken(self, group: Sequence["_Kept"]) -> Iterator[Taken]:
+        for kept, tops in zip(group, _roots([self._leaves(kept) for kept in group]), strict=True):
+            first, *others = kept.rows
+            if isinstance(first, GrowingFile):
+                first.finish(array.first(array.count) for array in others)
+                yield Taken(first.count, tops, first, {})
+                continue
+            arrays = {
+                key: array.first(array.count)[:, columns]
+                for sheet, array in zip(self._sheets, kept.rows, strict=True)
+                for key, columns in sheet.columns.items()
+            }
+            yield Taken(first.count, tops, None, arrays)
+
+    def _leaves(self, kept: "_Kept") -> dict[str, Bytes]:
         leaves: dict[str, Bytes] = {}
         for sheet, rows, hashes in zip(self._sheets, kept.rows, kept.hashes, strict=True):
             # A tile spans positions: v's are hashed when all are there.
             found = tile_leaf_hashes(rows.first(rows.count)) if sheet.tiled else hashes.first(hashes.count)
             leaves |= sheet.leaves(found)
-        roots = _roots(leaves)
-        if isinstance(first, GrowingFile):
-            first.finish(array.first(array.count) for array in others)
-            return Taken(first.count, roots, first, {})
-        arrays = {
-            key: array.first(array.count)[:, columns]
-            for sheet, array in zip(self._sheets, kept.rows, strict=True)
-            for key, columns in sheet.columns.items()
-        }
-        return Taken(first.count, roots, None, arrays)
+        return leaves
 
     def _flush(self) -> None:
         """Rows that wait go where their requests' rows are."""
@@ -231,13 +249,15 @@ def _largest(rows: Bits) -> int:
     return max(positive, int(rows.max()) - sign, 0)
 
 
-def _roots(leaves: Mapping[str, Bytes]) -> dict[str, bytes]:
-    """Trees of one size climb together."""
-    sizes: dict[int, list[str]] = {}
-    for key, hashes in leaves.items():
-        sizes.setdefault(len(hashes), []).append(key)
-    return {
-        key: bytes(root)
-        for keys in sizes.values()
-        for key, root in zip(keys, roots(np.stack([leaves[key] for key in keys])), strict=True)
-    }
+def _roots(requests: Sequence[Mapping[str, Bytes]]) -> list[dict[str, bytes]]:
+    """Of each request's leaves, by tensor."""
+    sizes: dict[int, list[tuple[int, str]]] = {}
+    for i, leaves in enumerate(requests):
+        for key, hashes in leaves.items():
+            sizes.setdefault(len(hashes), []).append((i, key))
+    found: list[dict[str, bytes]] = [{} for _ in requests]
+    for trees in sizes.values():
+        tops = roots(np.stack([requests[i][key] for i, key in trees]))
+        for (i, key), root in zip(trees, tops, strict=True):
+            found[i][key] = root.tobytes()
+    return found

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Ended:
-    request: int
+    requests: tuple[int, ...]
 
 
 class Recorder:
@@ -133,14 +134,14 @@ class Recorder:
         """Output tokens as sent (last stage) or received (stage 0)."""
         self._put(_Tokens(tuple(tokens)))
 
-    def ended(self, request: int) -> None:
-        """`request` gets no further rows."""
-        self._put(_Ended(request))
+    def ended(self, requests: Sequence[int]) -> None:
+        """They get no further rows."""
+        if requests:
+            self._put(_Ended(tuple(requests)))
 
     def finish(self) -> Summary:
         """Ends every request, waits for the thread. Each must have at least one position."""
-        for request in range(len(self._requests)):
-            self._put(_Ended(request))
+        self.ended(range(len(self._requests)))
         self._put(None)
         self._thread.join()
         self._check()
@@ -213,8 +214,8 @@ class Recorder:
             case _Tokens(tokens):
                 for token in tokens:
                     self._tokens.add(token.request, token.token)
-            case _Ended(request):
-                self._finish_request(request)
+            case _Ended(requests):
+                self._finish_requests(requests)
             case None:
                 write_bytes(roots_path(self._folder), b"".join(self._roots[r] for r in sorted(self._roots)))
                 while self._syncs:
@@ -241,23 +242,22 @@ class Recorder:
             piece, span = next((piece, span) for piece, span in batch.spans() if row < span.stop)
             raise OutOfRange(key, piece.request, piece.first + row - span.start, column)
 
-    def _finish_request(self, request: int) -> None:
-        if request in self._nodes:
-            return
-        if request not in self._ledger:
-            raise JobFailed(f"request {request} ended without a single position")
-        self._handed.pop(request, None)
-        taken = self._ledger.take(request)
+    def _finish_requests(self, requests: Sequence[int]) -> None:
+        left = [request for request in requests if request not in self._nodes]
+        for request in left:
+            self._handed.pop(request, None)
         keys = tensor_keys(self._shape, self._first_layer, self._end_layer)
-        self._roots[request] = b"".join(taken.roots[key] for key in keys)
-        self._nodes[request] = TraceNode(taken.positions, HashTree.of([taken.roots[key] for key in keys]).root)
-        if taken.file is not None:
-            self._later(taken.file.publish)
-            return
-        trace = RequestTrace(self._shape, self._first_layer, self._end_layer, taken.arrays, taken.roots)
-        assert self._drops is not None
-        if not self._drops(request, trace):
-            self._later(lambda: trace.save(trace_path(self._folder, request)))
+        for request, taken in zip(left, self._ledger.take(left), strict=True):
+            roots = [taken.roots[key] for key in keys]
+            self._roots[request] = b"".join(roots)
+            self._nodes[request] = TraceNode(taken.positions, HashTree.of(roots).root)
+            if taken.file is not None:
+                self._later(taken.file.publish)
+                continue
+            trace = RequestTrace(self._shape, self._first_layer, self._end_layer, taken.arrays, taken.roots)
+            assert self._drops is not None
+            if not self._drops(request, trace):
+                self._later(partial(trace.save, trace_path(self._folder, request)))
 
     def _later(self, sync: Callable[[], None]) -> None:
         """Begun here, or once there is room; done by `finish`."""

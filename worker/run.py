@@ -282,9 +282,9 @@ class Run:
     async def _drive_attempts(self) -> None:
         failures = 0
         while True:
-            others = await self._ready() if self._ready is not None else ()
-            self._reset(self._attempt + 1)
             try:
+                others = await self._ready() if self._ready is not None else ()
+                self._reset(self._attempt + 1)
                 self._save(self.state.to(Phase.SERVING, attempt=self._attempt))
                 self._recorder = self._record()
                 kept = sum(map(len, self._kept))
@@ -485,7 +485,7 @@ class Run:
             began = time.perf_counter()
             for request in ended:
                 cache.drop(request)
-                recorder.ended(request)
+            recorder.ended(ended)
             with cache.holding(batch):
                 cache.share(batch)
                 out, captured = stage.forward(hidden(), batch, cache)

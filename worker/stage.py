@@ -259,9 +259,12 @@ class Stage:
             )
             attended[rows] = part[0].transpose(0, 1)
         if context.pages is not None:
-            part = paged_attention.attend(
-                query[0].transpose(0, 1)[context.paged], *context.cache.pools(layer), context.pages, scale
-            )
+            each = query[0].transpose(0, 1)
+            alone = len(context.paged) == len(each)  # nothing but single rows: each is in its place
+            asked = each if alone else each[context.paged]
+            part = paged_attention.attend(asked, *context.cache.pools(layer), context.pages, scale)
+            if alone:
+                return part[None]
             attended.index_copy_(0, context.paged, part)
         if not context.groups:
             return attended[None]

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from worker.cache import Cache
 from worker.channel import Peer
 from worker.config import Bounds, Serving
 from worker.consent import place
-from worker.errors import Stalled
+from worker.errors import JobFailed, Stalled
 from worker.pulse import Pulse
 from worker.recorder import trace_path
 from worker.stage import Captured, Stage
@@ -288,3 +289,24 @@ def test_a_spare_is_in_a_pipeline_that_differs_in_one_worker() -> None:
         ([Place("c", 0, 4, 10_000)], None),
     ):
         assert place(tuple(line), tuple(relief)) == index
+
+
+def test_what_breaks_while_a_ring_is_asked_for_is_told(
+    tiny: Tiny, requests_batch: list[Request], tmp_path: Path
+) -> None:
+    """Whatever it is: else the job would stand until its deadline without a word."""
+    folder, _ = tiny
+
+    async def broken() -> Sequence[Bounds]:
+        raise KeyError("a stage")
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            serving = Serving(max_rows=16, attempts=1)
+            first, _ = wire(tmp_path, split(folder, 3, 2), requests_batch, serving, compute)
+            first._ready = broken
+            first.start()
+            with pytest.raises(JobFailed, match="KeyError"):
+                await within(20, first.finished)
+
+    asyncio.run(work())
