@@ -119,10 +119,10 @@ class Agent:
     def folder(self, job: bytes) -> JobFolder:
         return JobFolder(self.config.data, job)
 
-    def check_disk(self, id: bytes, job: Job) -> None:
-        """Whether its traces have room beside those of the jobs that are being served. Blocking. Raises Refused."""
+    def check_room(self, id: bytes, job: Job) -> None:
+        """Whether it has room beside the jobs that are being served. Blocking. Raises Refused."""
         others = [other for other in list(self._engagements.values()) if other.id != id]
-        self.room.check_disk(
+        self.room.check_jobs(
             [job, *(other.job for other in others if other.state.phase in (Phase.SIGNED, Phase.SERVING))]
         )
 

@@ -92,9 +92,11 @@ def check_pieces(
 
 
 def check_room(sender: str, batch: Batch, positions: Sequence[int], homes: Homes) -> None:
-    """Admits requests whose first rows come. Raises BadMessage naming the sender if they, or a microbatch's guests, are
-    more than stage 0 lets in and together, which knows our bounds: nobody makes us hold more.
+    """Admits requests whose first rows come. Raises BadMessage naming the sender if they, a microbatch or its guests
+    are more than stage 0 lets in and together, which knows our bounds: nobody makes us hold more.
     """
+    if batch.rows > homes.rows:
+        raise BadMessage(sender, f"rows: expected at most {homes.rows} in a microbatch, came {batch.rows}")
     for piece in batch.pieces:
         if positions[piece.request]:
             continue

@@ -63,16 +63,18 @@ class Policy:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A stage's room for keys and values of one job. In positions."""
+    """A stage's room for one job: positions of keys and values, and the rows of a microbatch."""
 
     main: int  # of the device's pool
     buffer: int = 0  # of one microbatch's guests
     host: int = 0  # of all guests; both 0: no guests
+    rows: int = 2**20
 
     def __post_init__(self) -> None:
-        if self.main < 1 or not 0 <= self.buffer <= self.host or (self.host > 0) != (self.buffer > 0):
-            came = f"{self.main}, {self.buffer}, {self.host}"
-            raise ValueError(f"expected main >= 1 and 0 < buffer <= host, or no guests; came {came}")
+        least = min(self.main, self.rows)
+        if least < 1 or not 0 <= self.buffer <= self.host or (self.host > 0) != (self.buffer > 0):
+            came = f"{self.main}, {self.buffer}, {self.host}, {self.rows}"
+            raise ValueError(f"expected main and rows >= 1 and 0 < buffer <= host, or no guests; came {came}")
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,11 @@ class Serving:
     device: str = "cpu"
     products: str = "mapped"  # how rows are multiplied by weights, one of PRODUCTS (worker.products)
     threads: int = 0  # of torch; 0 leaves its own choice
+    max_jobs: int = 8  # signed for or served at a time: each has a cache and a queue of its own
     max_rows: int = 512  # rows of one microbatch
     microbatches: int = 0  # in flight; 0: as many as fill the ring (worker.pace)
     share_prefixes: bool = True  # what prompts of a job begin with alike is computed once (worker.prefix)
-    cache_positions: int = 65_536  # of requests whose keys and values stay on the device
+    cache_positions: int = 65_536  # of a job's requests whose keys and values stay on the device
     swap_positions: int = 0  # of one microbatch's requests that live on the host; 0: none do (worker.swap)
     host_positions: int = 0  # of all of these together
     recorder_bytes: int = 256 * 2**20  # of tensors that wait for the recorder before serving waits for it
@@ -101,9 +104,9 @@ class Serving:
     max_body_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
-        if min(self.max_rows, self.cache_positions) < 1:
-            came = f"{self.max_rows}, {self.cache_positions}"
-            raise ConfigError(f"serving.max_rows, serving.cache_positions: expected 1 or more, came {came}")
+        for name in ("max_jobs", "max_rows", "cache_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"serving.{name}: expected 1 or more, came {getattr(self, name)}")
         if not 0 <= self.swap_positions <= self.host_positions or (self.swap_positions == 0) != (
             self.host_positions == 0
         ):
@@ -120,7 +123,7 @@ class Serving:
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.cache_positions, self.swap_positions, self.host_positions)
+        return Bounds(self.cache_positions, self.swap_positions, self.host_positions, self.max_rows)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ class Consents:
         else:
             self._check_rest(run)
             if now >= self._until:  # whoever asks again before that prolongs nothing
-                self._until = now + CONSENT_SECONDS
                 run.hold(held_until())
+                self._until = now + CONSENT_SECONDS
             until = self._until
         until = min(until, ours.job.commit_by)
         return await asyncio.to_thread(agent.notary.sign_move, ours.id, before, pipeline, until)

@@ -131,7 +131,7 @@ class Engagement:
                 if self.index == 0:
                     raise Refused("the requester has not sent its prompts")
                 await self._fetch_requests(0)
-            await asyncio.to_thread(agent.check_disk, self.id, self.job)
+            await asyncio.to_thread(agent.check_room, self.id, self.job)
             if self.state.phase is Phase.OPEN:
                 await asyncio.to_thread(self._save, self.state.to(Phase.SIGNED))
             return await asyncio.to_thread(agent.notary.sign_accept, self.id, self.index, self.job.model)
@@ -168,15 +168,15 @@ class Engagement:
     async def _serve(self) -> None:
         """Joins the ring, serves the batch, sees to it that our claim is on chain."""
         agent = self.agent
-        n = len(self.stages)
-        before, sender = self.predecessor
+        if self.state.phase is Phase.FINISHED:  # by a restart: the claim waits for no neighbour
+            await self._post([await self.claim()])
+        n, (before, sender) = len(self.stages), self.predecessor
         if self.rings and not self.folder.has_requests():
             await self._fetch_requests(before)
         requests = await asyncio.to_thread(self.folder.load_requests)
         await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         if n > 1:
-            peer, _ = await self._neighbour(before)
-            agent.channel.admit(peer)
+            agent.channel.admit((await self._neighbour(before))[0])
             peer, address = await self._neighbour((self.index + 1) % n)
             self._link = agent.channel.to(peer, address)
         if self.index == 0 and not any(self._kept) and (self.rings or self.state.attempt):

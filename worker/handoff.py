@@ -4,7 +4,7 @@
 Order of the records, ours to choose since a proof names its index: by request, then position (or token), then block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,17 +117,22 @@ def prove_token(tokens: Mapping[int, Sequence[int]], request: int, index: int) -
 
 
 def prove_row(
-    rows: Sequence[npt.NDArray[Any]], request: int, position: int, block: int
+    rows: Iterable[npt.NDArray[Any]], request: int, position: int, block: int
 ) -> tuple[int, bytes, tuple[bytes, ...]]:
-    """(index, record, siblings) of one row block; rows[r] = all rows handed over for request r, [positions, width] raw
-    bits.
+    """(index, record, siblings) of one row block; of each request all rows handed over for it, [positions, width] raw
+    bits: looked at one after another, and let go. Raises IndexError where there is no such row.
     """
-    owners, positions = [np.full(len(bits), r) for r, bits in enumerate(rows)], [np.arange(len(bits)) for bits in rows]
-    leaves = row_leaves(np.concatenate(owners), np.concatenate(positions), np.concatenate(rows)).reshape(-1, 32)
-    width = rows[request].shape[1]
-    place = row_index([len(bits) for bits in rows], request, position, block, width)
-    data = rows[request][position, block * BLOCK : (block + 1) * BLOCK].tobytes()
-    return place, row_record(request, position, block, data), tuple(sha256.HashTree(leaves).prove(place))
+    leaves: list[LeafHashes] = []
+    counts: list[int] = []
+    width, data = 0, b""
+    for r, bits in enumerate(rows):
+        leaves.append(row_leaves(np.full(len(bits), r), np.arange(len(bits)), bits).reshape(-1, 32))
+        counts.append(len(bits))
+        if r == request:
+            width, data = bits.shape[1], bits[position, block * BLOCK : (block + 1) * BLOCK].tobytes()
+    place = row_index(counts, request, position, block, width)
+    siblings = sha256.HashTree(np.concatenate(leaves)).prove(place)
+    return place, row_record(request, position, block, data), tuple(siblings)
 
 
 def _root(leaves: LeafHashes) -> tuple[bytes, int]:

@@ -40,7 +40,7 @@ class Homes:
     def __init__(self, requests: Sequence[Request], bounds: Bounds) -> None:
         main, buffer, host = bounds.main, bounds.buffer, bounds.host
         self.reserves = [len(request.prompt) + request.limit for request in requests]
-        self.buffer = buffer
+        self.buffer, self.rows = buffer, bounds.rows
         self.guests: set[int] = set()
         here = there = 0
         for r, positions in enumerate(self.reserves):

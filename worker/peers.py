@@ -115,8 +115,8 @@ class Peers:
             raise PeerFault(name, f"has failed: {str(body.get('reason'))[:500]}")
         room = body.get("room")
         try:
-            if not isinstance(room, list) or len(room) != 3 or not all(type(n) is int for n in room):
-                raise ValueError("expected three whole numbers")
+            if not isinstance(room, list) or len(room) != 4 or not all(type(n) is int for n in room):
+                raise ValueError("expected four whole numbers")
             return Bounds(*room)
         except ValueError as error:
             raise PeerFault(name, f"its room: {error}, came {str(room)[:80]}") from error

@@ -5,6 +5,8 @@ not computed. Silence for `silence_seconds`, or a microbatch held for `slow_seco
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from worker.config import Serving
 from worker.errors import Stalled
@@ -23,7 +25,8 @@ class Pulse:
         self._waiting = 0  # messages of the predecessor for which there is no room yet
         self._last = False
         self._told_seconds = 0.0  # for how long it holds its oldest microbatch
-        self._held: deque[float] = deque()  # since when we hold ours
+        self._held: deque[float] = deque()  # since when we hold ours that are not begun
+        self._begun: float | None = None  # and the one that is computed
 
     # ---- of the predecessor
 
@@ -62,9 +65,19 @@ class Pulse:
         """A microbatch is ours to compute; they are computed in order."""
         self._held.append(now)
 
-    def computed(self) -> None:
-        """From any thread."""
-        self._held.popleft()
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The oldest, in any one thread. It is held no more behind this, whatever comes of it."""
+        self._begun = self._held.popleft() if self._held else None
+        try:
+            yield
+        finally:
+            self._begun = None
+
+    def over(self) -> None:
+        """The attempt is: what was not begun is held no more. Else a stage would seem ill that nobody waits for."""
+        self._held = deque()
 
     def held_seconds(self, now: float) -> float:
-        return now - self._held[0] if self._held else 0.0
+        begun, held = self._begun, list(self._held)
+        return now - min(held if begun is None else [begun, *held], default=now)

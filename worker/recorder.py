@@ -136,6 +136,7 @@ class Recorder:
 
     def ended(self, requests: Sequence[int]) -> None:
         """They get no further rows."""
+        self._check()
         if requests:
             self._put(_Ended(tuple(requests)))
 
@@ -248,6 +249,8 @@ class Recorder:
             self._handed.pop(request, None)
         keys = tensor_keys(self._shape, self._first_layer, self._end_layer)
         for request, taken in zip(left, self._ledger.take(left), strict=True):
+            if self._error is not None:
+                return  # the attempt was dropped meanwhile, and its successor waits
             roots = [taken.roots[key] for key in keys]
             self._roots[request] = b"".join(roots)
             self._nodes[request] = TraceNode(taken.positions, HashTree.of(roots).root)

@@ -104,10 +104,10 @@ class Responder(Player):
             index = segment.position - len(folder.load_requests()[segment.request].prompt)
             place, record, siblings = prove_token(dict(enumerate(state.tokens)), segment.request, index)
         elif kind in (Kind.LINK, Kind.LENGTH):
-            rows = [self.traces.inputs(folder, r) for r in range(len(state.nodes))]
             block = segment.unit // BLOCK if kind is Kind.LINK else 0
-            if segment.position >= len(rows[segment.request]):
-                raise NothingWrong(f"{segment}: we hold {len(rows[segment.request])} positions")
+            if segment.position >= (held := state.nodes[segment.request].positions):
+                raise NothingWrong(f"{segment}: we hold {held} positions")
+            rows = (self.traces.inputs(folder, r) for r in range(len(state.nodes)))
             place, record, siblings = prove_row(rows, segment.request, segment.position, block)
         else:
             raise NothingWrong(f"{segment}: not a segment that a hand-off can shift")

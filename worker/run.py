@@ -241,11 +241,14 @@ class Run:
                 log.warning("job %s: the successor could not be told: %s", self.folder.job.hex()[:8], failure)
 
     async def _forget_attempt(self) -> None:
-        """Its traces leave the disk before another's come: the old ones can't replace the new, nor take their room."""
+        """Its traces leave the disk before another's come: they can't replace the new, nor take their room."""
         if self._recorder is not None and self.state.phase is not Phase.SEALED:
             self._recorder.close()
+            self._pulse.over()
+            self._cache = self._stage.cache()  # keys and values go: there may never be another attempt
             await asyncio.to_thread(self._recorder.join)
             self.folder.drop_traces()
+            self._recorder = None  # last: who is cancelled before is followed by another that waits
 
     def _drain(self) -> None:
         """Lets go whoever waits to put into the inbox."""
@@ -312,7 +315,7 @@ class Run:
         self.pace = Pace(self.state.stages, self._serving.microbatches, any(each.guests for each in homes))
         scheduler = Scheduler(
             self.requests,
-            max_rows=self._serving.max_rows,
+            max_rows=min(each.rows for each in bounds),
             pace=self.pace,
             homes=homes,
             kept=self._kept,
@@ -482,26 +485,22 @@ class Run:
         cache.coming(batch, self._homes.visiting(batch))
 
         def work() -> Step:
-            began = time.perf_counter()
-            for request in ended:
-                cache.drop(request)
-            recorder.ended(ended)
-            with cache.holding(batch):
-                cache.share(batch)
-                out, captured = stage.forward(hidden(), batch, cache)
-            ids = stage.tokens(out[[row for _, _, row in sampled]], draws) if sampled else []
-            recorder.rows(batch, captured, None if stage.is_last else out)
-            tokens = [
-                Token(request, position + 1 - counts[request], token)
-                for (request, position, _), token in zip(sampled, ids, strict=True)
-            ]
-            pulse.computed()
-            self._moved = time.monotonic()
-            own = time.perf_counter() - began
-            # Rationale: smoothed here and not at stage 0: the largest of many times that vary is no stage's time, and
-            # would make the ring too small.
-            self._own_seconds += (own - self._own_seconds) * (SMOOTHING if self._own_seconds else 1.0)
-            return Step(batch, ended, out, tokens, began, busy + own, max(slowest, self._own_seconds))
+            with pulse.computing():
+                began = time.perf_counter()
+                for request in ended:
+                    cache.drop(request)
+                recorder.ended(ended)
+                with cache.holding(batch):
+                    cache.share(batch)
+                    out, captured = stage.forward(hidden(), batch, cache)
+                ids = stage.tokens(out[[row for _, _, row in sampled]], draws) if sampled else []
+                recorder.rows(batch, captured, None if stage.is_last else out)
+                tokens = [Token(r, t + 1 - counts[r], token) for (r, t, _), token in zip(sampled, ids, strict=True)]
+                self._moved = time.monotonic()
+                own = time.perf_counter() - began
+                # Smoothed here, not at stage 0: the largest of many times is no stage's, and makes the ring too small.
+                self._own_seconds += (own - self._own_seconds) * (SMOOTHING if self._own_seconds else 1.0)
+                return Step(batch, ended, out, tokens, began, busy + own, max(slowest, self._own_seconds))
 
         return work
 

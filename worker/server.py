@@ -2,10 +2,13 @@
 are bounded, signatures are given only for what the worker has checked, and traces are what it committed to anyway.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import asdict, astuple
+from threading import Lock
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -36,6 +39,9 @@ class TooLarge(WorkerError):
 def create_app(agent: Agent) -> FastAPI:
     app = FastAPI(title="Plumb worker", docs_url=None, redoc_url=None, openapi_url=None)
     config = agent.config
+    # SAFETY: of those who ask for what is computed again, one at a time stands before a game's own question. And what
+    # takes long runs in threads: from the event loop come the heartbeats.
+    strangers = Lock() if config.serving.retain == "regenerate" else nullcontext()
 
     def answer(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
         async def handle(_request: Request, error: Exception) -> Response:
@@ -87,12 +93,13 @@ def create_app(agent: Agent) -> FastAPI:
         id = _bytes32(job)
         terms = (await agent.engagement(id)).job  # SAFETY: nobody's body is read for a job that nobody has funded
         told = SMALL_BODY_BYTES + REQUEST_BYTES * terms.requests + TOKEN_BYTES * terms.prompt_tokens
-        requests = parse_requests(await _body(request, min(told, config.serving.max_body_bytes)))
+        body = await _body(request, min(told, config.serving.max_body_bytes))
+        requests = await asyncio.to_thread(parse_requests, body)
         await agent.take_requests(id, requests)
         return {"job": id.hex(), "requests": len(requests)}
 
     @app.get("/jobs/{job}/requests")
-    async def get_requests(job: str) -> Response:
+    def get_requests(job: str) -> Response:
         requests = agent.folder(_bytes32(job)).load_requests()
         return JSONResponse({"requests": [request_json(request) for request in requests]})
 
@@ -107,9 +114,10 @@ def create_app(agent: Agent) -> FastAPI:
         return {"until": consent.until, "signature": consent.signature.hex()}
 
     @app.get("/jobs/{job}/tokens")
-    async def tokens(job: str) -> dict[str, Any]:
+    async def tokens(job: str) -> Response:
         """Of each request so far, at stage 0 and the last: nothing is committed to yet."""
-        return {"tokens": (await agent.engagement(_bytes32(job))).tokens}
+        told = (await agent.engagement(_bytes32(job))).tokens
+        return await asyncio.to_thread(JSONResponse, {"tokens": told})
 
     @app.post("/jobs/{job}/commit")
     async def commit(job: str) -> dict[str, Any]:
@@ -177,7 +185,8 @@ def create_app(agent: Agent) -> FastAPI:
             raise Refused(f"expected a request below {len(state.nodes)}, came {request}")
         if tensor not in tensor_keys(agent.stage.shape, config.first_layer, config.end_layer):
             raise Refused(f"tensor {tensor!r} is not of this stage")
-        array = agent.traces.load(folder, request).arrays[tensor]
+        with strangers:
+            array = agent.traces.load(folder, request).arrays[tensor]
         if not 0 <= first < len(array) or (count is not None and count < 1):
             raise Refused(f"expected rows within {len(array)}, came {first} and {count}")
         most = max(1, ANSWER_BYTES // (array.shape[1] * array.itemsize))
@@ -186,7 +195,7 @@ def create_app(agent: Agent) -> FastAPI:
         return Response(part.tobytes(), media_type="application/octet-stream", headers=headers)
 
     @app.get("/jobs/{job}/outputs")
-    async def outputs(job: str) -> Response:
+    def outputs(job: str) -> Response:
         folder, state = served(job)
         if not state.tokens:
             raise Refused("only stage 0 and the last stage hold the outputs")

@@ -63,7 +63,7 @@ class Spare:
             try:
                 consent = await self._prepare()
                 break
-            except (WorkerError, ContractsError) as error:
+            except (WorkerError, ContractsError, OSError) as error:
                 log.info("job %s: no spare for it: %s", self.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
         self.watching = True
@@ -79,7 +79,7 @@ class Spare:
         now = await asyncio.to_thread(agent.now)
         stake = await asyncio.to_thread(agent.chain.workers.free_stake, agent.account)
         check_terms(replace(self.job, accept_by=now), agent.config.policy, agent.model_id, stake, now)
-        await asyncio.to_thread(agent.check_disk, self.id, self.job)
+        await asyncio.to_thread(agent.check_room, self.id, self.job)
         folder = agent.folder(self.id)
         if not folder.has_requests():
             url, _ = await asyncio.to_thread(agent.peers.locate, 0, self.stages[0])
@@ -121,7 +121,7 @@ class Spare:
                 await self._take_over(consent)
                 await self.agent.follow()  # the move's event makes a stage of us
                 return
-            except (Refused, PeerFault, ContractsError) as error:
+            except (Refused, PeerFault, ContractsError, OSError) as error:
                 log.warning("job %s: not taken over: %s", self.name, error)
                 consent = await self._renewed(consent)
 

@@ -203,9 +203,12 @@ class Stage:
         positions = positions.to(self.device)
         hidden = hidden.to(self.device)[None]
         rotary = self.rotary(hidden, position_ids=positions)
-        for index, layer in self.layers.items():
-            hidden = self.observe(context, f"{index}.h", hidden[0])[None]
-            hidden = layer(hidden, position_ids=positions, position_embeddings=rotary, plumb=context)
+        try:
+            for index, layer in self.layers.items():
+                hidden = self.observe(context, f"{index}.h", hidden[0])[None]
+                hidden = layer(hidden, position_ids=positions, position_embeddings=rotary, plumb=context)
+        finally:
+            del self._running.forward  # or this thread would keep its keys and values
         hidden = hidden[0]
         if self.is_last:
             hidden = self.observe(context, "out", hidden)

@@ -162,6 +162,8 @@ class SwappingCache(Cache):
         base = self._pages(visit.size // PAGE) * PAGE
         for layer in self._layers:
             self.pools(layer)
+        if self._stream is not None:  # these pages may have been another's until a moment ago
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._lock:
             self._bring(visit, base)
             self._bring_next()

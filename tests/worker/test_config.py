@@ -67,7 +67,7 @@ def test_the_chain_may_be_asked_over_websocket(tmp_path: Path) -> None:
         ("stall_seconds = 5", "swap_positions = 64", "0 < swap_positions <= host_positions, or neither, came 64, 0"),
         ("stall_seconds = 5", "host_positions = 64", "0 < swap_positions <= host_positions, or neither, came 0, 64"),
         ("stall_seconds = 5", "swap_positions = 64\nhost_positions = 9", "<= host_positions, or neither, came 64, 9"),
-        ("stall_seconds = 5", "cache_positions = 0", "cache_positions: expected 1 or more, came 512, 0"),
+        ("stall_seconds = 5", "cache_positions = 0", "serving.cache_positions: expected 1 or more, came 0"),
         (
             "stall_seconds = 5",
             'products = "folded"',

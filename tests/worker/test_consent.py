@@ -149,6 +149,28 @@ def test_who_stays_signs_while_all_stands_still_and_holds_its_seal_once(line: An
     asyncio.run(within(60, story()))
 
 
+def test_a_consent_that_could_not_be_held_is_not_given_when_asked_again(line: Any, tmp_path: Path) -> None:
+    async def story() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            run, town = line(compute)[0], Town(tmp_path)
+            stage = engaged(town, 0, run)
+            follow(stage, run)
+            consents, save = Consents(stage), run.folder.save_state
+
+            def full(state: JobState) -> None:
+                raise OSError(28, "No space left on device")
+
+            run.folder.save_state = full
+            for _ in range(2):
+                with pytest.raises(OSError, match="No space"):
+                    await consents.give(RELIEF)
+            run.folder.save_state = save
+            assert (await consents.give(RELIEF)).until == NOW + CONSENT_SECONDS
+            assert run.folder.load_state().held_until > time.time()
+
+    asyncio.run(within(60, story()))
+
+
 def test_consents_are_refused(line: Any, tmp_path: Path) -> None:
     """Before there is a run, while the stage is well or the ring moves, to strangers, once it is sealed."""
 
@@ -371,19 +393,5 @@ def test_a_spare_is_let_go_once_its_move_is_taken_in_and_not_before(tmp_path: Pa
             patch.setattr(Engagement, "advance", lambda self, now: None)
             await Agent._moved(town, JOB, RELIEF)
         assert spare.task.cancelled() and not town._spares
-
-    asyncio.run(within(60, story()))
-
-
-def test_pipelines_that_strangers_ask_for_are_not_kept(tmp_path: Path) -> None:
-    async def story() -> None:
-        town: Any = Town(tmp_path)
-        town._pipelines = {}
-        town.chain.workers = SimpleNamespace(pipeline_stages=lambda pipeline: PIPELINES.get(pipeline, ()))
-        assert await Agent.stages(town, RELIEF, keep=False) == PIPELINES[RELIEF]
-        assert await Agent.stages(town, bytes(32)) == ()
-        assert town._pipelines == {}
-        assert await Agent.stages(town, RELIEF) == PIPELINES[RELIEF]
-        assert town._pipelines == {RELIEF: PIPELINES[RELIEF]}
 
     asyncio.run(within(60, story()))

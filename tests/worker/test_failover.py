@@ -77,8 +77,23 @@ def test_a_microbatch_that_is_held_too_long_is_judged() -> None:
     receiver.beat(sender.held_seconds(24), False, 24)
     with pytest.raises(Stalled, match=r"stage 4: has had a microbatch for 21\.0 s"):
         receiver.judge(24)
-    sender.computed()
+    with pytest.raises(KeyError), sender.computing():
+        assert sender.held_seconds(24) == 21
+        raise KeyError
     assert sender.held_seconds(24) == 15
+
+
+def test_a_stage_that_gave_an_attempt_up_holds_what_it_computes_and_no_more() -> None:
+    """Else it seems ill for ever, for the next attempt waits until it is well."""
+    pulse = Pulse("stage 4", Serving(beat_seconds=1, slow_seconds=20))
+    pulse.took(3)
+    pulse.took(9)
+    with pulse.computing():
+        pulse.over()
+        assert pulse.held_seconds(10) == 7
+    assert pulse.held_seconds(10) == 0
+    with pulse.computing():  # what the executor had queued
+        assert pulse.held_seconds(10) == 0
 
 
 def test_before_a_finish_nobody_is_judged() -> None:
@@ -229,8 +244,11 @@ def test_a_hung_stage_is_noticed_though_it_beats(
 
     async def work() -> None:
         async def ready() -> list[Bounds]:
-            if runs[1].held_seconds() > QUICK.slow_seconds:
-                hangs.set()
+            """As an agent asks: until nobody holds a microbatch for long. It gives up first, and computes on then."""
+            while any(run.held_seconds() > QUICK.slow_seconds for run in runs):
+                if runs[1]._broken:
+                    hangs.set()
+                await asyncio.sleep(0.1)
             return []
 
         with ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.worker.pipeline_in_process import JOB, Greedy, Tiny, serve, split, wire, within
 from tests.worker.small_disk import fill, small_disk
+from tests.worker.test_consent import WORK
 from verifier.commit import Request
 from worker.admission import check_disk
 from worker.config import Serving
@@ -16,6 +17,7 @@ from worker.errors import JobFailed, Refused
 from worker.job import JobFolder, JobState, Phase
 from worker.repeat import RepeatableStage
 from worker.retain import position_bytes
+from worker.room import Room
 from worker.stage import Stage
 
 
@@ -133,3 +135,11 @@ def test_a_job_whose_traces_have_no_room_is_refused() -> None:
     check_disk(1000, 1000)
     with pytest.raises(Refused, match="disk: expected 1001 bytes free for traces, 1000 are"):
         check_disk(1001, 1000)
+
+
+def test_more_jobs_at_a_time_than_there_is_room_for_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """Each has a cache and a queue of its own, and all share one thread: a crowd would take the memory of those."""
+    room = Room(Stage(tiny[0], 0, 3), Serving(max_jobs=2), tmp_path)
+    room.check_jobs([WORK, WORK])
+    with pytest.raises(Refused, match="jobs: expected at most 2 at a time, came 3"):
+        room.check_jobs([WORK, WORK, WORK])

@@ -10,7 +10,7 @@ from tests.worker.pipeline_in_process import Tiny
 from verifier.commit import Request
 from verifier.trace import tensor_keys, tensor_width
 from worker.batch import Batch, Piece
-from worker.errors import OutOfRange
+from worker.errors import JobFailed, OutOfRange
 from worker.landing import Landing, land
 from worker.ledger import Ledger
 from worker.recorder import Recorder
@@ -96,3 +96,23 @@ def test_a_failed_recorder_fails_whoever_comes_next_and_blocks_nobody(tiny: Tiny
             recorder.rows(Batch((Piece(0, first, 1),)), captured(stage, 1, 2.0**20), None)
         recorder.finish()
     recorder.close()
+
+
+def test_a_dropped_attempt_commits_to_nothing_more_of_those_that_ended_together(tiny: Tiny, tmp_path: Path) -> None:
+    """Each may take as long as its own forward, and the next attempt waits until nothing is written any more."""
+    stage = Stage(tiny[0], 0, 3)
+    finished: list[int] = []
+
+    def drops(request: int, trace: object) -> bool:
+        finished.append(request)
+        recorder.close()
+        return True
+
+    requests = [Request((1,), 8) for _ in range(5)]
+    recorder = Recorder(stage.shape, 0, 3, requests, tmp_path, alone=True, drops=drops)
+    recorder.rows(Batch(tuple(Piece(r, 0, 1) for r in range(5))), captured(stage, 5), None)
+    recorder.ended(range(5))
+    recorder.join()
+    assert finished == [0]
+    with pytest.raises(JobFailed, match="dropped"):
+        recorder.ended([])

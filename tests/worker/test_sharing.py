@@ -197,7 +197,7 @@ def test_what_no_donor_has_is_refused(
 
     async def work() -> None:
         with ThreadPoolExecutor(1) as compute:
-            runs = wire(tmp_path, split(tiny[0], 3, 2), requests, SHARED, compute)
+            runs = wire(tmp_path, split(tiny[0], 3, 2), requests, replace(SHARED, max_rows=64), compute)
             await _deliver(runs, 0, [pb.Piece(request=0, first=0, count=40), pb.Piece(request=3, first=0, count=3)])
             await _deliver(runs, 1, [pb.Piece(count=1, **bad)], ended)
             await asyncio.sleep(0.3)

@@ -286,6 +286,9 @@ def test_what_a_stage_has_no_room_for_is_refused_by_name() -> None:
         come(1, 2, 3)
     with pytest.raises(BadMessage, match="request 4: expected it once there is room"):
         come(4)
+    homes.rows = 2
+    with pytest.raises(BadMessage, match=r"^stage 0: rows: expected at most 2 in a microbatch, came 3$"):
+        come(0, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole jobs
@@ -334,7 +337,7 @@ def test_a_stage_with_less_room_is_sent_what_it_has_room_for(
     tiny: Tiny, many: list[Request], greedy: Greedy, tmp_path: Path
 ) -> None:
     folder, model = tiny
-    smaller = replace(SWAPPED, cache_positions=16, swap_positions=48, host_positions=48)
+    smaller = replace(SWAPPED, max_rows=5, cache_positions=16, swap_positions=48, host_positions=48)
 
     async def work() -> list[JobState]:
         with ThreadPoolExecutor(1) as compute:

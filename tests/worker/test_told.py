@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from contracts.client import ContractsError
+from contracts.client import ContractsError, Status
 from tests.worker.pipeline_in_process import JOB, Tiny, split, wire, within
-from tests.worker.test_consent import NOW, RELIEF, REQUESTS, SERVING, STAGES, WORK, Town
+from tests.worker.test_consent import NOW, PIPELINES, RELIEF, REQUESTS, SERVING, STAGES, WORK, Town
 from tests.worker.test_run import deliver, rows_of
 from verifier.commit import Request
 from worker import ring_pb2 as pb
@@ -20,6 +20,7 @@ from worker.channel import Peer
 from worker.config import Serving
 from worker.engagement import Engagement
 from worker.errors import JobFailed, PeerFault
+from worker.job import JobState, Phase
 from worker.peers import Peers
 
 
@@ -155,3 +156,43 @@ def test_a_last_stage_that_keeps_its_tokens_is_no_hang(
                 await run.close("the test is over")
 
     asyncio.run(work())
+
+
+def test_pipelines_that_strangers_ask_for_are_not_kept(tmp_path: Path) -> None:
+    async def story() -> None:
+        town: Any = Town(tmp_path)
+        town._pipelines = {}
+        town.chain.workers = SimpleNamespace(pipeline_stages=lambda pipeline: PIPELINES.get(pipeline, ()))
+        assert await Agent.stages(town, RELIEF, keep=False) == PIPELINES[RELIEF]
+        assert await Agent.stages(town, bytes(32)) == ()
+        assert town._pipelines == {}
+        assert await Agent.stages(town, RELIEF) == PIPELINES[RELIEF]
+        assert town._pipelines == {RELIEF: PIPELINES[RELIEF]}
+
+    asyncio.run(within(60, story()))
+
+
+def test_a_finished_stage_claims_after_a_restart_though_no_neighbour_answers(tmp_path: Path) -> None:
+    """They may have posted theirs and gone: a claim needs the chain alone."""
+
+    async def story() -> None:
+        town: Any = Town(tmp_path)
+        posted: list[object] = []
+        town.settler = SimpleNamespace(claim=lambda *told: "ours", commit=lambda *told: posted.append(told))
+        town.notary.learn = lambda id, stages: None
+
+        async def identity(name: str, *told: object) -> None:
+            raise PeerFault(name, "no answer")
+
+        town.peers.identity = identity
+        town.folder(JOB).save_requests(REQUESTS)
+        town.folder(JOB).save_state(JobState(Phase.FINISHED, 1, 3, root=b"\x05" * 32))
+        stage = Engagement(town, JOB, WORK, STAGES, 1)
+        stage.status = Status.ACCEPTED
+        stage.advance(NOW)
+        while not posted:
+            await asyncio.sleep(0.01)
+        await stage.stop()
+        assert posted == [(JOB, ["ours"])]
+
+    asyncio.run(within(60, story()))
