@@ -1,7 +1,8 @@
 """What an attempt at a job is made of: whom a stage sends to, who signs for it, a microbatch on its way."""
 
 import asyncio
-from collections.abc import Sequence, Set
+import time
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ from verifier.commit import Request
 from worker import ring_pb2 as pb
 from worker.batch import Batch, Piece, Token
 from worker.channel import pack_tensor
-from worker.errors import BadHandoff, BadMessage, JobFailed
+from worker.errors import BadHandoff, BadMessage, JobFailed, Silent
 from worker.handoff import Handoff
 from worker.homes import Homes
+from worker.pulse import Pulse
 from worker.scheduler import stopped
 
 
@@ -157,6 +159,22 @@ def judge_handoff(
     if not notary.verify_handoff(job, sender, handoff):
         raise BadHandoff(name, "its hand-off is not signed with its key")
     return handoff
+
+
+async def nobody() -> bool:
+    return False
+
+
+async def judge(pulse: Pulse, is_well: Callable[[], Awaitable[bool]]) -> None:
+    """is_well: asks the predecessor another way. Beats come behind rows, and over a slow link those take their time.
+    Raises Stalled.
+    """
+    try:
+        pulse.judge(time.monotonic())
+    except Silent:
+        if not await is_well():
+            raise
+        pulse.answered(time.monotonic())
 
 
 def cancelled() -> bool:

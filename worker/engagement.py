@@ -177,8 +177,7 @@ class Engagement:
         await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
         if n > 1:
             agent.channel.admit((await self._neighbour(before))[0])
-            peer, address = await self._neighbour((self.index + 1) % n)
-            self._link = agent.channel.to(peer, address)
+            self._link = agent.channel.to(*await self._neighbour((self.index + 1) % n))
         if self.index == 0 and not any(self._kept) and (self.rings or self.state.attempt):
             self._kept = await self._told_tokens(requests)
         if self.state.phase in (Phase.OPEN, Phase.SIGNED):
@@ -196,6 +195,7 @@ class Engagement:
             agent.recorder_class,
             self._noted,
             ready=self._ready,
+            is_well=lambda: agent.peers.is_well(before, sender, self.id, agent.config.serving),
             kept=self._kept,
             rings=self.rings,
         )

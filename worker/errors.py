@@ -52,6 +52,10 @@ class Stalled(PeerFault):
     pass
 
 
+class Silent(Stalled):
+    """Nothing comes of it, which on a slow link need not be its fault."""
+
+
 class OutOfRange(JobFailed):
     """`key` names the tensor ("3.q"), the rest the first value whose magnitude is not below 2^20."""
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from contracts.client import Chain, Claim, Consent, Stage
+from contracts.client import Chain, Claim, Consent, ContractsError, Stage
 from contracts.wire import WireError, parse_requests
 from verifier.commit import Request
 from worker import tls
@@ -120,6 +120,16 @@ class Peers:
             return Bounds(*room)
         except ValueError as error:
             raise PeerFault(name, f"its room: {error}, came {str(room)[:80]}") from error
+
+    async def is_well(self, index: int, stage: Stage, job: bytes, serving: Serving) -> bool:
+        """Whether it answers that it gets on with its work. Raises nothing."""
+        try:
+            url, _ = await asyncio.to_thread(self.locate, index, stage)
+            await self.well(stage_name(index, stage), url, job, serving)
+        except (PeerFault, ContractsError) as error:
+            log.info("job %s: %s", job.hex()[:8], error)
+            return False
+        return True
 
     async def tokens(self, name: str, url: str, job: bytes) -> list[list[int]]:
         """What it has of each request's output."""

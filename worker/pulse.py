@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from worker.config import Serving
-from worker.errors import Stalled
+from worker.errors import Silent, Stalled
 
 
 class Pulse:
@@ -45,7 +45,7 @@ class Pulse:
         self._last = self._last or last
 
     def judge(self, now: float) -> None:
-        """Raises Stalled."""
+        """Raises Stalled; Silent if that is all there is."""
         late = self._judged is not None and now - self._judged > self._serving.silence_seconds / 2
         self._judged = now
         if self._last:  # the Finish of a stage that dies now comes when it is back: its trace is final
@@ -57,7 +57,11 @@ class Pulse:
         if late:  # it was ourselves who had no time to listen
             self._heard = now
         elif now - self._heard > self._serving.silence_seconds:
-            raise Stalled(self._predecessor, f"silent for {now - self._heard:.1f} s")
+            raise Silent(self._predecessor, f"silent for {now - self._heard:.1f} s")
+
+    def answered(self, now: float) -> None:
+        """It was asked, and is well: its beats are behind something."""
+        self._heard = now
 
     # ---- of ourselves
 

@@ -24,7 +24,7 @@ import torch
 
 from verifier.commit import Request, make_outputs, outputs_root
 from worker import ring_pb2 as pb
-from worker.attempt import Notary, Step, cancelled, check_all, failure_of, judge_handoff, seen, take_in
+from worker.attempt import Notary, Step, cancelled, check_all, failure_of, judge, judge_handoff, nobody, seen, take_in
 from worker.batch import Batch, Token, sampling
 from worker.channel import Peer, Sender, unpack_rows, unpack_tokens
 from worker.config import Bounds, Serving
@@ -66,12 +66,14 @@ class Run:
         on_state: Callable[[JobState], None] = lambda state: None,
         *,
         ready: Callable[[], Awaitable[Sequence[Bounds]]] | None = None,
+        is_well: Callable[[], Awaitable[bool]] = nobody,
         kept: Sequence[Sequence[int]] = (),
         rings: int = 0,
     ) -> None:
         """successor: None if the pipeline is this stage alone; predecessor: its name for errors; compute: one thread,
         shared by all jobs; ready: the bounds of the other stages, once all answer, asked by stage 0 before it tries;
-        None: as ours; kept: each request's tokens of earlier attempts; rings: how many served this job before.
+        None: as ours; is_well: asks a predecessor that is silent; kept: each request's tokens of earlier attempts;
+        rings: how many served this job before.
         """
         self.folder = folder
         self.state = state
@@ -85,7 +87,7 @@ class Run:
         self._recorder_class = recorder_class
         self._on_state = on_state
         self._recorder: Recorder | None = None
-        self._ready = ready
+        self._ready, self._is_well = ready, is_well
         self._first_attempt = rings * ATTEMPTS  # numbers of earlier rings lie below, so their messages count no more
         self._task: asyncio.Task[None] | None = None
         self._inbox = Inbox()
@@ -190,8 +192,7 @@ class Run:
 
     def _reset(self, attempt: int) -> None:
         self._attempt = attempt
-        self._expected = 0
-        self._sequence = 0
+        self._expected = self._sequence = 0
         self._broken = self.sealing = False  # sealing: all is served: no consent to a move is given any more
         self._own_seconds = 0.0  # a microbatch here, smoothed
         self._pulse = Pulse(self._predecessor, self._serving)
@@ -531,7 +532,7 @@ class Run:
 
     async def _beat(self) -> None:
         while True:
-            self._pulse.judge(time.monotonic())
+            await judge(self._pulse, self._is_well)
             if self._successor is not None and not self._sending.locked():
                 await self._send_beat()
             await asyncio.sleep(self._serving.beat_seconds)

@@ -328,3 +328,35 @@ def test_what_breaks_while_a_ring_is_asked_for_is_told(
                 await within(20, first.finished)
 
     asyncio.run(work())
+
+
+def test_a_stage_that_is_only_silent_is_asked_and_judged_by_its_answer(
+    tiny: Tiny, tmp_path: Path, greedy: Greedy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its beats are behind rows that a slow link takes long for."""
+    folder, model = tiny
+    requests = [Request(tuple(range(5, 12)), 12)]
+    answers = [True, True, False]
+
+    async def work() -> None:
+        async def is_well() -> bool:
+            if len(answers) == 1:
+                alive.set_result(None)
+            return answers.pop(0)
+
+        with ThreadPoolExecutor(1) as compute:
+            alive = asyncio.get_running_loop().create_future()
+            runs = wire(tmp_path, split(folder, 3, 3), requests, replace(QUICK, silence_seconds=0.5), compute)
+            runs[2]._is_well = is_well
+            runs[0].start()
+            while len(runs[2]._tokens[0]) < 2:
+                await asyncio.sleep(0.01)
+            link, runs[1]._successor = runs[1]._successor, Dead()
+            await alive
+            assert "silent for" not in caplog.text
+            runs[1]._successor = link
+            states = await within(300, asyncio.gather(*(run.finished for run in runs)))
+            assert [list(ids) for ids in states[0].tokens] == [greedy(model, requests[0])] and states[0].attempt == 2
+
+    asyncio.run(work())
+    assert not answers and "stage 1: silent for" in caplog.text

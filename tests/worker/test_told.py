@@ -104,6 +104,7 @@ def test_a_url_that_is_none_is_its_stages_fault(url: str) -> None:
         with pytest.raises(PeerFault, match="stage 1"):
             where, _ = peers.locate(1, STAGES[1])
             await peers.well("stage 1", where, JOB, SERVING)
+        assert not await peers.is_well(1, STAGES[1], JOB, SERVING)
         await peers.close()
 
     asyncio.run(within(60, story()))
