@@ -123,9 +123,11 @@ class Peers:
 
     async def is_well(self, index: int, stage: Stage, job: bytes, serving: Serving) -> bool:
         """Whether it answers that it gets on with its work. Raises nothing."""
+        name = stage_name(index, stage)
         try:
-            url, _ = await asyncio.to_thread(self.locate, index, stage)
-            await self.well(stage_name(index, stage), url, job, serving)
+            async with _patience(name, serving.silence_seconds):  # for the chain's node too
+                url, _ = await asyncio.to_thread(self.locate, index, stage)
+                await self.well(name, url, job, serving)
         except (PeerFault, ContractsError) as error:
             log.info("job %s: %s", job.hex()[:8], error)
             return False

@@ -61,6 +61,9 @@ def test_a_job_is_served_committed_settled_and_paid(
         assert answer.headers["X-Plumb-Rows"] == "5"
         assert np.array_equal(np.frombuffer(answer.content, "<u4").reshape(5, 64), stored.arrays["0.q"][3:8])
 
+        asks = village.agents[0]  # as it would, were nothing coming of its predecessor
+        assert await asks.peers.is_well(1, (await asks.engagement(id)).stages[1], id, asks.config.serving)
+
         # A restart in the window: traces and state come back from disk, and the job is settled all the same.
         await village.sleep()
         await village.wake()
