@@ -169,12 +169,14 @@ async def judge(pulse: Pulse, is_well: Callable[[], Awaitable[bool]]) -> None:
     """is_well: asks the predecessor another way. Beats come behind rows, and over a slow link those take their time.
     Raises Stalled.
     """
+    began = time.monotonic()
     try:
-        pulse.judge(time.monotonic())
+        pulse.judge(began)
     except Silent:
-        if not await is_well():
+        if await is_well():
+            pulse.answered(time.monotonic())
+        elif not pulse.heard_since(began):  # the answer may be behind rows as well
             raise
-        pulse.answered(time.monotonic())
 
 
 def cancelled() -> bool:

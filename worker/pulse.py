@@ -59,6 +59,9 @@ class Pulse:
         elif now - self._heard > self._serving.silence_seconds:
             raise Silent(self._predecessor, f"silent for {now - self._heard:.1f} s")
 
+    def heard_since(self, then: float) -> bool:
+        return self._heard is not None and self._heard >= then
+
     def answered(self, now: float) -> None:
         """It was asked, and is well: its beats are behind something."""
         self._heard = now

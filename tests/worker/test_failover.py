@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from verifier.commit import Request
 from verifier.tolerance import uniform_profile
 from verifier.trace import RequestTrace
 from worker import ring_pb2 as pb
+from worker.attempt import judge
 from worker.batch import Batch, Piece
 from worker.cache import Cache
 from worker.channel import Peer
@@ -64,6 +66,24 @@ def test_a_message_that_waits_for_room_is_no_silence() -> None:
         pulse.judge(second)
     pulse.queued(50)
     pulse.judge(51)
+
+
+def test_who_was_heard_while_it_was_asked_is_not_given_up() -> None:
+    """Over a slow link the answer is late too."""
+    pulse = Pulse("stage 4", Serving(beat_seconds=1, silence_seconds=5))
+
+    async def no_answer() -> bool:
+        pulse.beat(0.0, False, time.monotonic())
+        return False
+
+    async def nothing() -> bool:
+        return False
+
+    pulse.beat(0.0, False, time.monotonic() - 6)
+    asyncio.run(judge(pulse, no_answer))
+    pulse.beat(0.0, False, time.monotonic() - 6)
+    with pytest.raises(Stalled, match="stage 4: silent for 6"):
+        asyncio.run(judge(pulse, nothing))
 
 
 def test_a_microbatch_that_is_held_too_long_is_judged() -> None:
