@@ -138,7 +138,7 @@ class Recorder:
         """They get no further rows."""
         self._check()
         if requests:
-            self._put(_Ended(tuple(requests)))
+            self._queue.put(_Ended(tuple(requests)))
 
     def finish(self) -> Summary:
         """Ends every request, waits for the thread. Each must have at least one position."""
