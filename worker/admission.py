@@ -36,8 +36,10 @@ def check_requests(job: Job, requests: Sequence[Request], shape: ModelShape, mos
         raise Refused(f"expected requests with root 0x{job.requests_root.hex()}, came 0x{root.hex()}")
 
 
-def check_terms(job: Job, policy: Policy, model: bytes, free_stake: int, now: int) -> None:
-    """The job's terms are ours. Stake and prices in base units, `now` in unix seconds. Raises Refused."""
+def check_terms(job: Job, policy: Policy, model: bytes, free_stake: int, least_lock: int, now: int) -> None:
+    """The job's terms are ours. least_lock: of any such job. Stake and prices in base units, `now` in unix seconds.
+    Raises Refused.
+    """
     if job.model != model:
         raise Refused(
             f"expected model 0x{model.hex()}, as computed from our own folder; the job names 0x{job.model.hex()}"
@@ -56,10 +58,14 @@ def check_terms(job: Job, policy: Policy, model: bytes, free_stake: int, now: in
             raise Refused(f"{name}: expected at least {least}, came {value}")
     ceilings = (
         ("window", job.window, policy.max_window_seconds),
+        ("time to accept", job.accept_by - now, policy.max_accept_seconds),
+        ("time to serve", job.commit_by - now, policy.max_serving_seconds),
+        ("clock", job.clock, policy.max_clock_seconds),
+        ("grace", job.grace, policy.max_clock_seconds),
         ("requests", job.requests, policy.max_requests),
         ("prompt tokens", job.prompt_tokens, policy.max_prompt_tokens),
         ("output tokens", job.max_tokens, policy.max_output_tokens),
-        ("lock", job.lock, free_stake),
+        ("lock", job.lock, min(free_stake, policy.max_lock_times * least_lock)),
     )
     for name, value, most in ceilings:
         if value > most:

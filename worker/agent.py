@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,13 +44,14 @@ from verifier.commit import Request
 from verifier.tolerance import Profile
 from verifier.weights import Weights, identify
 from worker import ring_pb2 as pb
-from worker.admission import check_join, own_stage
+from worker.admission import check_join, check_terms, own_stage
 from worker.channel import Channel, Handler, Peer
 from worker.config import WorkerConfig
 from worker.consent import place
 from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import BadMessage, ConfigError, Refused, UnknownJob
+from worker.follow import Follower
 from worker.grpc_channel import GrpcChannel
 from worker.job import JobFolder, JobState, Phase
 from worker.notary import Notary
@@ -111,10 +111,8 @@ class Agent:
         self._engagements: dict[bytes, Engagement] = {}
         self._spares: dict[bytes, Spare] = {}
         self._pipelines: dict[bytes, tuple[Stage, ...]] = {}  # ours, and those of jobs
-        self._rings: dict[bytes, int] = {}  # how often a job has moved
-        self._next_block = config.chain.start_block
-        self._events: deque[Event] = deque()  # not taken in yet
-        self._event_lock = asyncio.Lock()
+        self._moves: dict[bytes, list[tuple[bytes, bytes]]] = {}  # of jobs: transaction and pipeline of each
+        self.follower = Follower(chain, config.chain.start_block, self._event)
 
     def folder(self, job: bytes) -> JobFolder:
         return JobFolder(self.config.data, job)
@@ -122,9 +120,14 @@ class Agent:
     def check_room(self, id: bytes, job: Job) -> None:
         """Whether it has room beside the jobs that are being served. Blocking. Raises Refused."""
         others = [other for other in list(self._engagements.values()) if other.id != id]
-        self.room.check_jobs(
-            [job, *(other.job for other in others if other.state.phase in (Phase.SIGNED, Phase.SERVING))]
-        )
+        held = [other.job for other in others if other.state.phase in (Phase.SIGNED, Phase.SERVING)]
+        self.room.check_jobs([job, *held])
+
+    async def check_terms(self, job: Job) -> None:
+        """Raises Refused."""
+        stake = await asyncio.to_thread(self.chain.workers.free_stake, self.account)
+        least = await asyncio.to_thread(self.chain.escrow.least_lock, job)
+        check_terms(job, self.config.policy, self.model_id, stake, least, await asyncio.to_thread(self.now))
 
     def now(self) -> int:
         """Unix seconds: the chain's, or this machine's if no block has come for a while. Blocking."""
@@ -176,34 +179,26 @@ class Agent:
             self.server.should_exit = True
             raise
         while True:
-            try:
-                await self.follow()
-                now = await asyncio.to_thread(self.now)
-                for id, engagement in list(self._engagements.items()):
-                    if engagement.closed:
-                        await self._forget(id)
-                    else:
-                        engagement.advance(now)
-                for spare in list(self._spares.values()):
-                    spare.advance(now)
-                self.responder.tick(now)
-                self.answerer.tick(now)
-            except ContractsError as error:
-                log.warning("chain: %s", error)
-            except Exception:  # the loop must outlive a fault in one job; the trace in the log says which
-                log.exception("watch")
+            for work in (self.follower.follow, self._tick):
+                try:
+                    await work()
+                except ContractsError as error:
+                    log.warning("chain: %s", error)
+                except Exception:  # the loop must outlive a fault in one job; the trace in the log says which
+                    log.exception("watch")
             await asyncio.sleep(self.config.chain.poll_seconds)
 
-    async def follow(self) -> None:
-        """Takes in the chain's events up to the head."""
-        async with self._event_lock:
-            last = await asyncio.to_thread(self.chain.block_number)
-            if last >= self._next_block:
-                self._events.extend(await asyncio.to_thread(lambda: list(self.chain.events(self._next_block, last))))
-                self._next_block = last + 1
-            while self._events:  # one at which a node or the disk fails comes again, those before it don't
-                await self._event(self._events[0])
-                self._events.popleft()
+    async def _tick(self) -> None:
+        now = await asyncio.to_thread(self.now)
+        self.responder.tick(now)
+        self.answerer.tick()
+        for id, engagement in list(self._engagements.items()):
+            if engagement.closed:
+                await self._forget(id)
+            else:
+                engagement.advance(now)
+        for spare in list(self._spares.values()):
+            spare.advance(now)
 
     async def _event(self, event: Event) -> None:
         match event:
@@ -213,7 +208,10 @@ class Agent:
             case JobOpened(id=id, job=job):
                 await self._opened(id, job)
             case JobMoved(id=id, pipeline=pipeline):
-                await self._moved(id, pipeline)
+                move = event.transaction, pipeline
+                if move not in self._moves.get(id, []):  # else in another block now
+                    await self._moved(id, pipeline)
+                    self._moves.setdefault(id, []).append(move)
             case GameMoved() | GameEnded():
                 self.responder.feed(event)
             case DemandOpened():
@@ -240,6 +238,8 @@ class Agent:
                     found.window_end = event.window_end
 
     async def _opened(self, id: bytes, job: Job) -> None:
+        if id in self._engagements or id in self._spares:
+            return  # in another block now
         stages = await self.stages(job.pipeline)
         if not any(stage.worker == self.account for stage in stages):
             self._offer(id, job, stages)
@@ -278,7 +278,7 @@ class Agent:
         engagement, spare = self._engagements.get(id), self._spares.get(id)
         if spare is not None and spare.task is not asyncio.current_task():
             await spare.stop()  # before there is an engagement: it writes the job's state too
-        rings = self._rings.get(id, 0) + 1
+        rings = len(self._moves.get(id, [])) + 1
         index = next((i for i, stage in enumerate(stages) if stage.worker == self.account), None)
         if engagement is not None:
             await engagement.moved(pipeline, stages, rings, index)
@@ -288,12 +288,11 @@ class Agent:
             engagement = self._engagements[id] = Engagement(self, id, job, stages, index, rings)
             engagement.status = Status.ACCEPTED
             engagement.advance(await asyncio.to_thread(self.now))
-        self._spares.pop(id, None)  # last, with `_rings`: what fails before is told again
+        self._spares.pop(id, None)  # last: what fails before is told again
         if engagement is None and spare is not None:
             self._offer(id, replace(spare.job, pipeline=pipeline), stages)
             if id in self._spares:
                 self._spares[id].status = Status.ACCEPTED
-        self._rings[id] = rings
 
     async def _forget(self, id: bytes) -> None:
         """A job that is over: what is asked about it later is on disk. Also after a restart, which hears of it anew."""
@@ -309,7 +308,7 @@ class Agent:
     async def engagement(self, job: bytes) -> Engagement:
         """Raises UnknownJob."""
         if job not in self._engagements:
-            await self.follow()  # somebody was faster than our next look at the chain
+            await self.follower.follow()  # somebody was faster than our next look at the chain
         try:
             return self._engagements[job]
         except KeyError:
@@ -338,7 +337,7 @@ class Agent:
         return engagement.run.held_seconds() if engagement is not None and engagement.run is not None else 0.0
 
     async def claim(self, job: bytes) -> Claim:
-        return await (await self.engagement(job)).claim()
+        return await (await self.engagement(job)).claims.own()
 
     async def join(self, model: bytes, stages: tuple[Stage, ...], nonce: int) -> bytes:
         """Our signature under a pipeline. Raises Refused."""
@@ -356,7 +355,7 @@ class Agent:
                 return  # said again after a restart
             raise BadMessage(peer.name, str(error)) from error
         if not await self.peers.is_stage(peer, *engagement.predecessor):
-            await self.follow()  # the job may have moved
+            await self.follower.follow()  # the job may have moved
         before, expected = engagement.predecessor
         name = stage_name(before, expected)
         if not await self.peers.is_stage(peer, before, expected):

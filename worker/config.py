@@ -54,7 +54,11 @@ class Policy:
     max_requests: int = 4096
     max_prompt_tokens: int = 4_000_000
     max_output_tokens: int = 1_000_000
-    max_window_seconds: int = 7 * 86_400
+    max_window_seconds: int = 7 * 86_400  # these four: for how long a job may hold stake, or a place here
+    max_accept_seconds: int = 3600
+    max_serving_seconds: int = 7 * 86_400
+    max_clock_seconds: int = 86_400  # of clock, and of grace
+    max_lock_times: int = 4  # the least lock that the contract takes for such a job
     min_clock_seconds: int = 5
     min_grace_seconds: int = 1
     min_serving_seconds: int = 5  # from acceptance to commitBy

@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from contracts.client import Acceptance, Claim, ContractsError, Job, Stage, Status
+from contracts.client import Acceptance, ContractsError, Job, Stage, Status
 from verifier.commit import Request
 from worker import ring_pb2 as pb
-from worker.admission import check_terms
 from worker.channel import Peer, Sender
+from worker.claims import Claims
 from worker.config import Bounds
 from worker.consent import Consents
 from worker.early import Early
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("plumb.worker.engagement")
 
 RETRY_SECONDS = 1.0  # between attempts to reach a peer or the chain
-COLLECT_SECONDS = 0.2  # between two questions for a claim
 
 
 class Engagement:
@@ -58,6 +57,7 @@ class Engagement:
             self.state = self.folder.load_state()
         except UnknownJob:
             self.state = JobState(Phase.OPEN, index, len(stages), rings=rings)
+        self.claims = Claims(self)
         self.consents = Consents(self)
         self._enter()
 
@@ -113,8 +113,9 @@ class Engagement:
         """Stage 0: the requester's prompts. Raises Refused."""
         if self.index != 0:
             raise Refused(f"prompts go to stage 0, this is stage {self.index}")
-        await asyncio.to_thread(self.agent.room.check_requests, self.job, requests)
         async with self._lock:
+            await self.agent.check_terms(self.job)  # before 64 MiB of somebody's prompts are on our disk
+            await asyncio.to_thread(self.agent.room.check_requests, self.job, requests)
             if not self.folder.has_requests():
                 await asyncio.to_thread(self.folder.save_requests, requests)
 
@@ -125,8 +126,7 @@ class Engagement:
             status = await asyncio.to_thread(agent.chain.escrow.status, self.id)
             if status is not Status.OPEN:
                 raise Refused(f"expected an open job, it is {Status(status).name.lower()}")
-            stake = await asyncio.to_thread(agent.chain.workers.free_stake, agent.account)
-            check_terms(self.job, agent.config.policy, agent.model_id, stake, await asyncio.to_thread(agent.now))
+            await agent.check_terms(self.job)
             if not self.folder.has_requests():
                 if self.index == 0:
                     raise Refused("the requester has not sent its prompts")
@@ -169,7 +169,7 @@ class Engagement:
         """Joins the ring, serves the batch, sees to it that our claim is on chain."""
         agent = self.agent
         if self.state.phase is Phase.FINISHED:  # by a restart: the claim waits for no neighbour
-            await self._post([await self.claim()])
+            await self.claims.post(await self.claims.own())
         n, (before, sender) = len(self.stages), self.predecessor
         if self.rings and not self.folder.has_requests():
             await self._fetch_requests(before)
@@ -203,16 +203,18 @@ class Engagement:
         with suppress(BadMessage):  # the run has given its attempt up, and told the others
             await self._early.hear()
         try:
-            self.state = await self.run.finished
+            # Who cancels us closes the run itself, and it must not think then that it is over.
+            self.state = await asyncio.shield(self.run.finished)
         except JobFailed as error:
             log.error("job %s can't be finished here: %s", self.name, error)
+            self._kept, self.run = self.run.tokens, None
             return
-        claim = await self.claim()
+        claim = await self.claims.own()
         if self.index == 0:
-            await self._post(await self._collect(claim))
+            await self.claims.post(claim, *await self.claims.others())
         else:
             await asyncio.sleep(agent.config.serving.claim_seconds)
-        await self._post([claim])
+        await self.claims.post(claim)
         self.run = None  # its tensors and prompts: until the window is over there may be many jobs like this
 
     async def _told_tokens(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -309,47 +311,6 @@ class Engagement:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _collect(self, own: Claim) -> list[Claim]:
-        """Stage 0: the others' claims, as many as come within `claim_seconds`."""
-        agent = self.agent
-        claims = [own]
-        end = time.monotonic() + agent.config.serving.claim_seconds
-        for index, stage in enumerate(self.stages[1:], 1):
-            name = stage_name(index, stage)
-            while True:
-                try:
-                    url, _ = await asyncio.to_thread(agent.peers.locate, index, stage)
-                    claim = await agent.peers.claim(name, url, self.id, index)
-                    if agent.notary.verify_claim(self.id, self.job.pipeline, self.job.model, claim):
-                        claims.append(claim)
-                    else:
-                        log.error("job %s: %s: its claim is not signed with its key", self.name, name)
-                    break
-                except (PeerFault, ContractsError) as error:
-                    if time.monotonic() > end:
-                        log.warning("job %s: no claim of %s: %s", self.name, name, error)
-                        break
-                await asyncio.sleep(COLLECT_SECONDS)
-        return claims
-
-    async def claim(self) -> Claim:
-        """Ours. Raises Refused while there is none."""
-        requests = await asyncio.to_thread(self.folder.load_requests)
-        job, state = self.job, self.state
-        if state.phase not in (Phase.FINISHED, Phase.CLOSED) or not state.root:
-            raise Refused(f"expected a finished job, it is {state.phase}: {state.reason}")
-        return await asyncio.to_thread(self.agent.settler.claim, self.id, job.pipeline, job.model, state, requests)
-
-    async def _post(self, claims: list[Claim]) -> None:
-        """Until it is on chain or too late."""
-        while await asyncio.to_thread(self.agent.now) <= self.job.commit_by:
-            try:
-                await asyncio.to_thread(self.agent.settler.commit, self.id, claims)
-                return
-            except ContractsError as error:
-                log.warning("job %s: claims not posted: %s", self.name, error)
-            await asyncio.sleep(RETRY_SECONDS)
-
     # ------------------------------------------------------------------------------------------------------------------
 
     async def _close(self, reason: str) -> None:
@@ -363,6 +324,8 @@ class Engagement:
         if self._link is not None:
             self._link.drop(self.id, 1 << 32)
         await asyncio.to_thread(self.agent.settler.withdraw)
+        if self.state.phase in (Phase.OPEN, Phase.SIGNED):  # never accepted: nobody will ask for its prompts
+            await asyncio.to_thread(self.folder.drop_requests)
         await asyncio.to_thread(self._save, self.state.to(Phase.CLOSED, reason=self.state.reason or reason))
 
     def _save(self, state: JobState) -> None:

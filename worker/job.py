@@ -76,7 +76,15 @@ class JobFolder:
 
     def load_requests(self) -> list[Request]:
         """Raises UnknownJob."""
-        return list(parse_requests(self._read("requests.json")))
+        return list(parse_requests(self.requests_json()))
+
+    def requests_json(self) -> bytes:
+        """The same as they lie on disk, which is as they go over the wire. Raises UnknownJob."""
+        return self._read("requests.json")
+
+    def drop_requests(self) -> None:
+        """Raises OSError."""
+        (self.path / "requests.json").unlink(missing_ok=True)
 
     def has_requests(self) -> bool:
         return (self.path / "requests.json").exists()

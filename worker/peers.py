@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +25,7 @@ log = logging.getLogger("plumb.worker.peers")
 
 SMALL_ANSWER_BYTES = 64 * 2**10
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+PINNED_SECONDS = 60.0  # for which a certificate that the chain named stays a stage's own
 
 
 class Peers:
@@ -36,6 +38,7 @@ class Peers:
         self._chain = chain
         self._hosts = hosts
         self._max_body_bytes = max_body_bytes
+        self._pinned: dict[tuple[str, bytes], float] = {}  # account and fingerprint -> until when
         self._client = httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False)
 
     async def close(self) -> None:
@@ -61,11 +64,17 @@ class Peers:
         """
         if peer.account == stage.worker:
             return True
+        # Such a one must not make each message of the other cost a question to the chain.
+        known = stage.worker, tls.fingerprint(peer.certificate)
+        if self._pinned.get(known, 0) > time.monotonic():
+            return True
         try:
             _, pinned = await asyncio.to_thread(self.locate, index, stage)
         except PeerFault:
             return False
-        return tls.fingerprint(peer.certificate) == pinned
+        if known[1] == pinned:
+            self._pinned[known] = time.monotonic() + PINNED_SECONDS
+        return known[1] == pinned
 
     async def identity(self, name: str, account: str, url: str, fingerprint: bytes) -> tuple[Peer, str]:
         """The peer with its certificate checked against the chain, and its gRPC address. Raises UnpinnedCertificate
@@ -142,8 +151,9 @@ class Peers:
             raise PeerFault(name, "expected tokens that are whole numbers")
         return tokens
 
-    async def claim(self, name: str, url: str, job: bytes, index: int) -> Claim:
-        body = await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/commit", SMALL_ANSWER_BYTES)
+    async def claim(self, name: str, url: str, job: bytes, index: int, patience_seconds: float) -> Claim:
+        async with _patience(name, patience_seconds):
+            body = await self._ask(name, "POST", f"{url}/jobs/{job.hex()}/commit", SMALL_ANSWER_BYTES)
         tokens = body.get("tokens")
         if body.get("stage") != index or type(tokens) is not int or not 0 <= tokens < 2**64:
             raise PeerFault(name, f"expected a claim of stage {index}, came {body.get('stage')!r}")

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 
 from contracts.client import ContractsError
 from contracts.client import Stage as PipelineStage
-from contracts.wire import WireError, parse_requests, request_json
+from contracts.wire import WireError, parse_requests
 from verifier.commit import make_outputs
 from verifier.trace import tensor_keys
 from worker.agent import Agent
@@ -100,8 +100,7 @@ def create_app(agent: Agent) -> FastAPI:
 
     @app.get("/jobs/{job}/requests")
     def get_requests(job: str) -> Response:
-        requests = agent.folder(_bytes32(job)).load_requests()
-        return JSONResponse({"requests": [request_json(request) for request in requests]})
+        return Response(agent.folder(_bytes32(job)).requests_json(), media_type="application/json")
 
     @app.post("/jobs/{job}/accept")
     async def accept(job: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from contracts.client import Consent, ContractsError, Job, Stage, Status
-from worker.admission import check_terms
 from worker.consent import CONSENT_SECONDS, held_until
 from worker.errors import PeerFault, Refused, WorkerError
 from worker.job import JobState, Phase
@@ -76,9 +75,8 @@ class Spare:
         """What must be had while the other one lives: the prompts, and its consent. Raises Refused, PeerFault."""
         agent, serving = self.agent, self.agent.config.serving
         await asyncio.to_thread(agent.notary.learn, self.id, self.stages)
-        now = await asyncio.to_thread(agent.now)
-        stake = await asyncio.to_thread(agent.chain.workers.free_stake, agent.account)
-        check_terms(replace(self.job, accept_by=now), agent.config.policy, agent.model_id, stake, now)
+        in_time = await asyncio.to_thread(agent.now) + serving.claim_seconds
+        await agent.check_terms(replace(self.job, accept_by=int(in_time)))  # it was accepted long ago
         await asyncio.to_thread(agent.check_room, self.id, self.job)
         folder = agent.folder(self.id)
         if not folder.has_requests():
@@ -119,7 +117,7 @@ class Spare:
                 log.warning("job %s: %s, for %.1f s", self.name, error, ill_seconds)
             try:
                 await self._take_over(consent)
-                await self.agent.follow()  # the move's event makes a stage of us
+                await self.agent.follower.follow()  # the move's event makes a stage of us
                 return
             except (Refused, PeerFault, ContractsError, OSError) as error:
                 log.warning("job %s: not taken over: %s", self.name, error)

@@ -34,7 +34,7 @@ JOB = Job(
 
 
 def test_terms_that_can_be_kept_are_taken() -> None:
-    check_terms(JOB, POLICY, OURS, free_stake=1000, now=NOW)
+    check_terms(JOB, POLICY, OURS, free_stake=1000, least_lock=300, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,22 @@ def test_terms_that_can_be_kept_are_taken() -> None:
         ({"prompt_tokens": 4_000_001}, "prompt tokens"),
         ({"max_tokens": 1_000_001}, "output tokens"),
         ({"lock": 1001}, "lock: expected at most 1000, came 1001"),
+        ({"accept_by": NOW + 3601}, "time to accept: expected at most 3600, came 3601"),
+        ({"commit_by": NOW + 7 * 86_400 + 1}, "time to serve: expected at most"),
+        ({"clock": 86_401}, "clock: expected at most"),
+        ({"grace": 86_401}, "grace: expected at most"),
     ],
 )
 def test_a_job_on_other_terms_or_of_another_model_is_refused(change: dict[str, object], reason: str) -> None:
     """The chain can't check weights: whoever stakes on a model id has computed it."""
     with pytest.raises(Refused, match=reason):
-        check_terms(replace(JOB, **change), POLICY, OURS, free_stake=1000, now=NOW)  # type: ignore[arg-type]
+        check_terms(replace(JOB, **change), POLICY, OURS, free_stake=1000, least_lock=300, now=NOW)  # type: ignore[arg-type]
+
+
+def test_a_lock_far_above_the_contracts_least_is_refused() -> None:
+    """Else a job of one token freezes a worker's whole stake."""
+    with pytest.raises(Refused, match="lock: expected at most 996, came 1000"):
+        check_terms(JOB, POLICY, OURS, free_stake=1000, least_lock=249, now=NOW)
 
 
 STAGES = (Stage(OTHER, 0, 2, 9000), Stage(ACCOUNT, 2, 4, 1000))

@@ -192,13 +192,11 @@ def test_what_can_not_be_served_is_refused_before_acceptance(village: Village, r
                 answer = await client.put(f"{village.configs[0].url}/jobs/{job.hex()}", content=" " * 2**20)
                 assert answer.status_code == status and reason in answer.json()["error"], answer.text
 
-        cheap = await village.open([good], token_price=0)
-        for _ in range(50):
-            state = (await village.get(0, f"/jobs/{cheap.hex()}")).json()
-            if state.get("reason"):
-                break
-            await asyncio.sleep(0.1)
-        assert "token price: expected at least 1, came 0" in state["reason"]
+        terms = village.job([good], token_price=0)
+        cheap = await asyncio.to_thread(lambda: village.requester.escrow.open(terms))
+        answer = await village.send(cheap, [good])
+        assert answer.status_code == 409 and "token price: expected at least 1, came 0" in answer.json()["error"]
+        assert not village.agents[0].folder(cheap).has_requests()  # nothing of it is kept
         assert village.requester.escrow.status(cheap) is Status.OPEN
 
         assert (await village.get(0, "/jobs/" + "00" * 32)).status_code == 404

@@ -70,8 +70,8 @@ class Town:
         self._pipelines = PIPELINES
         self._engagements: dict[bytes, Engagement] = {}
         self._spares: dict[bytes, Spare] = {}
-        self._rings: dict[bytes, int] = {}
-        self.chain = SimpleNamespace(escrow=SimpleNamespace(job=lambda id: WORK))
+        self._moves: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        self.chain = SimpleNamespace(escrow=SimpleNamespace(job=lambda id: WORK), block_timestamp=self.now)
 
     def folder(self, id: bytes) -> JobFolder:
         return JobFolder(self.data, id)
@@ -302,7 +302,7 @@ def test_what_was_sealed_in_another_ring_fails_and_is_never_claimed(tmp_path: Pa
         assert stage.job.pipeline == RELIEF and stage.state.phase is Phase.FAILED and folder.load_state() == stage.state
         assert stage.state.reason == f"the job moved to another pipeline when this stage was {phase}"
         with pytest.raises(Refused, match="expected a finished job, it is failed"):
-            await stage.claim()
+            await stage.claims.own()
         stage.status = Status.ACCEPTED
         stage.advance(NOW)
         assert not stage._tasks
@@ -329,7 +329,7 @@ def test_who_has_left_claims_nothing(tmp_path: Path) -> None:
         await stage.moved(RELIEF, PIPELINES[RELIEF], 1, None)
         assert stage.closed and town.folder(JOB).load_state() == stage.state
         with pytest.raises(Refused, match="expected a finished job, it is closed: another worker has taken our place"):
-            await stage.claim()
+            await stage.claims.own()
 
     asyncio.run(within(60, story()))
 

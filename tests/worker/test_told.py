@@ -1,8 +1,8 @@
 """What others tell a worker - a stage, the chain's node, a URL on chain - and could hang or break it by."""
 
 import asyncio
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from contracts.client import ContractsError, Status
+from contracts.events import JobMoved
 from tests.worker.pipeline_in_process import JOB, Tiny, split, wire, within
 from tests.worker.test_consent import NOW, PIPELINES, RELIEF, REQUESTS, SERVING, STAGES, WORK, Town
 from tests.worker.test_run import deliver, rows_of
@@ -59,37 +60,66 @@ def test_a_move_at_which_a_node_fails_is_counted_once(tmp_path: Path) -> None:
 
         town.now = now
         town._engagements[JOB] = Engagement(town, JOB, WORK, STAGES, 0)
+        town._moved = lambda id, pipeline: Agent._moved(town, id, pipeline)
+        moved = JobMoved(contract="Escrow", block=1, log_index=0, transaction=bytes(32), id=JOB, pipeline=RELIEF)
         with pytest.raises(ContractsError):
-            await Agent._moved(town, JOB, RELIEF)
-        await Agent._moved(town, JOB, RELIEF)
-        assert town._rings == {JOB: 1} and town._engagements[JOB].state.rings == 1
+            await Agent._event(town, moved)
+        await Agent._event(town, moved)
+        assert town._engagements[JOB].state.rings == 1
+        await Agent._event(town, replace(moved, block=2))  # the block was replaced, the move is in the next one
+        assert town._engagements[JOB].state.rings == 1 and len(town._moves[JOB]) == 1
 
     asyncio.run(within(60, story()))
 
 
-def test_events_are_taken_in_once_whatever_fails_between(tmp_path: Path) -> None:
+def test_a_run_that_a_move_interrupts_is_told_before_it_counts_as_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its recorder would live on, and write behind the back of the next ring's."""
+
+    class Served:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.tokens: list[list[int]] = []
+            self.finished: asyncio.Future[JobState] = asyncio.get_running_loop().create_future()
+            self.over_when_closed: bool | None = None
+
+        def start(self) -> None:
+            pass
+
+        async def close(self, reason: str) -> None:
+            self.over_when_closed = self.finished.done()
+
     async def story() -> None:
-        town: Any = Town(tmp_path)
-        town._event_lock, town._events, town._next_block = asyncio.Lock(), deque(), 5
-        head, failing, taken = [7], [3], []
-        town.chain.block_number = lambda: head[0]
-        town.chain.events = lambda first, last: range(first, last + 1)
+        monkeypatch.setattr("worker.engagement.Run", Served)
+        town: Any = Town(tmp_path, "a")
+        town.notary.learn = lambda job, stages: None
+        town.stage = town.compute = town.recorder_class = None
+        town.folder(JOB).save_requests(REQUESTS)
+        stage = Engagement(town, JOB, WORK, STAGES[:1], 0)
+        stage.status = Status.ACCEPTED
+        stage.advance(NOW)
+        while stage.run is None:
+            await asyncio.sleep(0.01)
+        run: Any = stage.run
+        await stage.moved(RELIEF, PIPELINES[RELIEF], 1, None)
+        assert run.over_when_closed is False and stage.run is None
 
-        async def event(number: int) -> None:
-            if number == 6 and failing[0]:
-                failing[0] -= 1
-                raise ContractsError("the node is gone")
-            taken.append(number)
+    asyncio.run(within(60, story()))
 
-        town._event = event
-        for _ in range(3):
-            with pytest.raises(ContractsError):
-                await Agent.follow(town)
-        await Agent.follow(town)
-        assert taken == [5, 6, 7]
-        head[0] = 8
-        await Agent.follow(town)
-        assert taken == [5, 6, 7, 8]
+
+def test_prompts_of_a_job_that_was_never_accepted_leave_the_disk(tmp_path: Path) -> None:
+    async def story() -> None:
+        town: Any = Town(tmp_path, "a")
+        town.settler = SimpleNamespace(withdraw=lambda: None)
+        for phase, left in ((Phase.SIGNED, False), (Phase.FAILED, True)):
+            town.folder(JOB).save_requests(REQUESTS)
+            town.folder(JOB).save_state(JobState(phase, 0, 3))
+            stage = Engagement(town, JOB, WORK, STAGES, 0)
+            stage.status = Status.REFUNDED
+            stage.advance(NOW)
+            while not stage.closed:
+                await asyncio.sleep(0.01)
+            assert town.folder(JOB).has_requests() is left
 
     asyncio.run(within(60, story()))
 

@@ -1,0 +1,73 @@
+"""The chain's events, each taken in once, in their order."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from contracts.client import Chain, ContractsError
+from contracts.events import Event
+
+OVERLAP_BLOCKS = (
+    16  # read again with each new block: nodes behind one URL differ, and near the head blocks are replaced
+)
+
+
+class Follower:
+    """`take` is given what is new. An event that it fails at comes again at the next look, and with it later ones of
+    the same job, game or demand; those of others pass.
+    """
+
+    def __init__(self, chain: Chain, start_block: int, take: Callable[[Event], Awaitable[None]]) -> None:
+        self._chain = chain
+        self._start = start_block
+        self._next = start_block
+        self._take = take
+        self._recent: list[Event] = []  # of the blocks that are read again
+        self._waiting: deque[Event] = deque()  # not taken in yet
+        self._lock = asyncio.Lock()
+        self._looked = float("-inf")  # when the last look at the chain began
+
+    async def follow(self) -> None:
+        """Up to the head as it is now. Who asks while others look shares the next look with all who wait for it:
+        strangers that ask for unknown jobs hold nobody up. Raises ContractsError, what `take` raises.
+        """
+        asked = time.monotonic()
+        async with self._lock:
+            if self._looked > asked:
+                return
+            began = time.monotonic()
+            try:
+                last, events = await asyncio.to_thread(self._read)
+            except ContractsError:
+                self._looked = began  # those who wait would only wait for the same
+                raise
+            # Only now, as who asked may have gone meanwhile, and its look with it.
+            self._looked = began
+            new = [event for event in events if event not in self._recent]
+            self._waiting.extend(new)
+            self._next = max(self._next, last + 1)
+            oldest = self._next - OVERLAP_BLOCKS
+            self._recent = [event for event in self._recent + new if event.block >= oldest]
+            await self._take_in()
+
+    def _read(self) -> tuple[int, list[Event]]:
+        last = self._chain.block_number()
+        if last < self._next:
+            return last, []
+        return last, list(self._chain.events(max(self._next - OVERLAP_BLOCKS, self._start), last))
+
+    async def _take_in(self) -> None:
+        failed: dict[object, Exception] = {}
+        for event in list(self._waiting):
+            about = getattr(event, "id", None)
+            if about in failed:
+                continue
+            try:
+                await self._take(event)
+            except Exception as error:
+                failed[about] = error
+            else:
+                self._waiting.remove(event)
+        if failed:
+            raise next(iter(failed.values()))
