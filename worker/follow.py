@@ -1,12 +1,16 @@
 """The chain's events, each taken in once, in their order."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from contracts.client import Chain, ContractsError
 from contracts.events import Event
+from worker.errors import WorkerError
+
+log = logging.getLogger("plumb.worker.follow")
 
 OVERLAP_BLOCKS = (
     16  # read again with each new block: nodes behind one URL differ, and near the head blocks are replaced
@@ -30,7 +34,7 @@ class Follower:
 
     async def follow(self) -> None:
         """Up to the head as it is now. Who asks while others look shares the next look with all who wait for it:
-        strangers that ask for unknown jobs hold nobody up. Raises ContractsError, what `take` raises.
+        strangers that ask for unknown jobs hold nobody up. Raises ContractsError.
         """
         asked = time.monotonic()
         async with self._lock:
@@ -58,16 +62,16 @@ class Follower:
         return last, list(self._chain.events(max(self._next - OVERLAP_BLOCKS, self._start), last))
 
     async def _take_in(self) -> None:
-        failed: dict[object, Exception] = {}
+        failed: set[object] = set()
         for event in list(self._waiting):
             about = getattr(event, "id", None)
             if about in failed:
                 continue
             try:
                 await self._take(event)
-            except Exception as error:
-                failed[about] = error
+            except Exception as error:  # one job's fault must not cost the others anything
+                failed.add(about)
+                known = isinstance(error, ContractsError | WorkerError | OSError)
+                log.warning("%s, which comes again: %s", type(event).__name__, error, exc_info=not known)
             else:
                 self._waiting.remove(event)
-        if failed:
-            raise next(iter(failed.values()))

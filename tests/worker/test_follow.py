@@ -4,8 +4,6 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from contracts.client import ContractsError
 from contracts.events import JobPaid
 from tests.worker.pipeline_in_process import within
@@ -62,8 +60,7 @@ def test_what_fails_comes_again_with_what_follows_it_and_others_pass() -> None:
         chain, taken = Chain(7), []  # type: ignore[var-annotated]
         chain.told = [paid(4), paid(5), paid(6, 1), paid(6, 2, 1), paid(7, 1)]
         reader = follower(chain, taken, {6: 2})
-        with pytest.raises(OSError):
-            await reader.follow()  # at both of block 6
+        await reader.follow()  # it fails at both of block 6
         assert taken == [paid(5)]
         await reader.follow()
         assert taken == [paid(5), paid(6, 1), paid(6, 2, 1), paid(7, 1)]
@@ -79,8 +76,7 @@ def test_one_job_that_fails_for_ever_silences_no_other() -> None:
         chain.told = [paid(5, 1), paid(6, 1), paid(6, 2, 1)]
         reader = follower(chain, taken, {5: 10**6})
         for _ in range(3):
-            with pytest.raises(OSError):
-                await reader.follow()
+            await reader.follow()
         assert taken == [paid(6, 2, 1)]
 
     asyncio.run(within(60, story()))

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
-from contracts.client import ContractsError, Status
+from contracts.client import ChainError, ContractsError, Status
 from contracts.events import JobMoved
 from tests.worker.pipeline_in_process import JOB, Tiny, split, wire, within
 from tests.worker.test_consent import NOW, PIPELINES, RELIEF, REQUESTS, SERVING, STAGES, WORK, Town
 from tests.worker.test_run import deliver, rows_of
 from verifier.commit import Request
+from verifier.demand import Demand, Demanded, Wanted
 from worker import ring_pb2 as pb
+from worker import tls
 from worker.agent import Agent
 from worker.channel import Peer
 from worker.config import Serving
+from worker.demand import Answerer
 from worker.engagement import Engagement
 from worker.errors import JobFailed, PeerFault
 from worker.job import JobState, Phase
@@ -225,5 +228,54 @@ def test_a_finished_stage_claims_after_a_restart_though_no_neighbour_answers(tmp
             await asyncio.sleep(0.01)
         await stage.stop()
         assert posted == [(JOB, ["ours"])]
+
+    asyncio.run(within(60, story()))
+
+
+def test_a_demand_is_answered_by_a_worker_whose_clock_is_fast() -> None:
+    """Whether it is too late is for the chain to say: TooLate, which ends it."""
+
+    async def story() -> None:
+        answered: list[bytes] = []
+
+        class Posts(Answerer):
+            def answer(self, id: bytes, demanded: Demanded) -> None:
+                answered.append(id)
+                if id == b"late":
+                    raise ChainError("TooLate", {})
+
+        answerer = Posts(*[None] * 4)  # type: ignore[arg-type]
+        demand = Demand(JOB, 1, Wanted.PROMPT, 0, 0, 0, 1)
+        for id, deadline in ((b"second", 2), (b"late", 1)):  # long ago by this machine's clock
+            answerer._open[id] = Demanded(demand, "0x", 0, deadline, 0, 0)
+        answerer.tick()
+        while answerer.open_demands:
+            await asyncio.sleep(0.01)
+        assert answered == [b"late", b"second"]
+
+    asyncio.run(within(60, story()))
+
+
+def test_a_certificate_that_another_registered_too_costs_no_question_to_the_chain_for_each_message(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        pem = tmp_path / "a.pem"
+        pinned = tls.create(pem, tmp_path / "a.key")
+        asked = 0
+
+        def worker(account: str) -> SimpleNamespace:
+            nonlocal asked
+            asked += 1
+            return SimpleNamespace(url="http://a", tls=pinned if account == STAGES[1].worker else bytes(32))
+
+        chain: Any = SimpleNamespace(workers=SimpleNamespace(worker=worker))
+        peers = Peers(chain, (), 1000)
+        peer = Peer("stage 0 (another)", "another", pem.read_bytes())
+        for _ in range(20):
+            assert await peers.is_stage(peer, 1, STAGES[1])
+        assert asked == 1
+        assert not await peers.is_stage(peer, 2, STAGES[2])
+        await peers.close()
 
     asyncio.run(within(60, story()))
