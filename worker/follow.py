@@ -12,9 +12,7 @@ from worker.errors import WorkerError
 
 log = logging.getLogger("plumb.worker.follow")
 
-OVERLAP_BLOCKS = (
-    16  # read again with each new block: nodes behind one URL differ, and near the head blocks are replaced
-)
+OVERLAP_BLOCKS = 16  # read again with each new one: nodes behind one URL differ, and blocks are replaced
 
 
 class Follower:
@@ -27,7 +25,7 @@ class Follower:
         self._start = start_block
         self._next = start_block
         self._take = take
-        self._recent: list[Event] = []  # of the blocks that are read again
+        self._recent: dict[tuple[int, int], Event] = {}  # of the blocks that are read again, by block and log_index
         self._waiting: deque[Event] = deque()  # not taken in yet
         self._lock = asyncio.Lock()
         self._looked = float("-inf")  # when the last look at the chain began
@@ -48,11 +46,11 @@ class Follower:
                 raise
             # Only now, as who asked may have gone meanwhile, and its look with it.
             self._looked = began
-            new = [event for event in events if event not in self._recent]
-            self._waiting.extend(new)
+            told = {(event.block, event.log_index): event for event in events}
+            self._waiting.extend(event for place, event in told.items() if self._recent.get(place) != event)
             self._next = max(self._next, last + 1)
             oldest = self._next - OVERLAP_BLOCKS
-            self._recent = [event for event in self._recent + new if event.block >= oldest]
+            self._recent = {place: event for place, event in (self._recent | told).items() if place[0] >= oldest}
             await self._take_in()
 
     def _read(self) -> tuple[int, list[Event]]:
