@@ -1,6 +1,7 @@
 """How claims come on chain beside claims that are made to keep them off."""
 
 import asyncio
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +33,19 @@ def test_a_claim_that_the_chain_refuses_keeps_ours_not_off_it() -> None:
 
 
 def test_a_claim_that_comes_a_byte_at_a_time_is_waited_for_no_longer_than_another() -> None:
+    answering: list[asyncio.Task[None] | None] = []
+
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.append(asyncio.current_task())
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-        while not writer.is_closing():
-            writer.write(b" ")
-            await asyncio.sleep(0.05)
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
     async def story() -> None:
         async with await asyncio.start_server(trickle, "127.0.0.1", 0) as server:
@@ -46,8 +55,9 @@ def test_a_claim_that_comes_a_byte_at_a_time_is_waited_for_no_longer_than_anothe
             serving = Serving(claim_seconds=0.1, silence_seconds=0.3)
             agent = SimpleNamespace(peers=peers, config=SimpleNamespace(serving=serving))
             ours: Any = SimpleNamespace(agent=agent, id=JOB, job=WORK, name="job", stages=STAGES, index=0)
-            assert await Claims(ours).others() == []
+            assert await Claims(ours).others() == [] and len(answering) == 2
             await peers.close()
+            await asyncio.gather(*filter(None, answering))
 
     asyncio.run(within(30, story()))
 
